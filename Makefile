@@ -1,0 +1,44 @@
+# make install | test | quality. Every target works alone on a fresh machine.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+TORCH := $(shell sed -n 's/^torch==//p' constraints.txt)
+HAS_TORCH := -c "import torch, sys; sys.exit(torch.__version__.split('+')[0] != '$(TORCH)')"
+
+.PHONY: install test test-slow quality format clean
+
+install: $(BIN)/installed
+
+# torch goes first and pinned: an unpinned one, pulled in by another package, may bring gigabytes of CUDA wheels.
+# A torch of that version that $(PYTHON) already has is used, whatever its build. uv is used where it is there and works.
+$(BIN)/installed: setup.cfg pyproject.toml constraints.txt scripts/repair_torchvision.py
+	@$(PYTHON) -c "import sys; sys.exit(sys.version_info < (3, 11) and 'hf_seg needs Python 3.11 or newer: make install PYTHON=python3.12')"
+	@test -x $(BIN)/python || { \
+		if $(PYTHON) $(HAS_TORCH) 2>/dev/null; then inherit=--system-site-packages; fi; \
+		$(PYTHON) -m venv $$inherit $(VENV); }
+	@$(BIN)/python $(HAS_TORCH) 2>/dev/null || $(BIN)/python -m pip install -q -c constraints.txt torch==$(TORCH)
+	@{ command -v uv >/dev/null && ! grep -q "system-site-packages = true" $(VENV)/pyvenv.cfg \
+		&& VIRTUAL_ENV=$(abspath $(VENV)) uv pip install -q -c constraints.txt -e '.[test,dev]'; } \
+		|| $(BIN)/python -m pip install -q -c constraints.txt -e '.[test,dev]'
+	@$(BIN)/python scripts/repair_torchvision.py
+	@NO_ALBUMENTATIONS_UPDATE=1 $(BIN)/python -c "import torch, transformers, accelerate, datasets, timm, evaluate, huggingface_hub, albumentations; \
+		print('ready: torch', torch.__version__, 'and seven more; now: source $(BIN)/activate')"
+	@touch $@
+
+test: install
+	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest
+
+test-slow: install
+	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -m slow
+
+quality: install
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+format: install
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+clean:
+	rm -rf $(VENV) *.egg-info .mypy_cache .pytest_cache .ruff_cache

@@ -1,0 +1,169 @@
+"""Joint image and label transforms (albumentations): uint8 in, uint8 out, then one step to the network's input.
+
+Every transform draws from albumentations' own generators, so `transform.set_random_seed(seed)` before a sample makes
+that sample's augmentation a pure function of the seed.
+"""
+
+import os
+from typing import Any
+
+os.environ.setdefault("NO_ALBUMENTATIONS_UPDATE", "1")  # else its import asks the network for a newer release
+
+import albumentations as A
+import cv2
+import numpy as np
+import torch
+from torch import Tensor
+
+from hf_seg.labels import IGNORE_INDEX
+
+# RGB statistics of ImageNet, on which every encoder was pretrained; replicated SAR takes them channel by channel.
+IMAGE_MEAN = (0.485, 0.456, 0.406)
+IMAGE_STD = (0.229, 0.224, 0.225)
+
+
+class RandomScaledCrop(A.DualTransform):
+    """Zoom by a random factor and cut a square; what lies outside the image is black and ignored.
+
+    The window of `crop_size / scale` pixels is cut first and then resized, which equals resizing the whole image by
+    `scale` and cutting `crop_size` pixels, at a fraction of the cost. Image bilinear, label nearest.
+
+    Args:
+        crop_size: side of the result in pixels.
+        scale_range: the zoom is uniform in it.
+        max_class_share: a crop in which one class covers more than this share of the labelled pixels is drawn again,
+            ten times at most.
+    """
+
+    def __init__(
+        self, crop_size: int, scale_range: tuple[float, float] = (0.5, 2.0), max_class_share: float = 1.0, p: float = 1
+    ) -> None:
+        super().__init__(p=p)
+        self.crop_size = crop_size
+        self.scale_range = scale_range
+        self.max_class_share = max_class_share
+
+    def get_params_dependent_on_data(self, params: dict[str, Any], data: dict[str, Any]) -> dict[str, Any]:
+        height, width = params["shape"][:2]
+        side = max(1, round(self.crop_size / self.py_random.uniform(*self.scale_range)))
+        for _ in range(10):
+            # where the window is larger than the image, the image lies anywhere in the window
+            top = self.py_random.randint(min(0, height - side), max(0, height - side))
+            left = self.py_random.randint(min(0, width - side), max(0, width - side))
+            if self.max_class_share >= 1 or "mask" not in data:
+                break
+            window = data["mask"][max(top, 0) : top + side, max(left, 0) : left + side]
+            counts = np.bincount(window.ravel(), minlength=IGNORE_INDEX + 1)[:IGNORE_INDEX]
+            if counts.max() <= self.max_class_share * counts.sum():
+                break
+        return {"top": top, "left": left, "side": side}
+
+    def apply(self, img: np.ndarray, top: int, left: int, side: int, **params: Any) -> np.ndarray:
+        return self._cut(img, top, left, side, cv2.INTER_LINEAR, 0)
+
+    def apply_to_mask(self, mask: np.ndarray, top: int, left: int, side: int, **params: Any) -> np.ndarray:
+        return self._cut(mask, top, left, side, cv2.INTER_NEAREST, IGNORE_INDEX)
+
+    def _cut(self, array: np.ndarray, top: int, left: int, side: int, interpolation: int, fill: int) -> np.ndarray:
+        window = array[max(top, 0) : top + side, max(left, 0) : left + side]
+        zoom = self.crop_size / side
+        y, x = round(max(-top, 0) * zoom), round(max(-left, 0) * zoom)
+        height = min(max(1, round(window.shape[0] * zoom)), self.crop_size - y)
+        width = min(max(1, round(window.shape[1] * zoom)), self.crop_size - x)
+        resized = cv2.resize(window, (width, height), interpolation=interpolation)
+        canvas = np.full((self.crop_size, self.crop_size, *array.shape[2:]), fill, dtype=array.dtype)
+        canvas[y : y + height, x : x + width] = resized.reshape(height, width, *array.shape[2:])
+        return canvas
+
+
+class SARJitter(A.ImageOnlyTransform):
+    """Gain and gamma of a SAR amplitude image, as scenes differ by calibration and incidence angle.
+
+    Exact zeros are nodata and stay zero; no other pixel becomes zero.
+
+    Args:
+        gain: the amplitude is multiplied by exp(U(-gain, gain)).
+        gamma: the amplitude's exponent is exp(U(-gamma, gamma)), about mid-grey.
+    """
+
+    def __init__(self, gain: float = 0.2, gamma: float = 0.2, p: float = 0.5) -> None:
+        super().__init__(p=p)
+        self.gain = gain
+        self.gamma = gamma
+
+    def get_params(self) -> dict[str, Any]:
+        gain = self.py_random.uniform(-self.gain, self.gain)
+        return {"gain": np.exp(gain), "gamma": np.exp(self.py_random.uniform(-self.gamma, self.gamma))}
+
+    def apply(self, img: np.ndarray, gain: float, gamma: float, **params: Any) -> np.ndarray:
+        levels = gain * 128 * (np.arange(256) / 128) ** gamma
+        table = np.clip(np.rint(levels), 1, 255).astype(np.uint8)
+        table[0] = 0
+        return table[img]
+
+
+class SARSpeckle(A.ImageOnlyTransform):
+    """Multiplicative speckle of unit mean: the amplitude times the root of a Gamma(L, 1 / L) intensity.
+
+    Exact zeros are nodata and stay zero; no other pixel becomes zero.
+
+    Args:
+        looks: the number of looks L is uniform in this range; fewer looks, more speckle.
+    """
+
+    def __init__(self, looks: tuple[float, float] = (8.0, 32.0), p: float = 0.5) -> None:
+        super().__init__(p=p)
+        self.looks = looks
+
+    def get_params(self) -> dict[str, Any]:
+        return {"n_looks": self.py_random.uniform(*self.looks)}
+
+    def apply(self, img: np.ndarray, n_looks: float, **params: Any) -> np.ndarray:
+        intensity = self.random_generator.standard_gamma(n_looks, img.shape[:2], dtype=np.float32) / n_looks
+        factor = np.sqrt(intensity) / (1 - 1 / (8 * n_looks))  # the mean of the root is 1 - 1 / (8 L) + O(L^-2)
+        noisy = img * factor.reshape(factor.shape + (1,) * (img.ndim - 2))
+        return np.where(img == 0, 0, np.clip(np.rint(noisy), 1, 255)).astype(np.uint8)
+
+
+def sar_transform(
+    crop_size: int,
+    *,
+    scale_range: tuple[float, float] = (0.5, 2.0),
+    max_class_share: float = 1.0,
+    jitter_prob: float = 0.5,
+    speckle_prob: float = 0.0,
+) -> A.Compose:
+    """Augment SAR for training: scaled crop, the eight flips and rotations, gain and gamma, speckle.
+
+    Flips and rotations move the look direction, so the network learns layover and shadow from every side.
+    """
+    radiometry = [SARJitter(p=jitter_prob), SARSpeckle(p=speckle_prob)]
+    return A.Compose([RandomScaledCrop(crop_size, scale_range, max_class_share), A.D4(p=1), *radiometry])
+
+
+def optical_transform(
+    crop_size: int,
+    *,
+    scale_range: tuple[float, float] = (0.5, 2.0),
+    max_class_share: float = 1.0,
+    jitter_prob: float = 0.5,
+) -> A.Compose:
+    """Augment optical images for training: scaled crop, the eight flips and rotations, colour jitter of 0.2."""
+    span = (0.8, 1.2)
+    jitter = A.ColorJitter(brightness=span, contrast=span, saturation=span, hue=(-0.2, 0.2), p=jitter_prob)
+    return A.Compose([RandomScaledCrop(crop_size, scale_range, max_class_share), A.D4(p=1), jitter])
+
+
+def to_pixel_values(image: np.ndarray) -> Tensor:
+    """Return the network's input, as the saved image processor computes it too.
+
+    Args:
+        image: (H, W) or (H, W, 3) uint8; one band is replicated to three.
+
+    Returns:
+        (3, H, W) float32, ImageNet-normalised.
+    """
+    bands = torch.from_numpy(np.ascontiguousarray(image))
+    bands = bands.expand(3, *bands.shape) if image.ndim == 2 else bands.permute(2, 0, 1)
+    mean, std = (torch.tensor(values).view(3, 1, 1) for values in (IMAGE_MEAN, IMAGE_STD))
+    return bands.to(torch.float32).div_(255).sub_(mean).div_(std).contiguous()

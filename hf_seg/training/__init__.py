@@ -1,0 +1,1 @@
+"""Optimisation, checkpoints and evaluation: what the training loops share."""

@@ -1,0 +1,163 @@
+"""Checkpoints that are whole or absent, and the orderly stop of a run.
+
+A checkpoint is `<output_dir>/checkpoints/step_00001000/`: accelerate's state (weights, optimizer, scaler, every RNG)
+and `manifest.json` (progress, and the size of each file). It is written beside its place and renamed into it.
+"""
+
+import json
+import logging
+import os
+import shutil
+import signal
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+
+from hf_seg.arguments import UserError
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass
+class Progress:
+    """How far a run is; everything else of the stream follows from it."""
+
+    step: int = 0  # optimizer steps done
+    samples_seen: int = 0  # position in the stream, over all processes
+    best_mean_iou: float | None = None
+
+
+def save_checkpoint(accelerator: Accelerator, output_dir: Path, progress: Progress, keep: int) -> Path:
+    """Write a checkpoint on an optimizer-step boundary, then delete all but the newest `keep`.
+
+    To be called by every process.
+    """
+    place = output_dir / "checkpoints" / f"step_{progress.step:08d}"
+    aside = place.with_name(place.name + ".partial")
+    if accelerator.is_main_process and aside.exists():
+        shutil.rmtree(aside)
+    accelerator.wait_for_everyone()
+    accelerator.save_state(str(aside))
+    accelerator.wait_for_everyone()
+    if accelerator.is_main_process:
+        files = {str(file.relative_to(aside)): file.stat().st_size for file in aside.rglob("*") if file.is_file()}
+        manifest = {**asdict(progress), "num_processes": accelerator.num_processes, "files": files}
+        (aside / "manifest.json").write_text(json.dumps(manifest, indent=1))
+        for file in aside.rglob("*"):
+            _flush(file)
+        if place.exists():  # from a run that was resumed further back
+            shutil.rmtree(place)
+        os.replace(aside, place)
+        _flush(place.parent)
+        for old in _whole_checkpoints(output_dir)[:-keep]:
+            shutil.rmtree(old)
+    accelerator.wait_for_everyone()
+    return place
+
+
+def _flush(path: Path) -> None:
+    """Make sure that a file or a folder's entries survive a power cut."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _read_manifest(folder: Path) -> dict[str, Any] | None:
+    """Return a checkpoint's manifest, or None if anything of the checkpoint is missing or cut short."""
+    try:
+        manifest = json.loads((folder / "manifest.json").read_text())
+        whole = all((folder / name).stat().st_size == size for name, size in manifest["files"].items())
+    except (OSError, ValueError, KeyError):
+        return None
+    return manifest if whole else None
+
+
+def _whole_checkpoints(output_dir: Path) -> list[Path]:
+    """Return the whole checkpoints, oldest first, and tell of the others."""
+    folders = sorted(output_dir.glob("checkpoints/step_*[0-9]"))
+    for folder in folders:
+        if _read_manifest(folder) is None:
+            logger.warning("%s is not whole and is passed over", folder)
+    return [folder for folder in folders if _read_manifest(folder) is not None]
+
+
+def find_checkpoint(output_dir: Path, choice: str | None) -> Path | None:
+    """Return the checkpoint to resume from, or None to begin at the beginning.
+
+    Args:
+        output_dir: of the run.
+        choice: None, "latest" (the newest whole one, if any) or a checkpoint folder.
+
+    Raises:
+        UserError: the output folder holds a run that would be lost, or the folder named is no whole checkpoint.
+    """
+    existing = _whole_checkpoints(output_dir)
+    if choice is None:
+        if existing or (output_dir / "metrics.jsonl").exists():
+            raise UserError(
+                f"{output_dir} already holds a run; add --resume_from_checkpoint latest to go on with it, "
+                "choose another --output_dir, or delete it"
+            )
+        return None
+    if choice == "latest":
+        if not existing:
+            logger.warning("no checkpoint in %s yet: starting from the beginning", output_dir)
+        return existing[-1] if existing else None
+    if _read_manifest(Path(choice)) is None:
+        others = ", ".join(str(folder) for folder in existing) or "none"
+        raise UserError(f"--resume_from_checkpoint {choice} is no whole checkpoint; whole ones: {others}")
+    return Path(choice)
+
+
+def load_checkpoint(accelerator: Accelerator, folder: Path) -> Progress:
+    """Restore weights, optimizer, scaler and RNGs in place, and return the progress.
+
+    Raises:
+        UserError: the weights do not fit the model.
+    """
+    try:
+        accelerator.load_state(str(folder))
+    except (RuntimeError, ValueError) as error:  # a size mismatch of a model, of an optimizer
+        raise UserError(f"{folder} holds another model or optimizer than these settings build: {error}") from None
+    manifest = json.loads((folder / "manifest.json").read_text())
+    if manifest["num_processes"] != accelerator.num_processes:
+        logger.warning(
+            "the checkpoint is of %d processes, now there are %d", manifest["num_processes"], accelerator.num_processes
+        )
+    return Progress(manifest["step"], manifest["samples_seen"], manifest["best_mean_iou"])
+
+
+class StopSignal:
+    """Turns Ctrl-C and SIGTERM into a question that the loop asks between two steps.
+
+    A second signal does what it would have done without us.
+    """
+
+    def __init__(self, accelerator: Accelerator) -> None:
+        self._accelerator = accelerator
+        self._received: signal.Signals | None = None
+        self._previous = {number: signal.signal(number, self._receive) for number in (signal.SIGINT, signal.SIGTERM)}
+
+    def _receive(self, number: int, frame: FrameType | None) -> None:
+        self._received = signal.Signals(number)
+        self.restore()
+
+    def restore(self) -> None:
+        """Give both signals back to whoever had them."""
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
+
+    def received(self) -> signal.Signals | None:
+        """Return the signal that any process received, or None; all processes get the same answer."""
+        if self._accelerator.num_processes == 1:
+            return self._received
+        # a signal reaches the processes at different moments, and all must stop after the same step
+        mine = torch.tensor([int(self._received or 0)], device=self._accelerator.device)
+        number = int(self._accelerator.gather(mine).max())
+        return signal.Signals(number) if number else None

@@ -1,0 +1,102 @@
+"""What a run says while it runs: progress bar, metrics.jsonl, tracker."""
+
+import json
+import os
+import time
+from dataclasses import asdict
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor
+from tqdm import tqdm
+
+from hf_seg.arguments import RecipeArguments, UserError
+
+
+def check_tracker(report_to: str) -> None:
+    """Raise `UserError` if the tracker's package is not installed; accelerate would silently do without."""
+    if report_to != "none" and find_spec(report_to) is None:
+        raise UserError(f"--report_to {report_to} needs a package: pip install 'hf_seg[{report_to}]'; or choose none")
+
+
+class RunLog:
+    """Averages the losses of `logging_steps` steps over all processes and writes them in three places.
+
+    Args:
+        accelerator: built with `log_with=args.report_to`.
+        step: optimizer steps done; what metrics.jsonl holds beyond it, from a run that was killed, is cut off.
+    """
+
+    def __init__(self, accelerator: Accelerator, args: RecipeArguments, step: int) -> None:
+        self.accelerator = accelerator
+        self.logging_steps = args.logging_steps
+        self.path = Path(args.output_dir) / "metrics.jsonl"
+        self._sums: dict[str, Tensor] = {}
+        self._count = 0
+        self._images = 0
+        self._since = time.perf_counter()
+        if accelerator.is_main_process:
+            kept = [line for line in read_metrics(self.path) if line["step"] <= step]
+            aside = self.path.with_suffix(".partial")
+            aside.write_text("".join(json.dumps(line) + "\n" for line in kept))
+            os.replace(aside, self.path)
+        settings = {key: value for key, value in asdict(args).items() if isinstance(value, int | float | str)}
+        accelerator.init_trackers("hf_seg", config=settings)
+        self.bar = tqdm(
+            total=args.max_train_steps,
+            initial=step,
+            unit="step",
+            smoothing=0.05,
+            disable=not accelerator.is_main_process,
+        )
+
+    def add(self, losses: dict[str, Tensor], images: int) -> None:
+        """Take note of one micro-batch: its losses, and its images over all processes."""
+        for name, value in losses.items():
+            self._sums[name] = self._sums.get(name, torch.zeros((), device=value.device)) + value.detach()
+        self._count += 1
+        self._images += images
+
+    def end_step(self, step: int, learning_rate: float) -> None:
+        """Advance the bar; every `logging_steps` steps write the means since the last line."""
+        self.bar.update()
+        if step % self.logging_steps:
+            return
+        means = {
+            name: float(self.accelerator.reduce(total / self._count, "mean")) for name, total in self._sums.items()
+        }
+        rate = self._images / (time.perf_counter() - self._since)
+        self.bar.set_postfix(loss=f"{means['loss']:.3f}", lr=f"{learning_rate:.1e}", img_s=f"{rate:.1f}")
+        self.write({"step": step, **means, "learning_rate": learning_rate, "images_per_second": round(rate, 2)})
+        self.restart_clock()
+
+    def restart_clock(self) -> None:
+        """Begin a new average, for instance after a validation."""
+        self._sums, self._count, self._images, self._since = {}, 0, 0, time.perf_counter()
+
+    def write(self, record: dict[str, Any]) -> None:
+        """Append one line to metrics.jsonl and send its numbers to the tracker."""
+        if self.accelerator.is_main_process:
+            with self.path.open("a") as file:
+                file.write(json.dumps(record) + "\n")
+        numbers = {key: value for key, value in record.items() if isinstance(value, int | float) and key != "step"}
+        self.accelerator.log(numbers, step=record["step"])
+
+    def close(self) -> None:
+        """End bar and tracker."""
+        self.bar.close()
+        self.accelerator.end_training()
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """Return the lines of a metrics.jsonl; none if there is no file, and not a last line that a kill cut short."""
+    records = []
+    for line in path.read_text().splitlines() if path.exists() else []:
+        try:
+            records.append(json.loads(line))
+        except json.JSONDecodeError:
+            break
+    return records

@@ -1,0 +1,225 @@
+"""Stage 2: teach a SAR network from noisy labels by CE + reverse CE + Lovász-softmax.
+
+    accelerate launch recipes/stage2.py --config recipes/configs/stage2/segformer_b5.yaml \\
+        --data_dir data/dfc25_track1 --output_dir runs/stage2_b5
+
+Without `--pseudo_labels` the labels are the official pseudo-labels of OpenEarthMap-SAR. A killed run goes on with
+`--resume_from_checkpoint latest`. Every setting: `python recipes/stage2.py --help`.
+
+Several processes share each global batch and average gradients. Equal to one process are cross entropy and reverse
+cross entropy, where all processes see as many labelled pixels. Lovász-softmax sees the local batch only, and so does
+BatchNorm on a CPU; on GPUs it is synchronised.
+"""
+
+import logging
+import math
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import set_seed
+from torch import Tensor, nn
+from transformers import UperNetForSemanticSegmentation
+from transformers.utils.logging import disable_progress_bar
+
+from hf_seg.arguments import (
+    Stage2Arguments,
+    UserError,
+    check_same_recipe,
+    dump_recipe,
+    one_line_errors,
+    parse_arguments,
+)
+from hf_seg.data.dataloaders import AugmentedStream, LabelledImages, load_pseudo_labels, train_dataloader
+from hf_seg.data.open_earth_map import DatasetError, load_open_earth_map_sar
+from hf_seg.data.transforms import sar_transform
+from hf_seg.hub.export import export_model
+from hf_seg.losses import noise_robust_loss
+from hf_seg.models import SegmentationLogits, SegmentationNetwork, build_model
+from hf_seg.report.plots import plot_curves
+from hf_seg.training.checkpoints import Progress, StopSignal, find_checkpoint, load_checkpoint, save_checkpoint
+from hf_seg.training.evaluation import draw_results, evaluate_network
+from hf_seg.training.optimization import build_optimizer, build_schedule
+from hf_seg.training.run_log import RunLog, check_tracker
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Train, validate, export."""
+    args = parse_arguments(Stage2Arguments, argv)
+    check_tracker(args.report_to)
+    output_dir = Path(args.output_dir)
+    accelerator = Accelerator(
+        cpu=not torch.accelerator.is_available(),
+        mixed_precision=args.mixed_precision,
+        gradient_accumulation_steps=args.gradient_accumulation_steps,
+        log_with=None if args.report_to == "none" else args.report_to,
+        project_dir=output_dir / "tracker",
+    )
+    logging.basicConfig(level=logging.INFO if accelerator.is_main_process else logging.ERROR, format="%(message)s")
+    logging.getLogger("accelerate").setLevel(logging.WARNING)
+    disable_progress_bar()
+
+    checkpoint = find_checkpoint(output_dir, args.resume_from_checkpoint)
+    if checkpoint is not None:
+        check_same_recipe(args, output_dir / "recipe.yaml")
+    accelerator.wait_for_everyone()
+    if accelerator.is_main_process:
+        output_dir.mkdir(parents=True, exist_ok=True)
+        (output_dir / "recipe.yaml").write_text(dump_recipe(args), encoding="utf-8")
+
+    train_images, val_images = load_images(args, accelerator)
+    set_seed(args.seed)
+    network = build_network(args, accelerator)
+    optimizer = build_optimizer(
+        network.model,
+        learning_rate=args.learning_rate,
+        head_lr_multiplier=args.head_lr_multiplier,
+        weight_decay=args.weight_decay,
+    )
+    schedule = build_schedule(
+        optimizer, max_train_steps=args.max_train_steps, warmup_steps=args.warmup_steps, power=args.lr_power
+    )
+    network, optimizer = accelerator.prepare(network, optimizer)
+    set_seed(args.seed, device_specific=True)  # dropout differs between processes
+    progress = Progress() if checkpoint is None else load_checkpoint(accelerator, checkpoint)
+
+    transform = sar_transform(
+        args.crop_size,
+        scale_range=(args.min_scale, args.max_scale),
+        max_class_share=args.max_class_share,
+        jitter_prob=args.jitter_prob,
+        speckle_prob=args.speckle_prob,
+    )
+    images_per_pass = args.per_device_train_batch_size * accelerator.num_processes
+    images_left = (args.max_train_steps - progress.step) * images_per_pass * args.gradient_accumulation_steps
+    loader = train_dataloader(
+        AugmentedStream(train_images, transform, args.seed),
+        start=progress.samples_seen,
+        stop=progress.samples_seen + images_left,
+        batch_size=args.per_device_train_batch_size,
+        process_index=accelerator.process_index,
+        num_processes=accelerator.num_processes,
+        num_workers=args.dataloader_num_workers,
+    )
+    accelerator.print(
+        f"{len(train_images)} training images, {images_per_pass * args.gradient_accumulation_steps} a step on "
+        f"{accelerator.num_processes} process(es), {accelerator.device}; steps {progress.step} to {args.max_train_steps}"
+    )
+
+    results: dict[str, Any] | None = None
+    stop = StopSignal(accelerator)
+    log = RunLog(accelerator, args, progress.step)
+    network.train()
+    for batch in loader:
+        schedule.step_update(progress.step)
+        with accelerator.accumulate(network):
+            outputs = network(batch["pixel_values"].to(accelerator.device, non_blocking=True))
+            losses = training_loss(outputs, batch["labels"].to(accelerator.device, non_blocking=True), args)
+            if not math.isfinite(losses["loss"].item()):
+                raise UserError(
+                    f"the loss is {losses['loss'].item()} at step {progress.step + 1}, images "
+                    f"{', '.join(batch['image_id'])}; try a lower --learning_rate, --max_grad_norm 1, or bf16 for fp16"
+                )
+            accelerator.backward(losses["loss"])
+            if accelerator.sync_gradients and args.max_grad_norm:
+                accelerator.clip_grad_norm_(network.parameters(), args.max_grad_norm)
+            optimizer.step()
+            optimizer.zero_grad()
+        progress.samples_seen += images_per_pass
+        log.add(losses, images_per_pass)
+        if not accelerator.sync_gradients:
+            continue
+
+        progress.step += 1
+        log.end_step(progress.step, learning_rate=optimizer.param_groups[0]["lr"])
+        is_last = progress.step == args.max_train_steps
+        results = None
+        if val_images is not None and (is_last or progress.step % args.eval_steps == 0):
+            results = evaluate(network, val_images, accelerator, args)
+            log.write({"step": progress.step, **results})
+            if progress.best_mean_iou is None or results["mean_iou"] > progress.best_mean_iou:
+                progress.best_mean_iou = results["mean_iou"]
+                if accelerator.is_main_process:
+                    export(accelerator.unwrap_model(network), output_dir / "best", results, args, progress.step)
+            log.restart_clock()
+        signal = stop.received()
+        if signal or is_last or (args.checkpointing_steps and progress.step % args.checkpointing_steps == 0):
+            saved = save_checkpoint(accelerator, output_dir, progress, args.save_total_limit)
+        if signal and not is_last:
+            log.close()
+            accelerator.print(f"\n{signal.name}: saved {saved}; go on with --resume_from_checkpoint latest")
+            sys.exit(128 + signal)
+    stop.restore()
+    log.close()
+
+    if results is None and val_images is not None:  # resumed after the last step
+        results = evaluate(network, val_images, accelerator, args)
+    if accelerator.is_main_process:
+        network = accelerator.unwrap_model(network)
+        export(network, output_dir, results, args, progress.step)
+        plot_curves(output_dir / "metrics.jsonl", output_dir / "figures" / "curves.png")
+        if results is not None and val_images is not None:
+            draw_results(network, val_images, results, output_dir / "figures", accelerator, **window_settings(args))
+        print(f"model, results and figures: {output_dir}")
+    accelerator.wait_for_everyone()
+
+
+def load_images(args: Stage2Arguments, accelerator: Accelerator) -> tuple[LabelledImages, LabelledImages | None]:
+    """Load SAR training images with their noisy labels, and validation images with their manual ones."""
+    with accelerator.main_process_first():  # the first process checks and indexes the files, the others find the index
+        pseudo_labels = None if args.pseudo_labels is None else load_pseudo_labels(args.pseudo_labels)
+        train_rows = load_open_earth_map_sar(args.data_dir, "train")
+        val_rows = load_open_earth_map_sar(args.data_dir, "val") if args.eval_steps else None
+    train_images = LabelledImages(train_rows, "sar", pseudo_labels=pseudo_labels, keep_background=args.keep_background)
+    return train_images, None if val_rows is None else LabelledImages(val_rows, "sar")
+
+
+def build_network(args: Stage2Arguments, accelerator: Accelerator) -> SegmentationNetwork:
+    """Build the network that is trained."""
+    model = build_model(args.model_name_or_path, crop_size=args.crop_size, from_scratch=args.from_scratch)
+    network = SegmentationNetwork(model)
+    if args.gradient_checkpointing:
+        network.enable_gradient_checkpointing()
+    if accelerator.num_processes > 1 and accelerator.device.type == "cuda":
+        return nn.SyncBatchNorm.convert_sync_batchnorm(network)
+    if isinstance(model, UperNetForSemanticSegmentation):  # BatchNorm of its 1 x 1 pooling branch
+        args.require("per_device_train_batch_size", args.per_device_train_batch_size > 1, "at least 2 for UperNet")
+    return network
+
+
+def training_loss(outputs: SegmentationLogits, labels: Tensor, args: Stage2Arguments) -> dict[str, Tensor]:
+    """Return the terms of the loss and their sum `loss`, the auxiliary head's included."""
+    weights = {"ce_weight": args.ce_weight, "rce_weight": args.rce_weight, "lovasz_weight": args.lovasz_weight}
+    losses = noise_robust_loss(outputs.logits, labels, **weights, epsilon=args.rce_epsilon)
+    if outputs.auxiliary_logits is not None:
+        auxiliary = noise_robust_loss(outputs.auxiliary_logits, labels, **weights, epsilon=args.rce_epsilon)
+        losses["loss"] = losses["loss"] + args.auxiliary_weight * auxiliary["loss"]
+    return losses
+
+
+def evaluate(
+    network: nn.Module, images: LabelledImages, accelerator: Accelerator, args: Stage2Arguments
+) -> dict[str, Any]:
+    """Score the network on whole validation tiles."""
+    results = evaluate_network(accelerator.unwrap_model(network), images, accelerator, **window_settings(args))
+    accelerator.print(f"\nmIoU {results['mean_iou']:.4f}, overall accuracy {results['overall_accuracy']:.4f}")
+    return results
+
+
+def window_settings(args: Stage2Arguments) -> dict[str, int]:
+    """Return the sliding window that fits the crop."""
+    stride = max(1, round(args.eval_stride * args.crop_size))
+    return {"window": args.crop_size, "stride": stride, "batch_size": args.eval_batch_size}
+
+
+def export(network: nn.Module, folder: Path, results: dict[str, Any] | None, args: Stage2Arguments, step: int) -> None:
+    """Write model, recipe and results to a folder."""
+    results = None if results is None else {**results, "step": step}
+    export_model(network.model, folder, crop_size=args.crop_size, recipe=dump_recipe(args), results=results)
+
+
+if __name__ == "__main__":
+    with one_line_errors(DatasetError):
+        main()
