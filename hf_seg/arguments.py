@@ -114,12 +114,13 @@ BOUNDS: dict[str, tuple[float, float]] = {
     **dict.fromkeys(("max_train_steps", "per_device_train_batch_size", "gradient_accumulation_steps"), (1, INFINITY)),
     **dict.fromkeys(("eval_batch_size", "save_total_limit", "logging_steps"), (1, INFINITY)),
     **dict.fromkeys(("warmup_steps", "eval_steps", "checkpointing_steps", "dataloader_num_workers"), (0, INFINITY)),
-    **dict.fromkeys(("weight_decay", "lr_power", "max_grad_norm", "seed"), (0, INFINITY)),
+    **dict.fromkeys(("weight_decay", "lr_power", "max_grad_norm"), (0, INFINITY)),
     **dict.fromkeys(("ce_weight", "rce_weight", "lovasz_weight", "auxiliary_weight"), (0, INFINITY)),
     **dict.fromkeys(("learning_rate", "head_lr_multiplier", "min_scale", "max_scale"), (TINY, 1e6)),
     **dict.fromkeys(("eval_stride", "max_class_share", "rce_epsilon"), (TINY, 1)),
     **dict.fromkeys(("jitter_prob", "speckle_prob"), (0, 1)),
     "crop_size": (32, INFINITY),
+    "seed": (0, 2**31),  # numpy's global generator takes 32 bits, and each process adds its index
 }
 
 
@@ -134,6 +135,10 @@ class Stage2Arguments(RecipeArguments):
     lovasz_weight: float = setting(1.0, "weight of Lovász-softmax")
     rce_epsilon: float = setting(1e-4, "probability of an absent class in reverse cross entropy")
     auxiliary_weight: float = setting(0.4, "weight of UperNet's auxiliary head in the loss")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.require("ce_weight", self.ce_weight + self.rce_weight + self.lovasz_weight > 0, "above 0 if no other is")
 
 
 # What belongs to one launch and not to the recipe.
@@ -191,15 +196,22 @@ _StrictLoader.yaml_implicit_resolvers = {
     for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
 }
 _StrictLoader.add_implicit_resolver("tag:yaml.org,2002:bool", re.compile(r"(true|false)$", re.IGNORECASE), list("tTfF"))
-_StrictLoader.add_implicit_resolver(
-    "tag:yaml.org,2002:float", re.compile(r"[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"), list("-+.0123456789")
-)
+_EXPONENT = ("tag:yaml.org,2002:float", re.compile(r"[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"), list("-+.0123456789"))
+_StrictLoader.add_implicit_resolver(*_EXPONENT)
+
+
+class _StrictDumper(yaml.SafeDumper):
+    """Safe YAML that also quotes text like `1e-4`, which the loader would take for a number."""
+
+
+_StrictDumper.add_implicit_resolver(*_EXPONENT)
 
 
 def _read_yaml(path: Path, settings: type[RecipeArguments]) -> dict[str, Any]:
     """Return the settings in a flat YAML file, each of the type that its field declares."""
     try:
-        values = yaml.load(path.read_text(encoding="utf-8"), _StrictLoader) or {}  # noqa: S506 (a SafeLoader)
+        values = yaml.load(path.read_text(encoding="utf-8"), _StrictLoader)  # noqa: S506 (a SafeLoader)
+        values = {} if values is None else values  # an empty file
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{path}: cannot be read as settings: {error}") from None
     except (yaml.YAMLError, UserError) as error:
@@ -241,7 +253,7 @@ FREE_ON_RESUME = frozenset(
 def dump_recipe(args: RecipeArguments) -> str:
     """Return the resolved settings as YAML; as `--config` they repeat the run."""
     values = {key: value for key, value in dataclasses.asdict(args).items() if key not in _LAUNCH_ONLY}
-    return yaml.safe_dump(values, sort_keys=False, allow_unicode=True)
+    return yaml.dump(values, Dumper=_StrictDumper, sort_keys=False, allow_unicode=True)
 
 
 def check_same_recipe(args: RecipeArguments, recipe: Path) -> None:

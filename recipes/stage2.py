@@ -104,8 +104,8 @@ def main(argv: list[str] | None = None) -> None:
         num_workers=args.dataloader_num_workers,
     )
     accelerator.print(
-        f"{len(train_images)} training images, {images_per_pass * args.gradient_accumulation_steps} a step on "
-        f"{accelerator.num_processes} process(es), {accelerator.device}; steps {progress.step} to {args.max_train_steps}"
+        f"steps {progress.step} to {args.max_train_steps}: {images_per_pass * args.gradient_accumulation_steps} of "
+        f"{len(train_images)} images a step on {accelerator.num_processes} process(es), {accelerator.device}"
     )
 
     results: dict[str, Any] | None = None
@@ -118,9 +118,10 @@ def main(argv: list[str] | None = None) -> None:
             outputs = network(batch["pixel_values"].to(accelerator.device, non_blocking=True))
             losses = training_loss(outputs, batch["labels"].to(accelerator.device, non_blocking=True), args)
             if not math.isfinite(losses["loss"].item()):
+                log.close()
                 raise UserError(
                     f"the loss is {losses['loss'].item()} at step {progress.step + 1}, images "
-                    f"{', '.join(batch['image_id'])}; try a lower --learning_rate, --max_grad_norm 1, or bf16 for fp16"
+                    f"{', '.join(batch['image_id'])}; try a lower --learning_rate, --max_grad_norm 1, bf16 for fp16"
                 )
             accelerator.backward(losses["loss"])
             if accelerator.sync_gradients and args.max_grad_norm:
@@ -149,7 +150,8 @@ def main(argv: list[str] | None = None) -> None:
             saved = save_checkpoint(accelerator, output_dir, progress, args.save_total_limit)
         if signal and not is_last:
             log.close()
-            accelerator.print(f"\n{signal.name}: saved {saved}; go on with --resume_from_checkpoint latest")
+            accelerator.end_training()
+            accelerator.print(f"{signal.name}: saved {saved}; go on with --resume_from_checkpoint latest")
             sys.exit(128 + signal)
     stop.restore()
     log.close()
@@ -164,6 +166,7 @@ def main(argv: list[str] | None = None) -> None:
             draw_results(network, val_images, results, output_dir / "figures", accelerator, **window_settings(args))
         print(f"model, results and figures: {output_dir}")
     accelerator.wait_for_everyone()
+    accelerator.end_training()
 
 
 def load_images(args: Stage2Arguments, accelerator: Accelerator) -> tuple[LabelledImages, LabelledImages | None]:

@@ -4,6 +4,7 @@ import ast
 import inspect
 import logging
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -14,6 +15,7 @@ import datasets
 import numpy as np
 import pytest
 import rasterio
+from conftest import write_tiff
 
 from hf_seg.data import open_earth_map
 from hf_seg.data.open_earth_map import (
@@ -28,23 +30,7 @@ from hf_seg.data.open_earth_map import (
 )
 from hf_seg.labels import NUM_LABELS
 
-REAL_DATA = Path(__file__).parents[2] / "shared/realdata"
-needs_real_data = pytest.mark.skipif(not REAL_DATA.is_dir(), reason="no real samples here")
 pytestmark = pytest.mark.filterwarnings("ignore::rasterio.errors.NotGeoreferencedWarning")
-
-
-@pytest.fixture(autouse=True)
-def own_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path_factory.mktemp("cache")))
-
-
-def write_tile(path: Path, pixels: np.ndarray, **options: Any) -> None:
-    """Write (C, H, W) pixels as a GeoTIFF."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    bands, height, width = pixels.shape
-    profile = {"driver": "GTiff", "count": bands, "height": height, "width": width, "dtype": pixels.dtype} | options
-    with rasterio.open(path, "w", **profile) as file:
-        file.write(pixels)
 
 
 def random_tile(seed: int, bands: int, high: int, size: int = 32) -> np.ndarray:
@@ -54,9 +40,9 @@ def random_tile(seed: int, bands: int, high: int, size: int = 32) -> np.ndarray:
 def write_pair(root: Path, name: str, seed: int = 0, extension: str = ".tif", label: bool = True) -> None:
     """Write image and label `name` of OpenEarthMap under their region."""
     region = root / name.rpartition("_")[0]
-    write_tile(region / "images" / f"{name}{extension}", random_tile(seed, 3, 256))
+    write_tiff(region / "images" / f"{name}{extension}", random_tile(seed, 3, 256))
     if label:
-        write_tile(region / "labels" / f"{name}{extension}", random_tile(seed + 1, 1, NUM_LABELS))
+        write_tiff(region / "labels" / f"{name}{extension}", random_tile(seed + 1, 1, NUM_LABELS))
 
 
 def make_oem(root: Path) -> Path:
@@ -73,9 +59,9 @@ def make_oem(root: Path) -> Path:
 
 def make_sar(root: Path, names: tuple[str, ...] = ("TrainArea_999", "TrainArea_1000"), split: str = "train") -> Path:
     for seed, name in enumerate(names):
-        write_tile(root / split / "sar_images" / f"{name}.tif", random_tile(seed, 1, 256))
-        write_tile(root / split / "rgb_images" / f"{name}.tif", random_tile(seed, 3, 256))
-        write_tile(root / split / "labels" / f"{name}.tif", random_tile(seed, 1, NUM_LABELS))
+        write_tiff(root / split / "sar_images" / f"{name}.tif", random_tile(seed, 1, 256))
+        write_tiff(root / split / "rgb_images" / f"{name}.tif", random_tile(seed, 3, 256))
+        write_tiff(root / split / "labels" / f"{name}.tif", random_tile(seed, 1, NUM_LABELS))
     return root
 
 
@@ -166,7 +152,7 @@ def test_every_kind_of_hole_is_counted_and_none_is_fatal(tmp_path: Path):
     write_pair(root, "tonga_3", label=False)
     write_pair(root, "tonga_4")
     for name in ("oslo_1", "oslo_2"):
-        write_tile(root / f"oslo/labels/{name}.tif", random_tile(0, 1, NUM_LABELS))
+        write_tiff(root / f"oslo/labels/{name}.tif", random_tile(0, 1, NUM_LABELS))
     (root / "paris/images").mkdir(parents=True)
     (root / "xbd_files.csv").write_bytes(b"quake_0001_pre_disaster.png,oslo_1.tif\r\n")
     names = ["tonga_3", "oslo_1", "oslo_2", "rome_7", "al_qurnah_2", "al_qurnah_2", "tonga_1"]
@@ -188,7 +174,7 @@ def test_every_kind_of_hole_is_counted_and_none_is_fatal(tmp_path: Path):
 
 def test_absent_sar_folder_is_a_missing_modality_but_absent_file_is_a_hole(tmp_path: Path):
     root = make_sar(tmp_path, ("TrainArea_001", "TrainArea_002", "TrainArea_003"))
-    write_tile(root / "val/sar_images/ValArea_001.tif", random_tile(0, 1, 256))
+    write_tiff(root / "val/sar_images/ValArea_001.tif", random_tile(0, 1, 256))
     (root / "train/labels/TrainArea_001.tif").unlink()
     (root / "train/sar_images/TrainArea_003.tif").unlink()
     scan = scan_open_earth_map_sar(root)
@@ -207,9 +193,8 @@ def test_sar_numbers_of_three_and_four_digits_sort_by_value(tmp_path: Path):
     assert dataset.column_names == ["image_id", "optical", "sar", "label"]
 
 
-@needs_real_data
-def test_official_lists_give_the_published_counts(tmp_path: Path):
-    lists = REAL_DATA / "oem_splits"
+def test_official_lists_give_the_published_counts(tmp_path: Path, realdata: Path):
+    lists = realdata / "oem_splits"
     for path in lists.iterdir():
         (tmp_path / path.name).write_bytes(path.read_bytes())
     stems = {split: (lists / f"{split}.txt").read_text().replace(".tif", "").split() for split in open_earth_map.SPLITS}
@@ -232,14 +217,20 @@ def test_official_lists_give_the_published_counts(tmp_path: Path):
     assert {hole.reason for hole in scan.holes} <= {FROM_XBD, "region folder without tiles"}
 
 
-@needs_real_data
-def test_real_samples_load_with_their_counts():
+def test_real_samples_load_with_their_counts(realdata: Path):
     for split, count in (("train", 9), ("val", 2), ("test", 1)):
-        assert len(load_open_earth_map(REAL_DATA, split)) == count
-    assert len(load_open_earth_map_sar(REAL_DATA, "train")) == 5
-    val = load_open_earth_map_sar(REAL_DATA, "val")[0]
+        assert len(load_open_earth_map(realdata, split)) == count
+    assert len(load_open_earth_map_sar(realdata, "train")) == 5
+    val = load_open_earth_map_sar(realdata, "val")[0]
     assert val["optical"] is None
     assert val["sar"].size == val["label"].size == (576, 576)
+
+
+def test_name_that_is_not_utf8_is_a_hole(tmp_path: Path):
+    root = make_oem(tmp_path)
+    (root / "val.txt").write_bytes(b"tonga_1.tif\nk\xf6ln_1.tif\n")
+    assert [row.image_id for row in scan_open_earth_map(root).rows["val"]] == ["tonga_1"]
+    assert holes_of(scan_open_earth_map(root)) == {("val", "listed but not on disk"): ["k\ufffdln_1"]}
 
 
 # --- what the files hold
@@ -252,7 +243,7 @@ def test_every_common_encoding_decodes_to_the_written_pixels(tmp_path: Path, com
     written = {"optical": random_tile(0, 3, 256), "sar": random_tile(1, 1, 256), "label": random_tile(2, 1, 9)}
     for column, folder in open_earth_map.SAR_FOLDERS.items():
         path = tmp_path / "train" / folder / "TrainArea_001.tif"
-        write_tile(path, written[column], compress=compress, **options, **predictor)
+        write_tiff(path, written[column], compress=compress, **options, **predictor)
     row = next(iter(load_open_earth_map_sar(tmp_path, "train", streaming=True)))
     for column, pixels in written.items():
         assert np.array_equal(np.moveaxis(np.atleast_3d(np.asarray(row[column])), -1, 0), pixels), column
@@ -271,29 +262,29 @@ def empty(path: Path) -> None:
 
 
 def sixteen_bit(path: Path) -> None:
-    write_tile(path, random_tile(0, 3, 256).astype(np.uint16))
+    write_tiff(path, random_tile(0, 3, 256).astype(np.uint16))
 
 
 def four_bands(path: Path) -> None:
-    write_tile(path, random_tile(0, 4, 256))
+    write_tiff(path, random_tile(0, 4, 256))
 
 
 def ignore_index_in_file(path: Path) -> None:
-    write_tile(path, np.full((1, 32, 32), 255, np.uint8))
+    write_tiff(path, np.full((1, 32, 32), 255, np.uint8))
 
 
 def smaller(path: Path) -> None:
-    write_tile(path, random_tile(0, 1, 9, size=16))
+    write_tiff(path, random_tile(0, 1, 9, size=16))
 
 
 def colour_table(path: Path) -> None:
-    write_tile(path, random_tile(0, 1, 9), photometric="palette")
+    write_tiff(path, random_tile(0, 1, 9), photometric="palette")
     with rasterio.open(path, "r+") as file:
         file.write_colormap(1, {index: (28 * index, 0, 200, 255) for index in range(9)})
 
 
 def unknown_to_pillow(path: Path) -> None:
-    write_tile(path, random_tile(0, 1, 9), compress="lerc")
+    write_tiff(path, random_tile(0, 1, 9), compress="lerc")
 
 
 @pytest.mark.parametrize(
@@ -365,6 +356,10 @@ def test_empty_split_says_why(tmp_path: Path):
     sar = make_sar(tmp_path / "sar")
     for path in (sar / "train/sar_images").iterdir():
         path.unlink()
+    with pytest.raises(DatasetError, match=r"'train' has no usable tile; found 2 x no file in train/sar_images"):
+        load_open_earth_map_sar(sar, "train")
+    shutil.rmtree(sar / "train/sar_images")
+    (sar / "val/sar_images").mkdir(parents=True)
     with pytest.raises(DatasetError, match=r"'train' has no usable tile; found 2 x no file in train/sar_images"):
         load_open_earth_map_sar(sar, "train")
     with pytest.raises(DatasetError, match=r"'test' has no usable tile; found no file of it"):
@@ -451,8 +446,8 @@ def test_parquet_round_trip_keeps_pixels(tmp_path: Path, embed: bool):
     dataset = load_open_earth_map(root, "train", embed=embed)
     expected = pixels_of(dataset)
     dataset.to_parquet(tmp_path / "train.parquet")
-    for path in root.rglob("*.tif"):
-        path.unlink()
+    if embed:  # the bytes travel along; paths still point at the files
+        shutil.rmtree(root)
     assert pixels_of(datasets.Dataset.from_parquet(str(tmp_path / "train.parquet"))) == expected
 
 

@@ -153,7 +153,7 @@ def test_check_of_a_healthy_folder_exits_with_0_and_writes_json(sar_folder: Path
     assert isinstance(json.loads((tmp_path / "check.json").read_text()), dict)
 
 
-def test_check_of_a_folder_with_a_missing_label_exits_with_1_and_names_it(sar_folder: Path) -> None:
+def test_check_of_a_folder_with_a_damaged_label_exits_with_1_and_names_it(sar_folder: Path) -> None:
     (sar_folder / "train/labels/TrainArea_002.tif").write_bytes(b"no raster")
     status, stdout, _ = run("check", sar_folder)
     assert status == 1

@@ -64,8 +64,11 @@ class LabelledImages:
             labelled = undecoded[:]["label"].is_valid().to_pylist()
         if not all(labelled):
             first = self.image_ids[labelled.index(False)]
-            where = "the pseudo-labels" if pseudo_labels is not None else "the labels"
-            raise DatasetError(f"{labelled.count(False)} of {len(labelled)} images are not in {where}, first {first}")
+            raise DatasetError(
+                f"{labelled.count(False)} of {len(labelled)} images have no {'pseudo-' * (pseudo_labels is not None)}"
+                f"label, first {first}; labels of val and test are archives of their own "
+                "(python scripts/prepare_data.py download), and --eval_steps 0 trains without validation"
+            )
 
     def __len__(self) -> int:
         return len(self.image_ids)

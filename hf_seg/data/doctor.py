@@ -17,6 +17,7 @@ from tqdm.auto import tqdm
 
 from hf_seg.data.open_earth_map import (
     FROM_XBD,
+    NO_LIST,
     XBD_HINT,
     DatasetError,
     Row,
@@ -144,7 +145,8 @@ def examine(data_dir: str | Path, *, num_workers: int | None = None) -> DatasetR
         for (name, _), finding in zip(jobs, tqdm(findings, total=len(jobs), desc="Examining", unit="row"), strict=True):
             splits[name].add(finding)
     for name, split in splits.items():
-        reasons = [str(hole) for hole in scan.holes if hole.split == name]
+        # A split without a list is one that this copy lacks; one that has tiles but can use none is broken.
+        reasons = [str(hole) for hole in scan.holes if hole.split == name and hole.reason != NO_LIST]
         if reasons and not split.rows:
             split.problems.append(f"split {name!r} has no usable tile: {'; '.join(reasons)}")
     notes = [f"{hole.split or 'all splits'}: {hole}" for hole in scan.holes]

@@ -45,6 +45,7 @@ SPLITS = ("train", "val", "test")
 NUM_CLASSES = 9  # restated, so that this file stands alone
 BANDS = {"image": 3, "optical": 3, "sar": 1, "label": 1}
 SAR_FOLDERS = {"optical": "rgb_images", "sar": "sar_images", "label": "labels"}
+NO_LIST = "split list not found"
 FROM_XBD = "image from xBD, not in the release"
 XBD_HINT = "Get xBD at https://xview2.org and copy its images into <region>/images, named as xbd_files.csv says."
 DOWNLOAD_HINT = "Download it again; `python scripts/prepare_data.py check DIR` lists every such file."
@@ -111,7 +112,7 @@ def scan_open_earth_map(data_dir: str | Path) -> Scan:
             Row(name, {"image": images[name], "label": labels.get(name)}) for name in sorted(usable, key=_natural_key)
         ]
         reasons = {
-            "split list not found": set() if split_list.is_file() else {split_list.name},
+            NO_LIST: set() if split_list.is_file() else {split_list.name},
             FROM_XBD: absent & from_xbd,
             "label without image": absent & labels.keys() - from_xbd,
             "listed but not on disk": absent - labels.keys() - from_xbd,
@@ -257,7 +258,7 @@ def load_open_earth_map(
     Args:
         data_dir: the unpacked release, or a folder around it.
         split: train, val or test.
-        embed: store the files' bytes instead of their paths.
+        embed: store the files' bytes, so that `to_parquet` carries them (`push_to_hub` always does), not their paths.
         streaming: check and yield rows on the fly, without a cache; an IterableDataset.
         num_proc: processes that check the files, the first time.
 

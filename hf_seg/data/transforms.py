@@ -62,7 +62,7 @@ class RandomScaledCrop(A.DualTransform):
         return self._cut(img, top, left, side, cv2.INTER_LINEAR, 0)
 
     def apply_to_mask(self, mask: np.ndarray, top: int, left: int, side: int, **params: Any) -> np.ndarray:
-        return self._cut(mask, top, left, side, cv2.INTER_NEAREST, IGNORE_INDEX)
+        return self._cut(mask, top, left, side, cv2.INTER_NEAREST_EXACT, IGNORE_INDEX)
 
     def _cut(self, array: np.ndarray, top: int, left: int, side: int, interpolation: int, fill: int) -> np.ndarray:
         window = array[max(top, 0) : top + side, max(left, 0) : left + side]

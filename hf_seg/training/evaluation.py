@@ -61,13 +61,13 @@ def evaluate_network(
     window: int,
     stride: int,
     batch_size: int,
-    on_prediction: Callable[[np.ndarray, np.ndarray], None] | None = None,
+    on_prediction: Callable[[str, np.ndarray, np.ndarray], None] | None = None,
 ) -> dict[str, Any]:
     """Score a network on whole images, shared among the processes, each image counted once.
 
     Args:
         network: the unwrapped network; put into eval mode and back.
-        on_prediction: called with each (prediction, label) of this process.
+        on_prediction: called with (image_id, prediction, label) of each image of this process.
 
     Returns:
         `mean_iou`, `overall_accuracy`, `iou`, `n_classes_present`, `confusion_matrix`, `n_images` over all processes.
@@ -80,11 +80,11 @@ def evaluate_network(
     counts = ConfusionMatrix()
     mine = range(accelerator.process_index, len(images), accelerator.num_processes)
     for index in tqdm(mine, desc="validation", unit="tile", leave=False, disable=not accelerator.is_main_process):
-        _, image, label = images[index]
+        image_id, image, label = images[index]
         prediction = predict_image(network, image, accelerator, window=window, stride=stride, batch_size=batch_size)
         counts.update(prediction, label)
         if on_prediction is not None:
-            on_prediction(prediction, label)
+            on_prediction(image_id, prediction, label)
     network.train(was_training)
     total = accelerator.reduce(torch.from_numpy(counts.matrix).to(accelerator.device), reduction="sum")
     counts.matrix[:] = total.cpu().numpy()

@@ -86,9 +86,8 @@ class RunLog:
         self.accelerator.log(numbers, step=record["step"])
 
     def close(self) -> None:
-        """End bar and tracker."""
+        """End the progress bar; `accelerator.end_training` ends the tracker, and with it all communication."""
         self.bar.close()
-        self.accelerator.end_training()
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:

@@ -1,0 +1,116 @@
+"""Runs a recipe's `main` in processes of its own, which a test may kill at an exact moment.
+
+The processes are forked from a server that has imported the recipe once, so each starts in no time and clean.
+"""
+
+import multiprocessing
+import os
+import signal
+import socket
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "recipes"))
+import stage2
+
+from hf_seg.arguments import one_line_errors
+from hf_seg.data.open_earth_map import DatasetError
+
+_context = multiprocessing.get_context("forkserver")
+# all that is slow to import; the server of Python 3.11 does not find modules of this folder
+_context.set_forkserver_preload(["hf_seg.training.evaluation", "hf_seg.training.optimization", "hf_seg.hub.export"])
+
+
+@dataclass
+class Result:
+    """How a recipe ended: exit code (negative: killed by that signal) and what it printed, per process."""
+
+    exit_codes: list[int | None]
+    output: str
+
+
+def run_stage2(*argv: str, log: Path, processes: int = 1, disturb: str = "", timeout: float = 240) -> Result:
+    """Run `recipes/stage2.py` with a command line, on one or several processes that talk over gloo.
+
+    Args:
+        argv: the command line.
+        log: file that receives what is printed.
+        disturb: "EVENT:N", see `_DISTURBANCES`: what happens to the process at the N-th such event.
+    """
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    started = [
+        _context.Process(target=_run, args=(argv, log, rank, processes, port, disturb)) for rank in range(processes)
+    ]
+    for process in started:
+        process.start()
+    for process in started:
+        process.join(timeout)
+        if process.is_alive():
+            process.kill()
+            process.join()
+    return Result([process.exitcode for process in started], log.read_text())
+
+
+def _run(argv: tuple[str, ...], log: Path, rank: int, processes: int, port: int, disturb: str) -> None:
+    descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    os.dup2(descriptor, 1)
+    os.dup2(descriptor, 2)
+    torch.set_num_threads(1)
+    if processes > 1:
+        os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(processes))
+        os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    if disturb:
+        event, _, number = disturb.partition(":")
+        _DISTURBANCES[event](int(number or 0))
+    with one_line_errors(DatasetError):
+        stage2.main(list(argv))
+
+
+def _at_call(owner: object, name: str, number: int, action: Callable[..., object], *, after: bool) -> None:
+    """Do something before or after the `number`-th call of a function; the call itself stays what it is."""
+    function, calls = getattr(owner, name), 0
+
+    def counted(*args: object, **kwargs: object) -> object:
+        nonlocal calls
+        calls += 1
+        if calls == number and not after:
+            action(*args)
+        result = function(*args, **kwargs)
+        if calls == number and after:
+            action(*args)
+        return result
+
+    setattr(owner, name, counted)
+
+
+def _send(number: int) -> Callable[..., object]:
+    return lambda *_: os.kill(os.getpid(), number)
+
+
+def _cut_checkpoint(_: Accelerator, folder: str) -> None:
+    """Leave a file of the checkpoint in progress half written, then die."""
+    file = Path(folder) / "model.safetensors"
+    os.truncate(file, file.stat().st_size // 2)
+    _send(signal.SIGKILL)()
+
+
+def _freeze_batch_norm(_: int) -> None:
+    torch.nn.BatchNorm2d.train = lambda self, mode=True: torch.nn.Module.train(self, False)  # type: ignore[method-assign]
+
+
+_DISTURBANCES: dict[str, Callable[[int], None]] = {
+    "kill_before_step": lambda n: _at_call(torch.optim.AdamW, "step", n, _send(signal.SIGKILL), after=False),
+    "kill_after_step": lambda n: _at_call(torch.optim.AdamW, "step", n, _send(signal.SIGKILL), after=True),
+    "kill_in_checkpoint": lambda n: _at_call(Accelerator, "save_state", n, _cut_checkpoint, after=True),
+    "kill_in_export": lambda n: _at_call(stage2, "export_model", n, _send(signal.SIGKILL), after=False),
+    "terminate_after_step": lambda n: _at_call(torch.optim.AdamW, "step", n, _send(signal.SIGTERM), after=True),
+    "interrupt_after_step": lambda n: _at_call(torch.optim.AdamW, "step", n, _send(signal.SIGINT), after=True),
+    "freeze_batch_norm": _freeze_batch_norm,
+}

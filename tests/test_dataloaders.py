@@ -1,0 +1,274 @@
+"""The training stream is a function of (seed, position), and labels are joined and cleaned once."""
+
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import datasets
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from hf_seg.arguments import UserError
+from hf_seg.data.dataloaders import (
+    AugmentedStream,
+    LabelledImages,
+    PositionSampler,
+    collate,
+    index_at,
+    load_pseudo_labels,
+    seed_at,
+    train_dataloader,
+)
+from hf_seg.data.open_earth_map import DatasetError, load_open_earth_map_sar
+from hf_seg.data.transforms import sar_transform, to_pixel_values
+from hf_seg.labels import IGNORE_INDEX
+
+Batch = dict[str, Any]
+
+
+@pytest.fixture(scope="module")
+def rows(oem_sar: Path) -> datasets.Dataset:
+    return load_open_earth_map_sar(oem_sar, "train")
+
+
+@pytest.fixture(scope="module")
+def stream(rows: datasets.Dataset) -> AugmentedStream:
+    transform = sar_transform(32, jitter_prob=0.5, speckle_prob=0.5, max_class_share=0.75)
+    return AugmentedStream(LabelledImages(rows, "sar"), transform, seed=3)
+
+
+def batches(stream: AugmentedStream, **settings: int) -> list[Batch]:
+    return list(train_dataloader(stream, **{"start": 0, "stop": 20, "batch_size": 2} | settings))
+
+
+def same(ours: list[Batch], theirs: list[Batch]) -> bool:
+    return len(ours) == len(theirs) and all(
+        a["image_id"] == b["image_id"]
+        and torch.equal(a["pixel_values"], b["pixel_values"])
+        and torch.equal(a["labels"], b["labels"])
+        for a, b in zip(ours, theirs, strict=True)
+    )
+
+
+def test_a_sample_depends_on_seed_and_position_alone(rows: datasets.Dataset, stream: AugmentedStream) -> None:
+    other = AugmentedStream(LabelledImages(rows, "sar"), sar_transform(32, speckle_prob=0.5, max_class_share=0.75), 3)
+    forward = [stream[position] for position in range(8)]
+    torch.rand(3), np.random.rand(3)
+    backward = [other[position] for position in reversed(range(8))][::-1]
+    assert same([collate(forward)], [collate(backward)])
+    assert len({sample["pixel_values"].numpy().tobytes() for sample in forward}) == 8
+    reseeded = AugmentedStream(other.samples, other.transform, 4)
+    assert not same([collate(forward)], [collate([reseeded[position] for position in range(8)])])
+
+
+def test_a_sample_has_the_networks_shapes(stream: AugmentedStream) -> None:
+    sample = stream[0]
+    assert (sample["pixel_values"].shape, sample["pixel_values"].dtype) == ((3, 32, 32), torch.float32)
+    assert (sample["labels"].shape, sample["labels"].dtype) == ((32, 32), torch.int64)
+    batch = batches(stream)[0]
+    assert (batch["pixel_values"].shape, batch["labels"].shape) == ((2, 3, 32, 32), (2, 32, 32))
+    assert len(batch["image_id"]) == 2
+
+
+def test_an_image_looks_different_in_every_epoch(stream: AugmentedStream) -> None:
+    position_in = [[index_at(3, epoch * 6 + offset, 6) for offset in range(6)].index(0) for epoch in range(5)]
+    samples = [stream[epoch * 6 + offset] for epoch, offset in enumerate(position_in)]
+    assert len({sample["image_id"] for sample in samples}) == 1
+    assert len({sample["pixel_values"].numpy().tobytes() for sample in samples}) == 5
+
+
+def test_workers_change_nothing(stream: AugmentedStream) -> None:
+    assert same(batches(stream), batches(stream, num_workers=2))
+
+
+@pytest.mark.parametrize("accumulation", [1, 3])
+def test_processes_share_each_global_batch(stream: AugmentedStream, accumulation: int) -> None:
+    stop = 2 * 2 * 2 * accumulation
+    alone = batches(stream, batch_size=4, stop=stop)
+    shares = [batches(stream, stop=stop, process_index=index, num_processes=2) for index in range(2)]
+    together: list[Batch] = [
+        {key: [*a[key], *b[key]] if key == "image_id" else torch.cat([a[key], b[key]]) for key in a}
+        for a, b in zip(*shares, strict=True)
+    ]
+    assert len(alone) == 2 * accumulation
+    assert same(alone, together)
+
+
+@pytest.mark.parametrize("seen", [2, 6, 18])
+def test_a_resumed_stream_goes_on_as_if_never_stopped(stream: AugmentedStream, seen: int) -> None:
+    assert same(batches(stream)[seen // 2 :], batches(stream, start=seen))
+
+
+def test_a_finished_stream_is_empty(stream: AugmentedStream) -> None:
+    assert batches(stream, start=20) == []
+    assert len(PositionSampler(20, 20, 2)) == 0
+
+
+@pytest.mark.parametrize(("batch_size", "num_processes"), [(1, 1), (2, 1), (3, 2), (2, 4)])
+def test_every_position_is_drawn_once(batch_size: int, num_processes: int) -> None:
+    stop = 5 + 2 * batch_size * num_processes
+    samplers = [PositionSampler(5, stop, batch_size, index, num_processes) for index in range(num_processes)]
+    drawn = [position for sampler in samplers for batch in sampler for position in batch]
+    assert sorted(drawn) == [*range(5, stop)]
+    assert {len(sampler) for sampler in samplers} == {2}
+
+
+@pytest.mark.parametrize("length", [1, 2, 7, 100])
+def test_every_epoch_is_a_permutation_and_no_two_are_alike(length: int) -> None:
+    epochs = [[index_at(0, epoch * length + offset, length) for offset in range(length)] for epoch in range(6)]
+    assert all(sorted(epoch) == [*range(length)] for epoch in epochs)
+    assert length < 7 or len({tuple(epoch) for epoch in epochs}) == 6
+    assert length < 7 or epochs[0] != [index_at(1, offset, length) for offset in range(length)]
+
+
+def test_random_access_to_the_order_agrees_with_sequential() -> None:
+    sequence = [index_at(0, position, 7) for position in range(70)]
+    shuffled = np.random.default_rng(0).permutation(70)
+    assert [sequence[position] for position in shuffled] == [index_at(0, position, 7) for position in shuffled]
+
+
+def test_seeds_of_positions_do_not_collide_more_than_by_chance() -> None:
+    seeds = [seed_at(seed, position) for seed in range(2) for position in range(20_000)]
+    assert len(set(seeds)) >= len(seeds) - 5  # 0.2 expected among 32 bits
+    assert 0 <= min(seeds) < 2**20 * 5
+    assert 2**32 - 2**20 * 5 < max(seeds) < 2**32
+    assert np.corrcoef(seeds[:-1], seeds[1:])[0, 1] == pytest.approx(0, abs=0.02)
+
+
+def test_loading_leaves_the_global_generators_alone(stream: AugmentedStream) -> None:
+    torch.manual_seed(0)
+    np.random.seed(0)
+    before, numpy_before = torch.get_rng_state(), np.random.get_state()[1].copy()  # type: ignore[union-attr, index]
+    batches(stream)
+    iterator: Iterator[Batch] = iter(train_dataloader(stream, start=0, stop=8, batch_size=2, num_workers=1))
+    next(iterator)
+    assert torch.equal(torch.get_rng_state(), before)
+    assert np.array_equal(np.random.get_state()[1], numpy_before)  # type: ignore[index, arg-type]
+
+
+def tiles(*labels: np.ndarray | None) -> datasets.Dataset:
+    """Rows like OpenEarthMap-SAR's, with images of each label's size."""
+    shapes = [(4, 4) if label is None else label.shape for label in labels]
+    columns = {
+        "image_id": [f"TrainArea_{number:03d}" for number in range(len(labels))],
+        "sar": [Image.fromarray(np.full(shape, number, np.uint8)) for number, shape in enumerate(shapes)],
+        "label": [label if label is None else Image.fromarray(label) for label in labels],
+    }
+    features = {"image_id": datasets.Value("string"), "sar": datasets.Image(), "label": datasets.Image(mode="L")}
+    return datasets.Dataset.from_dict(columns, features=datasets.Features(features))
+
+
+def pseudo_labels_of(**labels: np.ndarray) -> datasets.Dataset:
+    features = datasets.Features({"image_id": datasets.Value("string"), "pseudo_label": datasets.Image()})
+    columns = {"image_id": [*labels], "pseudo_label": [Image.fromarray(label) for label in labels.values()]}
+    return datasets.Dataset.from_dict(columns, features=features)
+
+
+def test_class_0_becomes_ignored_unless_it_is_kept() -> None:
+    label = np.array([[0, 1, 8], [IGNORE_INDEX, 2, 0]], np.uint8)
+    ignored = LabelledImages(tiles(label), "sar")[0].label
+    np.testing.assert_array_equal(ignored, [[IGNORE_INDEX, 1, 8], [IGNORE_INDEX, 2, IGNORE_INDEX]])
+    kept = LabelledImages(tiles(label), "sar", keep_background=True)[0].label
+    np.testing.assert_array_equal(kept, label)
+    assert ignored.dtype == kept.dtype == np.uint8
+
+
+def test_images_come_as_they_are_with_their_ids(rows: datasets.Dataset) -> None:
+    images = LabelledImages(rows, "sar", keep_background=True)
+    assert len(images) == 6
+    for index, row in enumerate(rows):
+        sample = images[index]
+        assert sample.image_id == row["image_id"]
+        np.testing.assert_array_equal(sample.image, np.asarray(row["sar"]))
+        np.testing.assert_array_equal(sample.label, np.asarray(row["label"]))
+        assert sample.image.flags.writeable
+        assert sample.label.flags.writeable
+
+
+def test_the_optical_column_comes_in_colour(rows: datasets.Dataset) -> None:
+    sample = LabelledImages(rows, "optical")[0]
+    assert sample.image.shape == (*sample.label.shape, 3)
+    assert to_pixel_values(sample.image).shape == (3, *sample.label.shape)
+
+
+def test_images_without_a_label_are_counted_and_the_first_is_named() -> None:
+    label = np.ones((4, 4), np.uint8)
+    with pytest.raises(DatasetError, match=r"2 of 4 images .*TrainArea_001"):
+        LabelledImages(tiles(label, None, label, None), "sar")
+
+
+def test_an_image_of_another_size_than_its_label_is_named() -> None:
+    labels = pseudo_labels_of(TrainArea_000=np.ones((4, 4), np.uint8), TrainArea_001=np.ones((4, 5), np.uint8))
+    images = LabelledImages(tiles(None, None), "sar", pseudo_labels=labels)
+    assert images[0].label.shape == (4, 4)
+    with pytest.raises(DatasetError, match=r"TrainArea_001: the image is \(4, 4\) and the label \(4, 5\) pixels"):
+        images[1]
+
+
+def test_a_file_that_vanishes_during_training_is_named(oem_sar: Path, tmp_path: Path) -> None:
+    root = tmp_path / oem_sar.name
+    shutil.copytree(oem_sar, root)
+    images = LabelledImages(load_open_earth_map_sar(root, "train"), "sar")
+    assert images[2].image_id == "TrainArea_003"
+    (root / "train/sar_images/TrainArea_003.tif").unlink()
+    with pytest.raises(DatasetError, match="TrainArea_003: cannot be read any more"):
+        images[2]
+
+
+def test_pseudo_labels_are_joined_by_image_id_in_any_order() -> None:
+    labels = {f"TrainArea_{number:03d}": np.full((4, 4), number + 1, np.uint8) for number in (2, 0, 3, 1)}
+    official = [np.full((4, 4), 8, np.uint8)] * 3
+    images = LabelledImages(tiles(*official), "sar", pseudo_labels=pseudo_labels_of(**labels))
+    for number in range(3):
+        image_id, image, label = images[number]
+        assert image_id == f"TrainArea_{number:03d}"
+        assert (image == number).all()
+        assert (label == number + 1).all()
+
+
+def test_an_image_without_pseudo_label_is_named() -> None:
+    labels = pseudo_labels_of(TrainArea_002=np.ones((4, 4), np.uint8), TrainArea_000=np.ones((4, 4), np.uint8))
+    with pytest.raises(DatasetError, match=r"1 of 3 images .*pseudo-label.*TrainArea_001"):
+        LabelledImages(tiles(None, None, None), "sar", pseudo_labels=labels)
+
+
+@pytest.mark.parametrize("layout", ["train.parquet", "data/train-00000-of-00001.parquet"])
+def test_pseudo_labels_load_from_a_folder_of_parquet(tmp_path: Path, layout: str) -> None:
+    labels = {f"TrainArea_{number:03d}": np.full((3, 5), number + 1, np.uint8) for number in range(2)}
+    labels["TrainArea_001"][0] = IGNORE_INDEX
+    saved = pseudo_labels_of(**labels)
+    saved = saved.add_column("kept_share", [1.0, 0.9])
+    (tmp_path / layout).parent.mkdir(exist_ok=True)
+    saved.to_parquet(tmp_path / layout)
+    (tmp_path / "manifest.json").write_text('{"models": []}')
+    loaded = load_pseudo_labels(str(tmp_path))
+    assert loaded.column_names == ["image_id", "pseudo_label"]
+    assert loaded["image_id"][:] == [*labels]
+    for row, label in zip(loaded, labels.values(), strict=True):
+        np.testing.assert_array_equal(np.asarray(row["pseudo_label"]), label)
+
+
+@pytest.mark.parametrize("kind", ["absent", "empty", "text", "other columns"])
+def test_a_folder_that_holds_no_pseudo_labels_is_named(tmp_path: Path, kind: str) -> None:
+    folder = tmp_path / "labels"
+    if kind != "absent":
+        folder.mkdir()
+    if kind == "text":
+        (folder / "train.parquet").write_text("not parquet")
+    if kind == "other columns":
+        tiles(np.ones((4, 4), np.uint8)).to_parquet(folder / "train.parquet")
+    message = "no column pseudo_label among" if kind == "other columns" else "cannot be loaded"
+    with pytest.raises(UserError, match=f"--pseudo_labels {folder}: {message}"):
+        load_pseudo_labels(str(folder))
+
+
+def test_the_stream_of_a_real_folder_learns_no_class_0(realdata: Path) -> None:
+    rows = load_open_earth_map_sar(realdata / "dfc25_track1", "train")
+    stream = AugmentedStream(LabelledImages(rows, "sar"), sar_transform(64), seed=0)
+    batch = next(iter(train_dataloader(stream, start=0, stop=4, batch_size=4)))
+    values = set(batch["labels"].unique().tolist())
+    assert values <= {*range(1, 9), IGNORE_INDEX}
+    assert len(values) > 1
