@@ -75,7 +75,7 @@ class RecipeArguments:
     warmup_steps: int = setting(1500, "optimizer steps of linear warm-up")
     lr_power: float = setting(1.0, "power of the polynomial decay to 0")
     max_grad_norm: float = setting(0.0, "clip the gradient's norm to this; 0: never")
-    mixed_precision: Literal["no", "bf16", "fp16"] = setting("no", "arithmetic of the forward pass")
+    mixed_precision: Literal["no", "bf16", "fp16"] = setting("bf16", "arithmetic of the forward pass")
     seed: int = setting(0, "fixes weights, sample order and augmentation")
     # evaluation, checkpoints, log
     eval_steps: int = setting(4000, "steps between validations; 0: never")

@@ -12,6 +12,8 @@ import logging
 from collections.abc import Collection, Sequence
 from typing import Any, NamedTuple
 
+import torch
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers import (
@@ -91,9 +93,10 @@ def build_model(model_name_or_path: str, *, crop_size: int, from_scratch: bool =
     """
     config = _find_config(model_name_or_path, from_scratch)
     encoder = getattr(config, "backbone_config", None) or config
-    if encoder.model_type not in ("segformer", "convnextv2", "swinv2"):
+    kind = " on ".join(dict.fromkeys((config.model_type, encoder.model_type)))
+    if kind not in ("segformer", "convnextv2", "swinv2", "upernet on convnextv2", "upernet on swinv2"):
         kinds = "SegFormer, ConvNeXtV2, SwinV2, and UperNet on the latter two"
-        raise UserError(f"{model_name_or_path} is a {encoder.model_type}; supported are {kinds}")
+        raise UserError(f"{model_name_or_path} is a {kind}; supported are {kinds}")
     if encoder.model_type == "swinv2":
         encoder.image_size = crop_size
     is_bare_encoder = config.model_type in ("convnextv2", "swinv2")
@@ -128,7 +131,10 @@ def load_trained(model_name_or_path: str) -> tuple[PreTrainedModel, int]:
     if config.model_type not in ("segformer", "upernet") or config.id2label != ID2LABEL:
         raise UserError(f"{model_name_or_path} is no segmentation model of the {len(ID2LABEL)} land-cover classes")
     stock = SegformerForSemanticSegmentation if config.model_type == "segformer" else UperNetForSemanticSegmentation
-    processor = AutoImageProcessor.from_pretrained(model_name_or_path)
+    try:
+        processor = AutoImageProcessor.from_pretrained(model_name_or_path)
+    except OSError:
+        raise UserError(f"{model_name_or_path} has no preprocessor_config.json, which holds the crop size") from None
     return _load(stock, model_name_or_path, config, may_be_new=()), int(processor.size["height"])
 
 
@@ -165,10 +171,15 @@ def _load(cls: Any, name: str, config: PretrainedConfig, may_be_new: Collection[
     """Load weights and prove that they arrived: only tensors under the prefixes `may_be_new` may start at random."""
     try:
         model, report = cls.from_pretrained(
-            name, config=config, use_safetensors=True, ignore_mismatched_sizes=True, output_loading_info=True
+            name,
+            config=config,
+            dtype=torch.float32,  # whatever the file has: mixed precision keeps float32 weights
+            use_safetensors=True,
+            ignore_mismatched_sizes=True,
+            output_loading_info=True,
         )
-    except OSError as error:
-        raise UserError(f"{name}: no weights in safetensors format ({str(error).splitlines()[0]})") from None
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"{name}: no whole weights in safetensors format ({str(error).splitlines()[0]})") from None
     random = {*report["missing_keys"], *(key for key, *_ in report["mismatched_keys"])}
     lost = sorted(key for key in random if not key.startswith(tuple(may_be_new)))
     if lost:

@@ -1,7 +1,7 @@
 """Download the datasets, and check a dataset folder before hours of training find its defects.
 
-    python scripts/prepare_data.py download oem oem-sar oem-sar-val-labels .datasets
-    python scripts/prepare_data.py check .datasets/dfc25_track1 --json check.json
+    python scripts/prepare_data.py download oem oem-sar oem-sar-val-labels data
+    python scripts/prepare_data.py check data/dfc25_track1 --json check.json
 
 Names: oem (OpenEarthMap), oem-sar (train and val), oem-sar-val-labels, oem-sar-test, oem-sar-test-labels, and
 oem-sar-all for those four. An interrupted download goes on where it stopped when the same command is run again; the

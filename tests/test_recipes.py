@@ -29,6 +29,7 @@ TINY = {
     "checkpointing_steps": "3",
     "logging_steps": "1",
     "report_to": "none",
+    "mixed_precision": "no",
     "dataloader_num_workers": "0",
 }
 

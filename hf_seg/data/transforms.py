@@ -62,6 +62,7 @@ class RandomScaledCrop(A.DualTransform):
         return self._cut(img, top, left, side, cv2.INTER_LINEAR, 0)
 
     def apply_to_mask(self, mask: np.ndarray, top: int, left: int, side: int, **params: Any) -> np.ndarray:
+        # plain INTER_NEAREST would shift the label by half a pixel against the bilinear image
         return self._cut(mask, top, left, side, cv2.INTER_NEAREST_EXACT, IGNORE_INDEX)
 
     def _cut(self, array: np.ndarray, top: int, left: int, side: int, interpolation: int, fill: int) -> np.ndarray:
@@ -165,5 +166,5 @@ def to_pixel_values(image: np.ndarray) -> Tensor:
     """
     bands = torch.from_numpy(np.ascontiguousarray(image))
     bands = bands.expand(3, *bands.shape) if image.ndim == 2 else bands.permute(2, 0, 1)
-    mean, std = (torch.tensor(values).view(3, 1, 1) for values in (IMAGE_MEAN, IMAGE_STD))
-    return bands.to(torch.float32).div_(255).sub_(mean).div_(std).contiguous()
+    mean, std = (255 * torch.tensor(values).view(3, 1, 1) for values in (IMAGE_MEAN, IMAGE_STD))
+    return bands.to(torch.float32).sub_(mean).div_(std).contiguous()  # to the bit what the processor computes

@@ -50,6 +50,8 @@ def export_model(
     (aside / "recipe.yaml").write_text(recipe, encoding="utf-8")
     if results is not None:
         (aside / "eval_results.json").write_text(json.dumps(results, indent=1), encoding="utf-8")
+    else:  # those of the model that was here are not this one's
+        (folder / "eval_results.json").unlink(missing_ok=True)
     for file in sorted(aside.iterdir()):
         os.replace(file, folder / file.name)
     aside.rmdir()
