@@ -37,7 +37,10 @@ def one_line_errors(*also: type[Exception]) -> Iterator[None]:
     try:
         yield
     except users as error:
-        print(f"error: {error}", file=sys.stderr, flush=True)
+        message = str(error)
+        if "Original Traceback" in message:  # of a loader's worker: the last line is the error itself
+            message = message.strip().splitlines()[-1].partition(": ")[2]
+        print(f"error: {message}", file=sys.stderr, flush=True)
         raise SystemExit(2) from None
 
 

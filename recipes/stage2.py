@@ -49,6 +49,8 @@ def main(argv: list[str] | None = None) -> None:
     """Train, validate, export."""
     args = parse_arguments(Stage2Arguments, argv)
     check_tracker(args.report_to)
+    has_fp16 = args.mixed_precision != "fp16" or torch.accelerator.is_available()
+    args.require("mixed_precision", has_fp16, "no or bf16 on a CPU")
     output_dir = Path(args.output_dir)
     accelerator = Accelerator(
         cpu=not torch.accelerator.is_available(),
@@ -63,7 +65,7 @@ def main(argv: list[str] | None = None) -> None:
 
     checkpoint = find_checkpoint(output_dir, args.resume_from_checkpoint)
     if checkpoint is not None:
-        check_same_recipe(args, output_dir / "recipe.yaml")
+        check_same_recipe(args, checkpoint.parent.parent / "recipe.yaml")
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
         output_dir.mkdir(parents=True, exist_ok=True)
@@ -224,5 +226,5 @@ def export(network: nn.Module, folder: Path, results: dict[str, Any] | None, arg
 
 
 if __name__ == "__main__":
-    with one_line_errors(DatasetError):
+    with one_line_errors(DatasetError, OSError):
         main()

@@ -76,9 +76,8 @@ def lovasz(size: int, repeats: int) -> None:
     both = textbook_lovasz, lovasz_softmax
     race("Lovász, forward + backward", *(lambda loss=loss: loss(logits, labels).backward() for loss in both), repeats)
     plain, ours = (kept_bytes(loss, logits, labels) for loss in both)
-    print(
-        f"{'Lovász, kept for backward':28s} plain {plain:9.1f} MiB  ours {ours:9.1f} MiB  {plain / ours:6.1f} x as small"
-    )
+    name = "Lovász, kept for backward"
+    print(f"{name:28s} plain {plain:9.1f} MiB  ours {ours:9.1f} MiB  {plain / ours:6.1f} x as small")
 
 
 def confusion(size: int, repeats: int) -> None:

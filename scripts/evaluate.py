@@ -81,5 +81,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    with one_line_errors(DatasetError):
+    with one_line_errors(DatasetError, OSError):
         main()

@@ -69,7 +69,7 @@ def _run(argv: tuple[str, ...], log: Path, rank: int, processes: int, port: int,
     if disturb:
         event, _, number = disturb.partition(":")
         _DISTURBANCES[event](int(number or 0))
-    with one_line_errors(DatasetError):
+    with one_line_errors(DatasetError, OSError):
         stage2.main(list(argv))
 
 

@@ -210,7 +210,7 @@ def other_value(name: str) -> Any:
     """A legal value of a setting that is not its default."""
     special: dict[str, Any] = {
         "crop_size": 64,
-        "mixed_precision": "bf16",
+        "mixed_precision": "fp16",
         "report_to": "none",
         "max_scale": 3.0,
         "warmup_steps": 9,
@@ -303,3 +303,9 @@ def test_a_recipe_states_every_setting_that_makes_the_result(path: Path) -> None
     assert not missing, f"{path} leaves {sorted(missing)} to the defaults"
     assert len(text.splitlines()) <= 40
     assert max(map(len, text.splitlines())) <= 120
+
+
+def test_plain_launch_is_the_headline_recipe() -> None:
+    config = Path(__file__).parents[1] / "recipes" / "configs" / "stage2" / "segformer_b5.yaml"
+    with_config = parse_arguments(Stage2Arguments, ["--config", str(config)])
+    assert dump_recipe(with_config) == dump_recipe(parse_arguments(Stage2Arguments, []))

@@ -39,7 +39,12 @@ def test_norms_biases_and_scales_do_not_decay_and_all_else_does(name: str) -> No
     decay = setting_of_each(model, optimizer, "weight_decay")
     norms = {f"{key}." for key, module in model.named_modules() if isinstance(module, NORMS) or "norm" in key}
     spared = {
-        key for key in decay if key.endswith(("bias", "logit_scale")) or ".grn." in key or key.startswith(tuple(norms))
+        key
+        for key in decay
+        if key.endswith(("bias", "logit_scale"))
+        or ".grn." in key
+        or "continuous_position_bias_mlp" in key
+        or key.startswith(tuple(norms))
     }
     assert {key for key, value in decay.items() if value == 0} == spared
     assert {value for key, value in decay.items() if key not in spared} == {0.01}

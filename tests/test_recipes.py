@@ -7,6 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import datasets
 import numpy as np
 import pytest
 import torch
@@ -223,24 +224,36 @@ def test_settings_saved_with_a_run_repeat_it(whole_run: Path, tmp_path: Path) ->
     assert (tmp_path / "run" / "model.safetensors").read_bytes() == (whole_run / "model.safetensors").read_bytes()
 
 
+def write_pseudo_labels(oem_sar: Path, folder: Path, value: int) -> Path:
+    """Write constant pseudo-labels for every training tile, in another order than the tiles'."""
+    names = sorted((path.stem for path in (oem_sar / "train" / "labels").iterdir()), reverse=True)
+    shapes = [Image.open(oem_sar / "train" / "labels" / f"{name}.tif").size[::-1] for name in names]
+    labels = [Image.fromarray(np.full(shape, value, np.uint8)) for shape in shapes]
+    features = datasets.Features({"image_id": datasets.Value("string"), "pseudo_label": datasets.Image()})
+    rows = datasets.Dataset.from_dict({"image_id": names, "pseudo_label": labels}, features=features)
+    folder.mkdir()
+    rows.to_parquet(folder / "train.parquet")
+    return folder
+
+
 def test_pseudo_labels_replace_the_official_ones(oem_sar: Path, tmp_path: Path) -> None:
     """Constant pseudo-labels teach a constant map; the official labels would not."""
-    import datasets
-
-    names = sorted(path.stem for path in (oem_sar / "train" / "labels").iterdir())
-    shapes = [Image.open(oem_sar / "train" / "labels" / f"{name}.tif").size[::-1] for name in names]
-    rows = {
-        "image_id": names[::-1],
-        "pseudo_label": [Image.fromarray(np.full(shape, 6, np.uint8)) for shape in shapes[::-1]],
-    }
-    features = datasets.Features({"image_id": datasets.Value("string"), "pseudo_label": datasets.Image()})
-    (tmp_path / "labels").mkdir()
-    datasets.Dataset.from_dict(rows, features=features).to_parquet(tmp_path / "labels" / "train.parquet")
-    argv = command_line(oem_sar, tmp_path / "run", pseudo_labels=tmp_path / "labels", max_class_share=1)
-    result = run_stage2(*argv, "--learning_rate", "1e-2", log=tmp_path / "log")
+    labels = write_pseudo_labels(oem_sar, tmp_path / "labels", 6)
+    argv = command_line(oem_sar, tmp_path / "run", pseudo_labels=labels, max_class_share=1, learning_rate=1e-2)
+    result = run_stage2(*argv, log=tmp_path / "log")
     assert result.exit_codes == [0], result.output
     counts = np.array(json.loads((tmp_path / "run" / "eval_results.json").read_text())["confusion_matrix"])
     assert counts[:, 6].sum() == counts.sum()
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_pseudo_label_that_is_no_class_is_named(workers: int, oem_sar: Path, tmp_path: Path) -> None:
+    labels = write_pseudo_labels(oem_sar, tmp_path / "labels", 9)
+    argv = command_line(oem_sar, tmp_path / "run", pseudo_labels=labels, dataloader_num_workers=workers)
+    result = run_stage2(*argv, log=tmp_path / "log")
+    assert result.exit_codes == [2]
+    assert "error: TrainArea_00" in result.output and "label 9 is no class 0..8" in result.output
+    assert "Traceback" not in result.output
 
 
 BAD_SETTINGS = [
@@ -251,6 +264,7 @@ BAD_SETTINGS = [
     ({"max_train_steps": 0}, "max_train_steps must be at least 1"),
     ({"lovasz_weight": 0, "ce_weight": 0, "rce_weight": 0}, "ce_weight must be above 0 if no other is"),
     ({"mixed_precision": "fp8"}, "invalid choice: 'fp8'"),
+    ({"output_dir": "/proc/nowhere"}, "No such file or directory"),
     ({"report_to": "wandb"}, "pip install 'hf_seg[wandb]'"),
     ({"config": "nowhere.yaml"}, "nowhere.yaml: cannot be read as settings"),
     ({"data_dir": "nowhere"}, "nowhere does not exist"),
@@ -265,7 +279,8 @@ BAD_SETTINGS = [
 
 @pytest.mark.parametrize(("settings", "message"), BAD_SETTINGS, ids=[message for _, message in BAD_SETTINGS])
 def test_mistake_gives_one_line(settings: dict, message: str, oem_sar: Path, tmp_path: Path) -> None:
-    argv = command_line(oem_sar, tmp_path / "run", **settings)
+    output_dir = settings.get("output_dir", tmp_path / "run")
+    argv = command_line(oem_sar, **{"output_dir": output_dir, **settings})
     result = run_stage2(*argv, log=tmp_path / "log")
     assert result.exit_codes == [2], result.output
     errors = [line for line in result.output.splitlines() if line.startswith("error: ")]
@@ -303,6 +318,42 @@ def test_validation_without_labels_says_where_they_come_from(oem_sar: Path, tmp_
     assert "ValArea_001" in result.output and "--eval_steps 0" in result.output
 
 
+@pytest.mark.skipif(torch.accelerator.is_available(), reason="an accelerator has fp16")
+def test_fp16_on_a_cpu_is_refused(oem_sar: Path, tmp_path: Path) -> None:
+    argv = command_line(oem_sar, tmp_path / "run", mixed_precision="fp16")
+    result = run_stage2(*argv, log=tmp_path / "log")
+    assert result.exit_codes == [2]
+    assert "error: mixed_precision must be no or bf16 on a CPU; it is 'fp16'" in result.output
+
+
+def test_bf16_trains_on_a_cpu(oem_sar: Path, tmp_path: Path) -> None:
+    argv = command_line(oem_sar, tmp_path / "run", mixed_precision="bf16", max_train_steps=3, eval_steps=3)
+    result = run_stage2(*argv, log=tmp_path / "log")
+    assert result.exit_codes == [0], result.output
+    weights = load_file(tmp_path / "run" / "model.safetensors")
+    assert {weight.dtype for weight in weights.values() if weight.is_floating_point()} == {torch.float32}
+
+
+def test_evaluation_on_two_processes_counts_every_tile_once(whole_run: Path, oem_sar: Path, tmp_path: Path) -> None:
+    command = [Path(sys.executable).with_name("torchrun"), "--standalone", "--nproc_per_node", "2"]
+    command += [PROJECT / "scripts" / "evaluate.py", "--model", whole_run, "--data_dir", oem_sar]
+    subprocess.run([*command, "--output", tmp_path / "scores.json"], check=True, timeout=120)
+    scores = json.loads((tmp_path / "scores.json").read_text())
+    alone = json.loads((whole_run / "eval_results.json").read_text())
+    assert scores["confusion_matrix"] == alone["confusion_matrix"]
+    assert sorted(scores["images"]) == ["ValArea_001", "ValArea_002", "ValArea_003"]
+    assert list(scores["images"].values()) == sorted(scores["images"].values())
+
+
+@pytest.mark.parametrize("path", sorted(PROJECT.glob("recipes/accelerate_configs/*.yaml")), ids=lambda path: path.stem)
+def test_accelerate_reads_its_configs(path: Path) -> None:
+    from accelerate.commands.config.config_args import load_config_from_file
+
+    config = load_config_from_file(str(path))
+    assert config.use_cpu == (path.stem == "cpu")
+    assert config.num_processes == {"several_gpus": 4, "several_nodes": 8}.get(path.stem, 1)
+
+
 def test_accelerate_launch_trains_a_toy_on_real_scenes(realdata: Path, tmp_path: Path) -> None:
     """The README's command, shortened."""
     command = [Path(sys.executable).with_name("accelerate"), "launch", PROJECT / "recipes" / "stage2.py"]
@@ -313,3 +364,18 @@ def test_accelerate_launch_trains_a_toy_on_real_scenes(realdata: Path, tmp_path:
     results = json.loads((tmp_path / "run" / "eval_results.json").read_text())
     assert results["n_images"] == 1 and np.sum(results["confusion_matrix"]) == 576 * 576
     assert any((tmp_path / "run" / "tracker").rglob("events.out.tfevents.*"))
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize("config", ["segformer", "upernet_convnextv2", "upernet_swinv2"])
+def test_toy_beats_the_majority_class_on_real_scenes(config: str, realdata: Path, tmp_path: Path) -> None:
+    """One validation scene, mostly trees: a map of nothing but trees has an mIoU of 0.0626."""
+    argv = ["--config", str(PROJECT / "recipes" / "configs" / "toy" / f"stage2_{config}.yaml")]
+    argv += ["--data_dir", str(realdata / "dfc25_track1"), "--output_dir", str(tmp_path / "run")]
+    result = run_stage2(*argv, log=tmp_path / "log", timeout=500)
+    assert result.exit_codes == [0], result.output
+    results = json.loads((tmp_path / "run" / "eval_results.json").read_text())
+    counts = np.array(results["confusion_matrix"])
+    majority = counts.sum(axis=1).max() / counts.sum() / results["n_classes_present"]
+    assert results["mean_iou"] > majority

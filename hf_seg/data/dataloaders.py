@@ -19,7 +19,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 from hf_seg.arguments import UserError
 from hf_seg.data.open_earth_map import DatasetError
 from hf_seg.data.transforms import to_pixel_values
-from hf_seg.labels import BACKGROUND, IGNORE_INDEX
+from hf_seg.labels import BACKGROUND, IGNORE_INDEX, NUM_LABELS
 
 
 class Sample(NamedTuple):
@@ -40,7 +40,8 @@ class LabelledImages:
         keep_background: leave class 0 as a class.
 
     Raises:
-        DatasetError: an image has no label, naming it.
+        DatasetError: an image has no label, naming it; on access, an image that cannot be read or whose label does
+            not fit it.
     """
 
     def __init__(
@@ -83,6 +84,9 @@ class LabelledImages:
             raise DatasetError(f"{image_id}: cannot be read any more ({error}); was it moved or replaced?") from error
         if image.shape[:2] != label.shape:
             raise DatasetError(f"{image_id}: the image is {image.shape[:2]} and the label {label.shape} pixels")
+        if (wrong := label[(label >= NUM_LABELS) & (label != IGNORE_INDEX)]).size:
+            last = NUM_LABELS - 1
+            raise DatasetError(f"{image_id}: label {wrong[0]} is no class 0..{last}, nor {IGNORE_INDEX} for none")
         if not self.keep_background:
             label = np.where(label == BACKGROUND, np.uint8(IGNORE_INDEX), label)
         return Sample(image_id, image, label)

@@ -32,7 +32,7 @@ class Progress:
 
 
 def save_checkpoint(accelerator: Accelerator, output_dir: Path, progress: Progress, keep: int) -> Path:
-    """Write a checkpoint on an optimizer-step boundary, then delete all but the newest `keep`.
+    """Write a checkpoint on an optimizer-step boundary, then delete all but the newest `keep` and any of a later step.
 
     To be called by every process.
     """
@@ -53,7 +53,9 @@ def save_checkpoint(accelerator: Accelerator, output_dir: Path, progress: Progre
             shutil.rmtree(place)
         os.replace(aside, place)
         _flush(place.parent)
-        for old in _whole_checkpoints(output_dir)[:-keep]:
+        whole = _whole_checkpoints(output_dir)
+        newest = whole.index(place) + 1  # later ones are of a run that was resumed further back
+        for old in whole[: max(newest - keep, 0)] + whole[newest:]:
             shutil.rmtree(old)
     accelerator.wait_for_everyone()
     return place
@@ -124,7 +126,8 @@ def load_checkpoint(accelerator: Accelerator, folder: Path) -> Progress:
     try:
         accelerator.load_state(str(folder))
     except (RuntimeError, ValueError) as error:  # a size mismatch of a model, of an optimizer
-        raise UserError(f"{folder} holds another model or optimizer than these settings build: {error}") from None
+        reason = " ".join(str(error).split())[:300]
+        raise UserError(f"{folder} holds another model or optimizer than these settings build: {reason}") from None
     manifest = json.loads((folder / "manifest.json").read_text())
     if manifest["num_processes"] != accelerator.num_processes:
         logger.warning(

@@ -19,9 +19,11 @@ def build_optimizer(
     encoder, heads = encoder_and_heads(model)
     groups = []
     for module, rate in [(encoder, learning_rate), *((head, learning_rate * head_lr_multiplier) for head in heads)]:
-        # timm leaves out what has one dimension; ConvNeXtV2's GRN and SwinV2's logit scales are vectors in disguise
-        vectors = [name for name, value in module.named_parameters() if value.numel() == max(value.shape, default=1)]
-        for group in param_groups_weight_decay(module, weight_decay, no_weight_decay_list=vectors):
+        # timm leaves out what has one dimension; ConvNeXtV2's GRN and SwinV2's logit scales are vectors in disguise,
+        # and SwinV2's small network of relative positions yields nothing but biases
+        exempt = [name for name, value in module.named_parameters() if value.numel() == max(value.shape, default=1)]
+        exempt.append("*continuous_position_bias_mlp*")
+        for group in param_groups_weight_decay(module, weight_decay, no_weight_decay_list=exempt):
             groups.append({**group, "lr": rate})
     return torch.optim.AdamW(groups, betas=(0.9, 0.999), fused=torch.cuda.is_available())
 

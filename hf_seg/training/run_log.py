@@ -70,7 +70,10 @@ class RunLog:
         }
         rate = self._images / (time.perf_counter() - self._since)
         self.bar.set_postfix(loss=f"{means['loss']:.3f}", lr=f"{learning_rate:.1e}", img_s=f"{rate:.1f}")
-        self.write({"step": step, **means, "learning_rate": learning_rate, "images_per_second": round(rate, 2)})
+        record = {"step": step, **means, "learning_rate": learning_rate, "images_per_second": round(rate, 2)}
+        if self.accelerator.device.type == "cuda":
+            record["peak_memory_gib"] = round(torch.cuda.max_memory_allocated() / 2**30, 2)
+        self.write(record)
         self.restart_clock()
 
     def restart_clock(self) -> None:
