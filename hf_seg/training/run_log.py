@@ -44,7 +44,9 @@ class RunLog:
             aside.write_text("".join(json.dumps(line) + "\n" for line in kept))
             os.replace(aside, self.path)
         settings = {key: value for key, value in asdict(args).items() if isinstance(value, int | float | str)}
-        accelerator.init_trackers("hf_seg", config=settings)
+        run = Path(args.output_dir)
+        names = {"wandb": {"name": run.name, "dir": str(run)}, "trackio": {"name": run.name}}
+        accelerator.init_trackers("hf_seg", config=settings, init_kwargs=names)
         self.bar = tqdm(
             total=args.max_train_steps,
             initial=step,
