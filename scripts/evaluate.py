@@ -71,12 +71,12 @@ def main() -> None:
         aside = args.output.with_name(args.output.name + ".partial")
         aside.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
         os.replace(aside, args.output)
-        draw_results(
-            network, images, results, args.output.parent / f"{args.output.stem}_figures", accelerator, **window
-        )
+        figures = args.output.parent / f"{args.output.stem}_figures"
+        draw_results(network, images, results, figures, accelerator, **window)
         for name, iou in results["iou"].items():
             print(f"{name:18s} {'-' if iou is None else f'{iou:.4f}'}")
         print(f"{'mIoU':18s} {results['mean_iou']:.4f}  ({results['n_images']} tiles, {args.split})")
+        print(f"scores: {args.output}", *(f"figure: {path}" for path in sorted(figures.iterdir())), sep="\n")
     accelerator.wait_for_everyone()
 
 

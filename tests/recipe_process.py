@@ -34,19 +34,26 @@ class Result:
     output: str
 
 
-def run_stage2(*argv: str, log: Path, processes: int = 1, disturb: str = "", timeout: float = 240) -> Result:
+def run_stage2(
+    *argv: str, log: Path, processes: int = 1, disturb: str = "", disturbed: range | None = None, timeout: float = 240
+) -> Result:
     """Run `recipes/stage2.py` with a command line, on one or several processes that talk over gloo.
 
     Args:
         argv: the command line.
         log: file that receives what is printed.
-        disturb: "EVENT:N", see `_DISTURBANCES`: what happens to the process at the N-th such event.
+        disturb: "EVENT:N", see `_DISTURBANCES`: what happens to a process at its N-th such event.
+        disturbed: the ranks that it happens to; all if None.
     """
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     started = [
-        _context.Process(target=_run, args=(argv, log, rank, processes, port, disturb)) for rank in range(processes)
+        _context.Process(
+            target=_run,
+            args=(argv, log, rank, processes, port, disturb if disturbed is None or rank in disturbed else ""),
+        )
+        for rank in range(processes)
     ]
     for process in started:
         process.start()

@@ -210,7 +210,8 @@ def test_upernet_trains_on_two_processes_with_its_auxiliary_head(model: str, oem
 
 def test_sigterm_to_one_of_two_processes_leaves_a_whole_checkpoint(oem_sar: Path, tmp_path: Path) -> None:
     argv = command_line(oem_sar, tmp_path / "run", checkpointing_steps=0, max_train_steps=400, eval_steps=0)
-    result = run_stage2(*argv, log=tmp_path / "log", processes=2, disturb="terminate_after_step:3")
+    disturb = {"disturb": "terminate_after_step:3", "disturbed": range(1, 2)}
+    result = run_stage2(*argv, log=tmp_path / "log", processes=2, **disturb)
     assert result.exit_codes == [128 + signal.SIGTERM] * 2, result.output
     (checkpoint,) = (tmp_path / "run" / "checkpoints").iterdir()
     manifest = json.loads((checkpoint / "manifest.json").read_text())
