@@ -1,11 +1,11 @@
-# make install | test | quality. Every target works alone on a fresh machine.
+# make install | quickstart | test | quality. Every target works alone on a fresh machine.
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 TORCH := $(shell sed -n 's/^torch==//p' constraints.txt)
 HAS_TORCH := -c "import torch, sys; sys.exit(torch.__version__.split('+')[0] != '$(TORCH)')"
 
-.PHONY: install test test-slow quality format clean
+.PHONY: install quickstart test test-slow quality format clean
 
 install: $(BIN)/installed
 
@@ -24,6 +24,17 @@ $(BIN)/installed: setup.cfg pyproject.toml constraints.txt scripts/repair_torchv
 	@NO_ALBUMENTATIONS_UPDATE=1 $(BIN)/python -c "import torch, transformers, accelerate, datasets, timm, evaluate, huggingface_hub, albumentations; \
 		print('ready: torch', torch.__version__, 'and seven more; now: source $(BIN)/activate')"
 	@touch $@
+
+# The pipeline on a generated world with toy networks. Run again, it goes on where it stopped.
+QUICKSTART := runs/quickstart
+quickstart: $(QUICKSTART)/world
+	$(BIN)/accelerate launch -q recipes/stage2.py --config recipes/configs/toy/stage2_segformer.yaml \
+		--data_dir $(QUICKSTART)/world --output_dir $(QUICKSTART)/stage2 --resume_from_checkpoint latest
+	$(BIN)/python scripts/evaluate.py --model $(QUICKSTART)/stage2 --data_dir $(QUICKSTART)/world --split test \
+		--output $(QUICKSTART)/test.json
+
+$(QUICKSTART)/world: | install
+	$(BIN)/python scripts/make_toy_world.py --output $@ --seed 0 --source 16 --train 48 --val 8 --test 8 --size 256
 
 test: install
 	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest

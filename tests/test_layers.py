@@ -19,9 +19,14 @@ LAYERS = [
         *("hf_seg.losses", "hf_seg.metrics", "hf_seg.land_cover_iou", "hf_seg.data.transforms", "hf_seg.data.doctor"),
         *("hf_seg.data.download", "hf_seg.inference.sliding_window", "hf_seg.report.plots"),
     ],
-    ["hf_seg.models", "hf_seg.data.dataloaders"],
-    ["hf_seg.hub.export", "hf_seg.training.optimization", "hf_seg.training.checkpoints", "hf_seg.training.run_log"],
-    ["hf_seg.training.evaluation"],
+    ["hf_seg.models", "hf_seg.data.dataloaders", "hf_seg.data.toy_world.fields", "hf_seg.data.toy_world.parcels"],
+    [
+        *("hf_seg.hub.export", "hf_seg.training.optimization", "hf_seg.training.checkpoints"),
+        *("hf_seg.training.run_log", "hf_seg.data.toy_world.ground", "hf_seg.data.toy_world.noise"),
+        "hf_seg.data.toy_world.statistics",
+    ],
+    ["hf_seg.training.evaluation", "hf_seg.data.toy_world.optical", "hf_seg.data.toy_world.sar"],
+    ["hf_seg.data.toy_world"],
 ]
 PURE = ["hf_seg.labels", "hf_seg.losses", "hf_seg.metrics", "hf_seg.data.transforms", "hf_seg.inference.sliding_window"]
 PACKAGES = ["hf_seg", "hf_seg.data", "hf_seg.hub", "hf_seg.inference", "hf_seg.report", "hf_seg.training"]

@@ -1,0 +1,86 @@
+"""Label noise as automatic labelling makes it: shifted borders, small objects lost, coherent confusions.
+
+Rates follow the published per-class agreement of OpenEarthMap-SAR's official pseudo-labels with manual ones.
+"""
+
+import cv2
+import numpy as np
+from scipy import ndimage
+
+from hf_seg.data.toy_world.fields import fractal_noise, smooth_noise, to_uniform
+from hf_seg.data.toy_world.parcels import BARE, BUILDING, DEVELOPED, FIELD, RANGE, ROAD, TREE, WATER
+
+BORDER_SHIFT = 0.5  # metres, standard deviation
+LOST_AREA = 30.0  # square metres: an object of this area is lost half of the time
+# Share of a class's area that turns into others, as coherent segments, beyond what borders and lost objects take.
+CONFUSIONS: dict[int, dict[int, float]] = {
+    BARE: {RANGE: 0.52, DEVELOPED: 0.37},
+    RANGE: {BARE: 0.09, DEVELOPED: 0.035, TREE: 0.02, WATER: 0.012, FIELD: 0.02},
+    DEVELOPED: {RANGE: 0.14, BARE: 0.075, ROAD: 0.02, BUILDING: 0.03, WATER: 0.01},
+    ROAD: {DEVELOPED: 0.18, RANGE: 0.04, BARE: 0.01},
+    TREE: {RANGE: 0.19, FIELD: 0.005},
+    WATER: {RANGE: 0.025, BARE: 0.02, DEVELOPED: 0.01},
+    FIELD: {RANGE: 0.27, BARE: 0.1, TREE: 0.01},
+    BUILDING: {DEVELOPED: 0.045, RANGE: 0.01},
+}
+_MIXED_SCALE = (9.0, 28.0)  # metres: size of the confused segments
+
+
+def corrupt_labels(rng: np.random.Generator, label: np.ndarray, parcel: np.ndarray, gsd: float) -> np.ndarray:
+    """Return (H, W) uint8: what a network trained elsewhere would take `label` for.
+
+    Args:
+        label: (H, W) uint8 true class ids.
+        parcel: (H, W) int32 lots; errors tend to take a lot as a whole.
+        gsd: metres per pixel.
+    """
+    noisy = _lose_small_objects(rng, label, gsd)
+    noisy = _confuse(rng, noisy, parcel, gsd)
+    return _shift_borders(rng, noisy, gsd)
+
+
+def _lose_small_objects(rng: np.random.Generator, label: np.ndarray, gsd: float) -> np.ndarray:
+    """Give the pixels of objects that were overlooked to the nearest object that was not."""
+    lost = np.zeros(label.shape, bool)
+    for index in np.unique(label):
+        objects, count = ndimage.label(label == index)
+        area = np.bincount(objects.ravel(), minlength=count + 1) * gsd**2
+        overlooked = rng.random(count + 1) < 1 / (1 + (area / LOST_AREA) ** 2)
+        overlooked[0] = False
+        lost |= overlooked[objects]
+    if lost.all() or not lost.any():
+        return label
+    nearest = ndimage.distance_transform_edt(lost, return_distances=False, return_indices=True)
+    return label[tuple(nearest)]
+
+
+def _confuse(rng: np.random.Generator, label: np.ndarray, parcel: np.ndarray, gsd: float) -> np.ndarray:
+    """Turn coherent segments of each class into the classes it is mistaken for."""
+    noisy = label.copy()
+    scale = rng.uniform(*_MIXED_SCALE) / gsd
+    lots = rng.standard_normal(int(parcel.max()) + 1).astype(np.float32)[parcel]
+    for index, shares in CONFUSIONS.items():
+        where = label == index
+        if not where.any():
+            continue
+        # half of the variance belongs to lots, so that whole ones flip; streets, one lot, flip in pieces
+        field = np.where(parcel > 0, 0.7, 0.0) * lots + np.where(parcel > 0, 0.714, 1.0) * fractal_noise(
+            rng, label.shape, scale, 2
+        )
+        mistaken = where & (to_uniform(field) < sum(shares.values()))
+        kind = to_uniform(smooth_noise(rng, label.shape, 2 * scale))
+        edges = np.cumsum(list(shares.values())) / sum(shares.values())
+        choice = np.minimum(np.searchsorted(edges, kind[mistaken]), len(edges) - 1)
+        noisy[mistaken] = np.array(list(shares), np.uint8)[choice]
+    return noisy
+
+
+def _shift_borders(rng: np.random.Generator, label: np.ndarray, gsd: float) -> np.ndarray:
+    """Displace every border by a smooth random amount and round its corners."""
+    rows, columns = np.indices(label.shape, dtype=np.float32)
+    amount = np.float32(BORDER_SHIFT / gsd)
+    shift = [amount * fractal_noise(rng, label.shape, 16 / gsd, 3) for _ in range(2)]
+    moved = cv2.remap(label, columns + shift[0], rows + shift[1], cv2.INTER_NEAREST, borderMode=cv2.BORDER_REPLICATE)
+    side = max(3, 2 * round(0.8 / gsd) + 1)
+    votes = [cv2.blur((moved == index).astype(np.float32), (side, side)) for index in range(int(label.max()) + 1)]
+    return np.argmax(votes, axis=0).astype(np.uint8)

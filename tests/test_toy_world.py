@@ -1,0 +1,253 @@
+"""The generated world: its layout, its statistics against the real ones, its noise, and its command line."""
+
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import pytest
+import rasterio
+
+from hf_seg.data.doctor import examine
+from hf_seg.data.open_earth_map import load_open_earth_map, load_open_earth_map_sar, scan_open_earth_map
+from hf_seg.data.toy_world import KINDS, REGIONS, Scene, ToyWorldError, make_toy_world
+from hf_seg.data.toy_world.fields import RayFrame, smooth_noise, to_uniform
+from hf_seg.data.toy_world.noise import corrupt_labels
+from hf_seg.data.toy_world.sar import render_sar
+from hf_seg.data.toy_world.statistics import difficulty, sar_statistics
+from hf_seg.labels import BACKGROUND, CLASS_NAMES, LABEL2ID, NUM_LABELS
+from hf_seg.metrics import ConfusionMatrix
+
+SCRIPT = Path(__file__).parents[1] / "scripts" / "make_toy_world.py"
+SIZES = {"source": 8, "train": 4, "val": 2, "test": 1}
+# Published figures of the real data: percent of the pixels; SAR mean, std, local CV; agreement and IoU of labels.
+SHARES = (1.6, 23.9, 23.1, 7.9, 14.3, 10.3, 6.5, 12.1)
+REAL_SAR = {
+    "rangeland": (42.5, 20.7, 0.27),
+    "developed space": (44.0, 28.6, 0.34),
+    "road": (36.6, 23.4, 0.40),
+    "tree": (46.9, 20.9, 0.22),
+    "water": (24.2, 15.1, 0.39),
+    "agriculture land": (46.4, 25.3, 0.30),
+    "building": (55.0, 33.8, 0.32),
+}
+AGREEMENT = (0.106, 0.783, 0.696, 0.704, 0.690, 0.940, 0.669, 0.871)
+AGREEMENT_IOU = (0.021, 0.471, 0.525, 0.613, 0.641, 0.848, 0.581, 0.781)
+
+
+class Tile(NamedTuple):
+    """One generated scene."""
+
+    sar: np.ndarray
+    label: np.ndarray
+    noisy: np.ndarray
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A small world as the command writes it."""
+    return make_toy_world(tmp_path_factory.mktemp("toy") / "world", seed=3, size=96, **SIZES)
+
+
+@pytest.fixture(scope="module")
+def tiles() -> list[Tile]:
+    """Eighty scenes of 192 pixels, eight of each region, without optical images."""
+    made = []
+    for index in range(80):
+        scene = Scene(7, "train", index, 192)
+        ground_rng, _, sar_rng, noise_rng = scene.generators()
+        ground = scene.make_ground(ground_rng)
+        noisy = corrupt_labels(noise_rng, ground.label, ground.parcel, ground.gsd)
+        made.append(Tile(render_sar(sar_rng, ground, scene.gain), ground.crop(ground.label), ground.crop(noisy)))
+    return made
+
+
+def files_of(root: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(root)): path.read_bytes() for path in sorted(root.rglob("*")) if path.is_file()}
+
+
+def read(path: Path) -> np.ndarray:
+    with rasterio.open(path) as file:
+        return file.read().squeeze()
+
+
+def shares_of(labels: Sequence[np.ndarray]) -> np.ndarray:
+    counts = np.bincount(np.concatenate([label.ravel() for label in labels]), minlength=NUM_LABELS)
+    return 100 * counts / counts.sum()
+
+
+def run(*arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([sys.executable, str(SCRIPT), *arguments], capture_output=True, text=True, check=False)
+
+
+def test_same_seed_gives_the_same_bytes_whatever_the_number_of_workers(world: Path, tmp_path: Path) -> None:
+    again = make_toy_world(tmp_path / "again", seed=3, size=96, num_workers=2, **SIZES)
+    assert files_of(again) == files_of(world)
+
+
+def test_another_seed_gives_another_world(world: Path, tmp_path: Path) -> None:
+    other = files_of(make_toy_world(tmp_path / "other", seed=4, size=96, **SIZES))
+    assert other.keys() == files_of(world).keys()
+    labels = [name for name in other if "labels" in name]
+    assert all(other[name] != content for name, content in files_of(world).items() if name in labels)
+
+
+def test_a_scene_does_not_depend_on_how_many_there_are(world: Path, tmp_path: Path) -> None:
+    larger = files_of(make_toy_world(tmp_path / "larger", seed=3, size=96, source=2, train=5, val=1, test=0))
+    train = {name: content for name, content in files_of(world).items() if "TrainArea" in name}
+    assert len(train) == 16 and all(larger[name] == content for name, content in train.items())
+
+
+@pytest.mark.parametrize("folder", ["OpenEarthMap_wo_xBD", "dfc25_track1"])
+def test_the_doctor_has_nothing_to_say(world: Path, folder: str) -> None:
+    report = examine(world / folder)
+    assert report.problems == [] and report.notes == []
+    assert all(split.with_crs == split.files for split in report.splits.values())
+
+
+def test_the_loaders_read_every_tile(world: Path) -> None:
+    oem = [load_open_earth_map(world / "OpenEarthMap_wo_xBD", split) for split in ("train", "val")]
+    assert [len(rows) for rows in oem] == [7, 1]
+    assert len({row["region"] for row in oem[0]}) == 7
+    sar = {split: load_open_earth_map_sar(world / "dfc25_track1", split) for split in ("train", "val", "test")}
+    assert {split: len(rows) for split, rows in sar.items()} == {"train": 4, "val": 2, "test": 1}
+    row = sar["train"][0]
+    assert row["image_id"] == "TrainArea_001"
+    assert (row["optical"].size, row["optical"].mode) == ((96, 96), "RGB")
+    assert (row["sar"].size, row["sar"].mode) == ((96, 96), "L")
+    assert sar["val"][0]["optical"] is None and sar["val"][0]["label"] is not None
+
+
+def test_what_no_recipe_reads_lies_apart(world: Path) -> None:
+    extra = sorted(str(path.relative_to(world)) for path in (world / "dfc25_track1_extra").rglob("*.tif"))
+    names = [f"train_clean_labels/TrainArea_00{n}.tif" for n in range(1, 5)]
+    names += ["test_rgb_images/TestArea_001.tif", "val_rgb_images/ValArea_001.tif", "val_rgb_images/ValArea_002.tif"]
+    assert extra == sorted(f"dfc25_track1_extra/{name}" for name in names)
+    clean, noisy = (
+        read(world / folder / "TrainArea_001.tif")
+        for folder in ("dfc25_track1_extra/train_clean_labels", "dfc25_track1/train/labels")
+    )
+    assert 0.02 < (clean != noisy).mean() < 0.6
+
+
+def test_tiles_lie_apart_on_the_map_and_share_the_place_of_their_label(world: Path) -> None:
+    rows = scan_open_earth_map(world / "OpenEarthMap_wo_xBD").rows["train"]
+    bounds = []
+    for row in rows:
+        with rasterio.open(row.files["image"]) as image, rasterio.open(row.files["label"]) as label:
+            assert (image.crs, image.transform) == (label.crs, label.transform)
+            assert 0.25 <= image.res[0] <= 0.6
+            bounds.append((image.crs.to_epsg(), *image.bounds))
+    assert len(set(bounds)) == len(rows)
+    assert len({epsg for epsg, *_ in bounds}) == len({region.crs for region in REGIONS})
+
+
+def test_class_shares_are_the_real_ones(tiles: list[Tile]) -> None:
+    shares = shares_of([tile.label for tile in tiles])
+    assert shares[BACKGROUND] == 0
+    assert np.abs(shares[1:] - SHARES).max() < 4  # percentage points
+
+
+@pytest.mark.parametrize("name", REAL_SAR)
+def test_sar_levels_of_a_class_are_the_real_ones(tiles: list[Tile], name: str) -> None:
+    measured = sar_statistics(tiles)[LABEL2ID[name]]
+    assert (measured.mean, measured.std, measured.local_cv) == pytest.approx(REAL_SAR[name], rel=0.15)
+
+
+def test_pooled_sar_levels_are_the_real_ones(tiles: list[Tile]) -> None:
+    levels = np.concatenate([tile.sar.ravel() for tile in tiles])
+    assert (levels.mean(), levels.std()) == pytest.approx((43.8, 26.8), rel=0.1)
+    assert np.percentile(levels, (25, 50, 75, 95, 99)) == pytest.approx((26, 40, 56, 95, 136), rel=0.15)
+
+
+def test_zero_is_a_wedge_of_no_data_in_a_few_scenes_and_labelled(tiles: list[Tile]) -> None:
+    zeros = [(tile.sar == 0) for tile in tiles]
+    wedges = [(zero, tile.label) for zero, tile in zip(zeros, tiles, strict=True) if zero.any()]
+    assert 4 <= len(wedges) <= 30
+    for zero, label in wedges:
+        assert 0.01 < zero.mean() < 0.3
+        assert label[zero].min() > BACKGROUND
+        # beyond a straight edge: no row leaves and enters it again
+        assert (np.abs(np.diff(zero.astype(int), axis=1)).sum(1) <= 1).all()
+
+
+def test_label_noise_agrees_as_published(tiles: list[Tile]) -> None:
+    counts = ConfusionMatrix()
+    for tile in tiles:
+        counts.update(tile.noisy, tile.label)
+    agreement = (counts.matrix.diagonal() / np.maximum(counts.matrix.sum(1), 1))[1:]
+    iou = [counts.compute()["iou"][name] for name in CLASS_NAMES[1:]]
+    assert np.abs(agreement - AGREEMENT).max() < 0.1
+    assert np.abs(np.subtract(iou, AGREEMENT_IOU)).max() < 0.13
+
+
+def test_label_noise_is_no_salt_and_pepper(tiles: list[Tile]) -> None:
+    wrong = np.concatenate([(tile.noisy != tile.label)[None] for tile in tiles])
+    neighbours = (wrong[:, 1:-1, :-2] + wrong[:, 1:-1, 2:] + wrong[:, :-2, 1:-1] + wrong[:, 2:, 1:-1]) > 0
+    isolated = wrong[:, 1:-1, 1:-1] & ~neighbours
+    assert isolated.sum() < 0.02 * wrong.sum()  # a third of them, were they independent
+
+
+def test_single_pixels_and_windows_tell_little_on_unseen_scenes(tiles: list[Tile]) -> None:
+    assert difficulty(tiles, "level").mean() == pytest.approx(0.08, abs=0.05)
+    assert difficulty(tiles, "window").mean() == pytest.approx(0.11, abs=0.05)
+
+
+def test_shadow_falls_behind_what_is_high() -> None:
+    height = np.zeros((40, 40), np.float32)
+    height[18:22, 18:22] = 5
+    frame = RayFrame(height.shape, 0.0)  # rays travel to the right
+    shadow = frame.turn_back((frame.shadow_depth(frame.turn(height), 0.5) > 0.25).astype(np.float32)) > 0.5
+    columns = np.flatnonzero(shadow[20])
+    assert columns.min() >= 21 and columns.max() == pytest.approx(21 + 9, abs=1)  # 5 high at slope 0.5: 10 long
+    assert not shadow[5].any()
+
+
+@pytest.mark.parametrize("scale", [1.5, 4.0, 20.0])
+def test_smooth_noise_is_standard_normal_over_the_ensemble(scale: float) -> None:
+    rng = np.random.default_rng(0)
+    fields = np.stack([smooth_noise(rng, (48, 48), scale) for _ in range(200)])
+    assert fields.mean() == pytest.approx(0, abs=0.06)
+    assert fields.std() == pytest.approx(1, abs=0.08)
+    assert to_uniform(fields).mean() == pytest.approx(0.5, abs=0.02)
+
+
+@pytest.mark.parametrize(("name", "value"), [("size", 32), ("train", 0), ("val", 0), ("source", 1), ("num_workers", 0)])
+def test_too_small_a_number_is_refused_by_its_name(tmp_path: Path, name: str, value: int) -> None:
+    with pytest.raises(ToyWorldError, match=rf"--{name} {value} is too small; it must be at least"):
+        make_toy_world(tmp_path / "world", **{name: value})
+    assert not list(tmp_path.iterdir())
+
+
+def test_an_existing_folder_is_left_alone(tmp_path: Path) -> None:
+    (tmp_path / "mine.txt").write_text("mine")
+    result = run("--output", str(tmp_path), "--train", "1")
+    assert result.returncode == 2
+    assert result.stderr == f"error: --output {tmp_path} exists; remove it or name a new folder\n"
+    assert [path.name for path in tmp_path.iterdir()] == ["mine.txt"]
+
+
+def test_a_failure_leaves_nothing_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: object) -> None:
+        raise OSError("disk full")
+
+    monkeypatch.setattr("hf_seg.data.toy_world._write_lists", fail)
+    with pytest.raises(OSError, match="disk full"):
+        make_toy_world(tmp_path / "world", source=2, train=1, val=1, size=64)
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_command_writes_both_trees(tmp_path: Path) -> None:
+    numbers = ["--source", "2", "--train", "1", "--val", "1", "--test", "0", "--size", "64", "--num_workers", "1"]
+    result = run("--output", str(tmp_path / "deep" / "world"), "--seed", "5", *numbers)
+    assert result.returncode == 0, result.stderr
+    assert sorted(path.name for path in (tmp_path / "deep").iterdir()) == ["world"]
+    names = {path.name for path in (tmp_path / "deep" / "world").iterdir()}
+    assert names == {"OpenEarthMap_wo_xBD", "dfc25_track1", "dfc25_track1_extra", "toy_world.json"}
+
+
+def test_every_kind_of_scene_has_its_own_stream_of_randomness() -> None:
+    draws = {(kind, i): Scene(0, kind, i, 64).generators()[0].random() for kind in KINDS for i in range(3)}
+    assert len(set(draws.values())) == len(draws)
