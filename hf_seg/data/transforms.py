@@ -44,6 +44,7 @@ class RandomScaledCrop(A.DualTransform):
         self.max_class_share = max_class_share
 
     def get_params_dependent_on_data(self, params: dict[str, Any], data: dict[str, Any]) -> dict[str, Any]:
+        """Draw the window's side and its upper left corner, which may lie outside the image."""
         height, width = params["shape"][:2]
         side = max(1, round(self.crop_size / self.py_random.uniform(*self.scale_range)))
         for _ in range(10):
