@@ -240,7 +240,8 @@ def write_pseudo_labels(oem_sar: Path, folder: Path, value: int) -> Path:
 def test_pseudo_labels_replace_the_official_ones(oem_sar: Path, tmp_path: Path) -> None:
     """Constant pseudo-labels teach a constant map; the official labels would not."""
     labels = write_pseudo_labels(oem_sar, tmp_path / "labels", 6)
-    argv = command_line(oem_sar, tmp_path / "run", pseudo_labels=labels, max_class_share=1, learning_rate=1e-2)
+    settings = {"pseudo_labels": labels, "max_class_share": 1, "learning_rate": 1e-2, "max_train_steps": 20}
+    argv = command_line(oem_sar, tmp_path / "run", **settings)
     result = run_stage2(*argv, log=tmp_path / "log")
     assert result.exit_codes == [0], result.output
     counts = np.array(json.loads((tmp_path / "run" / "eval_results.json").read_text())["confusion_matrix"])
