@@ -50,10 +50,28 @@ def setting(default: Any, help: str) -> Any:
 
 
 @dataclass(kw_only=True)
-class RecipeArguments:
-    """What every training recipe needs; each recipe adds its own fields."""
+class Settings:
+    """What `parse_arguments` fills: fields with a default, some of them within `BOUNDS`."""
 
     config: str | None = setting(None, "YAML file with settings; the command line overrides it")
+
+    def __post_init__(self) -> None:
+        for key in dataclasses.asdict(self).keys() & BOUNDS.keys():
+            low, high = BOUNDS[key]
+            lower = "more than 0" if low == TINY else f"at least {low:g}"
+            upper = "" if high == INFINITY else f" and at most {high:g}"
+            self.require(key, low <= getattr(self, key) <= high, lower + upper)
+
+    def require(self, key: str, holds: bool, what: str) -> None:
+        """Raise `UserError` naming `key`, its value and what it must be, unless `holds`."""
+        if not holds:
+            raise UserError(f"{key} must be {what}; it is {getattr(self, key)!r}")
+
+
+@dataclass(kw_only=True)
+class RecipeArguments(Settings):
+    """What every training recipe needs; each recipe adds its own fields."""
+
     # data
     data_dir: str = setting("data/dfc25_track1", "root of OpenEarthMap-SAR, as released")
     output_dir: str = setting("runs/stage2", "where checkpoints, figures and the final model go")
@@ -94,21 +112,12 @@ class RecipeArguments:
     dataloader_num_workers: int = setting(4, "processes per training process that read and augment")
 
     def __post_init__(self) -> None:
-        for key in dataclasses.asdict(self).keys() & BOUNDS.keys():
-            low, high = BOUNDS[key]
-            lower = "more than 0" if low == TINY else f"at least {low:g}"
-            upper = "" if high == INFINITY else f" and at most {high:g}"
-            self.require(key, low <= getattr(self, key) <= high, lower + upper)
+        super().__post_init__()
         self.require("crop_size", self.crop_size % 32 == 0, "a multiple of 32")
         self.require("max_scale", self.max_scale >= self.min_scale, f"at least min_scale, {self.min_scale}")
         self.require(
             "warmup_steps", self.warmup_steps < self.max_train_steps, f"below max_train_steps, {self.max_train_steps}"
         )
-
-    def require(self, key: str, holds: bool, what: str) -> None:
-        """Raise `UserError` naming `key`, its value and what it must be, unless `holds`."""
-        if not holds:
-            raise UserError(f"{key} must be {what}; it is {getattr(self, key)!r}")
 
 
 INFINITY = float("inf")
@@ -122,6 +131,14 @@ BOUNDS: dict[str, tuple[float, float]] = {
     **dict.fromkeys(("learning_rate", "head_lr_multiplier", "min_scale", "max_scale"), (TINY, 1e6)),
     **dict.fromkeys(("eval_stride", "max_class_share", "rce_epsilon"), (TINY, 1)),
     **dict.fromkeys(("jitter_prob", "speckle_prob"), (0, 1)),
+    **dict.fromkeys(("raa_prob", "strong_jitter_prob", "strong_blur_prob", "confidence_threshold"), (0, 1)),
+    **dict.fromkeys(("raa_min_scale", "raa_max_scale"), (TINY, 1)),
+    "raa_max_upscale": (1, INFINITY),
+    "ema_decay": (0, 1),
+    "panel_steps": (0, INFINITY),
+    **dict.fromkeys(("batch_size", "tiles_per_shard"), (1, INFINITY)),
+    "stride": (TINY, 1),
+    "min_confidence": (0, 1),
     "crop_size": (32, INFINITY),
     "seed": (0, 2**31),  # numpy's global generator takes 32 bits, and each process adds its index
 }
@@ -144,10 +161,73 @@ class Stage2Arguments(RecipeArguments):
         self.require("ce_weight", self.ce_weight + self.rce_weight + self.lovasz_weight > 0, "above 0 if no other is")
 
 
+@dataclass(kw_only=True)
+class Stage1Arguments(RecipeArguments):
+    """Settings of `recipes/stage1.py`: an optical network, from labelled source to unlabelled target images."""
+
+    source_dir: str = setting("data/OpenEarthMap_wo_xBD", "root of OpenEarthMap, as released")
+    output_dir: str = setting("runs/stage1", "where checkpoints, figures and both networks go")
+    max_train_steps: int = setting(80_000, "optimizer steps")
+    method: Literal["dacs", "source_only"] = setting("dacs", "self-training, or the source loss alone")
+    # resolution alignment augmentation of source images
+    raa_prob: float = setting(0.2, "probability of resolution alignment; 0: never")
+    raa_min_scale: float = setting(0.1, "strongest downsampling, as a ratio of the side")
+    raa_max_scale: float = setting(0.35, "weakest downsampling")
+    raa_max_upscale: float = setting(1.0, "largest zoom after it, cropped back to size; 1: none")
+    # self-training
+    ema_decay: float = setting(0.999, "weight of the teacher's past in each update, after its warm-up")
+    confidence_threshold: float = setting(0.968, "a pixel above this counts towards its image's weight")
+    strong_jitter_prob: float = setting(0.5, "probability of colour jitter of a mixed image")
+    strong_blur_prob: float = setting(0.5, "probability of Gaussian blur of a mixed image")
+    auxiliary_weight: float = setting(0.4, "weight of UperNet's auxiliary head in both losses")
+    panel_steps: int = setting(1000, "steps between pictures of what is mixed and learned; 0: never")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.require(
+            "raa_max_scale", self.raa_max_scale >= self.raa_min_scale, f"at least raa_min_scale, {self.raa_min_scale}"
+        )
+
+
+@dataclass(kw_only=True)
+class PseudoLabelArguments(Settings):
+    """Settings of `recipes/pseudo_label.py`: label optical tiles with one or more stage-1 networks."""
+
+    model: list[str] = dataclasses.field(
+        default_factory=lambda: ["runs/stage1"], metadata={"help": "stage-1 folders or Hub ids (id@revision)"}
+    )
+    network: Literal["teacher", "student"] = setting("teacher", "which network of each stage-1 run labels")
+    data_dir: str = setting("data/dfc25_track1", "root of OpenEarthMap-SAR, as released")
+    split: Literal["train", "val", "test"] = setting("train", "split to label; it must have optical images")
+    output_dir: str = setting("runs/labels", "where the dataset goes; launched again, it goes on with what is missing")
+    # prediction
+    tta: Literal["none", "flips", "d4", "paper"] = setting("none", "views averaged: 1, 4, 8, or 4 at each of 6 scales")
+    stride: float = setting(0.5, "step of the sliding window as a share of the crop")
+    batch_size: int = setting(4, "windows per forward pass")
+    mixed_precision: Literal["no", "bf16", "fp16"] = setting("no", "arithmetic of the forward pass")
+    # labels
+    combine: Literal["average", "agreement"] = setting(
+        "average", "several networks: argmax of their mean, without or with ignoring pixels on which they disagree"
+    )
+    min_confidence: float = setting(0.0, "ignore pixels whose mean probability is below this; 0: none")
+    ignore_sar_nodata: bool = setting(False, "ignore pixels beyond the SAR swath: exact zeros joined to the border")
+    # dataset
+    tiles_per_shard: int = setting(16, "tiles a Parquet file, and tiles whose probabilities are in memory at once")
+    push_to_hub: bool = setting(False, "upload the finished dataset to hub_model_id")
+    hub_model_id: str | None = setting(None, "dataset repository on the Hub: user/name")
+    hub_private_repo: bool = setting(False, "make the repository private if it is new")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.require("model", len(self.model) > 0, "one folder or Hub id, or more")
+        self.require("combine", self.combine == "average" or len(self.model) > 1, "average for a single model")
+        self.require("hub_model_id", not self.push_to_hub or self.hub_model_id is not None, "user/name to push to")
+
+
 # What belongs to one launch and not to the recipe.
 _LAUNCH_ONLY = ("config", "resume_from_checkpoint")
 
-Arguments = TypeVar("Arguments", bound=RecipeArguments)
+Arguments = TypeVar("Arguments", bound=Settings)
 
 
 class _Parser(HfArgumentParser):
@@ -210,7 +290,7 @@ class _StrictDumper(yaml.SafeDumper):
 _StrictDumper.add_implicit_resolver(*_EXPONENT)
 
 
-def _read_yaml(path: Path, settings: type[RecipeArguments]) -> dict[str, Any]:
+def _read_yaml(path: Path, settings: type[Settings]) -> dict[str, Any]:
     """Return the settings in a flat YAML file, each of the type that its field declares."""
     try:
         values = yaml.load(path.read_text(encoding="utf-8"), _StrictLoader)  # noqa: S506 (a SafeLoader)
@@ -239,6 +319,8 @@ def _has_type(value: Any, hint: Any) -> bool:
         return any(_has_type(value, option) for option in typing.get_args(hint))
     if typing.get_origin(hint) is Literal:
         return value in typing.get_args(hint)
+    if typing.get_origin(hint) is list:
+        return isinstance(value, list) and all(_has_type(item, *typing.get_args(hint)) for item in value)
     if hint is float:
         return isinstance(value, int | float) and not isinstance(value, bool)
     return type(value) is hint
@@ -247,19 +329,21 @@ def _has_type(value: Any, hint: Any) -> bool:
 # What may differ when a run is resumed: where things lie, what is logged and kept, how long it goes on.
 FREE_ON_RESUME = frozenset(
     (
-        *("data_dir", "output_dir", "max_train_steps", "eval_steps", "eval_batch_size", "checkpointing_steps"),
-        *("save_total_limit", "logging_steps", "report_to", "dataloader_num_workers", "gradient_checkpointing"),
+        *("data_dir", "source_dir", "output_dir", "max_train_steps", "eval_steps", "eval_batch_size", "report_to"),
+        *("checkpointing_steps", "save_total_limit", "logging_steps", "panel_steps", "dataloader_num_workers"),
+        # pseudo-labels: models are told apart by what they are, not by where they lie
+        *("gradient_checkpointing", "model", "batch_size", "push_to_hub", "hub_model_id", "hub_private_repo"),
     )
 )
 
 
-def dump_recipe(args: RecipeArguments) -> str:
+def dump_recipe(args: Settings) -> str:
     """Return the resolved settings as YAML; as `--config` they repeat the run."""
     values = {key: value for key, value in dataclasses.asdict(args).items() if key not in _LAUNCH_ONLY}
     return yaml.dump(values, Dumper=_StrictDumper, sort_keys=False, allow_unicode=True)
 
 
-def check_same_recipe(args: RecipeArguments, recipe: Path) -> None:
+def check_same_recipe(args: Settings, recipe: Path) -> None:
     """Refuse to resume a run under settings that would make it another run.
 
     Args:

@@ -10,6 +10,7 @@ UperNet takes ConvNeXtV2 or SwinV2 as encoder. Whatever is saved opens with `Aut
 import functools
 import logging
 from collections.abc import Collection, Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -125,30 +126,43 @@ def build_model(model_name_or_path: str, *, crop_size: int, from_scratch: bool =
     return model
 
 
-def load_trained(model_name_or_path: str) -> tuple[PreTrainedModel, int]:
+def load_trained(model_name_or_path: str, *, subfolder: str = "") -> tuple[PreTrainedModel, int]:
     """Load a finished model of the nine classes, every tensor of it, and the crop size that it was trained at.
+
+    Args:
+        model_name_or_path: folder, or Hub id; `id@revision` pins a commit, branch or tag.
+        subfolder: where in it the model lies.
 
     Raises:
         UserError: no such model, other classes, or tensors that are not among its weights.
     """
-    config = _find_config(model_name_or_path, from_scratch=False)
+    name, place = _locate(model_name_or_path, subfolder)
+    config = _find_config(name, from_scratch=False, **place)
     if config.model_type not in ("segformer", "upernet") or config.id2label != ID2LABEL:
         raise UserError(f"{model_name_or_path} is no segmentation model of the {len(ID2LABEL)} land-cover classes")
     stock = SegformerForSemanticSegmentation if config.model_type == "segformer" else UperNetForSemanticSegmentation
     try:
-        processor = AutoImageProcessor.from_pretrained(model_name_or_path)
+        processor = AutoImageProcessor.from_pretrained(name, **place)
     except OSError:
         raise UserError(f"{model_name_or_path} has no preprocessor_config.json, which holds the crop size") from None
-    return _load(stock, model_name_or_path, config, may_be_new=()), int(processor.size["height"])
+    return _load(stock, name, config, may_be_new=(), **place), int(processor.size["height"])
 
 
-def _find_config(name: str, from_scratch: bool) -> PretrainedConfig:
+def _locate(name: str, subfolder: str) -> tuple[str, dict[str, str]]:
+    """Split `id@revision` and return the name and what `from_pretrained` needs beside it."""
+    revision = "main"
+    if not Path(name).exists():
+        name, _, revision = name.partition("@")
+    return name, {"subfolder": subfolder, "revision": revision or "main"}
+
+
+def _find_config(name: str, from_scratch: bool, **place: str) -> PretrainedConfig:
     if from_scratch and name in PRESETS:
         return _presets()[name]
     if name in PRESETS and name.startswith("toy-"):
         raise UserError(f"{name} is a size without pretrained weights; add --from_scratch true")
     try:
-        return AutoConfig.from_pretrained(name)
+        return AutoConfig.from_pretrained(name, **place)
     except (OSError, ValueError) as error:
         way_out = "fetch it where there is a network (`hf download`), give a local folder, or add --from_scratch true"
         if from_scratch:
@@ -171,11 +185,12 @@ def _upernet_config(encoder: PretrainedConfig, width: int, auxiliary_width: int)
     )
 
 
-def _load(cls: Any, name: str, config: PretrainedConfig, may_be_new: Collection[str]) -> Any:
+def _load(cls: Any, name: str, config: PretrainedConfig, may_be_new: Collection[str], **place: str) -> Any:
     """Load weights and prove that they arrived: only tensors under the prefixes `may_be_new` may start at random."""
     try:
         model, report = cls.from_pretrained(
             name,
+            **place,
             config=config,
             dtype=torch.float32,  # whatever the file has: mixed precision keeps float32 weights
             use_safetensors=True,

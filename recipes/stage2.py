@@ -11,78 +11,38 @@ cross entropy, where all processes see as many labelled pixels. Lovász-softmax 
 BatchNorm on a CPU; on GPUs it is synchronised.
 """
 
-import logging
-import math
 import sys
 from pathlib import Path
 from typing import Any
 
-import torch
 from accelerate import Accelerator
 from accelerate.utils import set_seed
 from torch import Tensor, nn
-from transformers import UperNetForSemanticSegmentation
-from transformers.utils.logging import disable_progress_bar
 
-from hf_seg.arguments import (
-    Stage2Arguments,
-    UserError,
-    check_same_recipe,
-    dump_recipe,
-    one_line_errors,
-    parse_arguments,
-)
+from hf_seg.arguments import Stage2Arguments, dump_recipe, one_line_errors, parse_arguments
 from hf_seg.data.dataloaders import AugmentedStream, LabelledImages, load_pseudo_labels, train_dataloader
 from hf_seg.data.open_earth_map import DatasetError, load_open_earth_map_sar
 from hf_seg.data.transforms import sar_transform
 from hf_seg.hub.export import export_model
 from hf_seg.losses import noise_robust_loss
-from hf_seg.models import SegmentationLogits, SegmentationNetwork, build_model
+from hf_seg.models import SegmentationLogits
 from hf_seg.report.plots import plot_curves
-from hf_seg.training.checkpoints import Progress, StopSignal, find_checkpoint, load_checkpoint, save_checkpoint
+from hf_seg.training.checkpoints import Progress, StopSignal, load_checkpoint, save_checkpoint
 from hf_seg.training.evaluation import draw_results, evaluate_network
-from hf_seg.training.optimization import build_optimizer, build_schedule
-from hf_seg.training.run_log import RunLog, check_tracker
+from hf_seg.training.run_log import RunLog
+from hf_seg.training.setup import build_network, build_optimization, open_run, window_settings
 
 
 def main(argv: list[str] | None = None) -> None:
     """Train, validate, export."""
     args = parse_arguments(Stage2Arguments, argv)
-    check_tracker(args.report_to)
-    has_fp16 = args.mixed_precision != "fp16" or torch.accelerator.is_available()
-    args.require("mixed_precision", has_fp16, "no or bf16 on a CPU")
     output_dir = Path(args.output_dir)
-    accelerator = Accelerator(
-        cpu=not torch.accelerator.is_available(),
-        mixed_precision=args.mixed_precision,
-        gradient_accumulation_steps=args.gradient_accumulation_steps,
-        log_with=None if args.report_to == "none" else args.report_to,
-        project_dir=output_dir / "tracker",
-    )
-    logging.basicConfig(level=logging.INFO if accelerator.is_main_process else logging.ERROR, format="%(message)s")
-    logging.getLogger("accelerate").setLevel(logging.WARNING)
-    disable_progress_bar()
-
-    checkpoint = find_checkpoint(output_dir, args.resume_from_checkpoint)
-    if checkpoint is not None:
-        check_same_recipe(args, checkpoint.parent.parent / "recipe.yaml")
-    accelerator.wait_for_everyone()
-    if accelerator.is_main_process:
-        output_dir.mkdir(parents=True, exist_ok=True)
-        (output_dir / "recipe.yaml").write_text(dump_recipe(args), encoding="utf-8")
+    accelerator, checkpoint = open_run(args)
 
     train_images, val_images = load_images(args, accelerator)
     set_seed(args.seed)
     network = build_network(args, accelerator)
-    optimizer = build_optimizer(
-        network.model,
-        learning_rate=args.learning_rate,
-        head_lr_multiplier=args.head_lr_multiplier,
-        weight_decay=args.weight_decay,
-    )
-    schedule = build_schedule(
-        optimizer, max_train_steps=args.max_train_steps, warmup_steps=args.warmup_steps, power=args.lr_power
-    )
+    optimizer, schedule = build_optimization(network.model, args)
     network, optimizer = accelerator.prepare(network, optimizer)
     set_seed(args.seed, device_specific=True)  # dropout differs between processes
     progress = Progress() if checkpoint is None else load_checkpoint(accelerator, checkpoint)
@@ -119,12 +79,7 @@ def main(argv: list[str] | None = None) -> None:
         with accelerator.accumulate(network):
             outputs = network(batch["pixel_values"].to(accelerator.device, non_blocking=True))
             losses = training_loss(outputs, batch["labels"].to(accelerator.device, non_blocking=True), args)
-            if not math.isfinite(losses["loss"].item()):
-                log.close()
-                raise UserError(
-                    f"the loss is {losses['loss'].item()} at step {progress.step + 1}, images "
-                    f"{', '.join(batch['image_id'])}; try a lower --learning_rate, --max_grad_norm 1, bf16 for fp16"
-                )
+            log.require_finite(losses["loss"], progress.step + 1, batch["image_id"])
             accelerator.backward(losses["loss"])
             if accelerator.sync_gradients and args.max_grad_norm:
                 accelerator.clip_grad_norm_(network.parameters(), args.max_grad_norm)
@@ -181,19 +136,6 @@ def load_images(args: Stage2Arguments, accelerator: Accelerator) -> tuple[Labell
     return train_images, None if val_rows is None else LabelledImages(val_rows, "sar")
 
 
-def build_network(args: Stage2Arguments, accelerator: Accelerator) -> SegmentationNetwork:
-    """Build the network that is trained."""
-    model = build_model(args.model_name_or_path, crop_size=args.crop_size, from_scratch=args.from_scratch)
-    network = SegmentationNetwork(model)
-    if args.gradient_checkpointing:
-        network.enable_gradient_checkpointing()
-    if accelerator.num_processes > 1 and accelerator.device.type == "cuda":
-        return nn.SyncBatchNorm.convert_sync_batchnorm(network)
-    if isinstance(model, UperNetForSemanticSegmentation):  # BatchNorm of its 1 x 1 pooling branch
-        args.require("per_device_train_batch_size", args.per_device_train_batch_size > 1, "at least 2 for UperNet")
-    return network
-
-
 def training_loss(outputs: SegmentationLogits, labels: Tensor, args: Stage2Arguments) -> dict[str, Tensor]:
     """Return the terms of the loss and their sum `loss`, the auxiliary head's included."""
     weights = {"ce_weight": args.ce_weight, "rce_weight": args.rce_weight, "lovasz_weight": args.lovasz_weight}
@@ -211,12 +153,6 @@ def evaluate(
     results = evaluate_network(accelerator.unwrap_model(network), images, accelerator, **window_settings(args))
     accelerator.print(f"\nmIoU {results['mean_iou']:.4f}, overall accuracy {results['overall_accuracy']:.4f}")
     return results
-
-
-def window_settings(args: Stage2Arguments) -> dict[str, int]:
-    """Return the sliding window that fits the crop."""
-    stride = max(1, round(args.eval_stride * args.crop_size))
-    return {"window": args.crop_size, "stride": stride, "batch_size": args.eval_batch_size}
 
 
 def export(network: nn.Module, folder: Path, results: dict[str, Any] | None, args: Stage2Arguments, step: int) -> None:

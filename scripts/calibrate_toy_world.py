@@ -71,8 +71,6 @@ def read_scenes(folder: Path, split: str) -> list[Tile]:
         label, optical, noisy = read(str(row.files["label"])), row.files["optical"], None
         if (clean := extra / f"{split}_clean_labels" / f"{row.image_id}.tif").is_file():
             label, noisy = read(clean), label
-        if optical is None and (image := extra / f"{split}_rgb_images" / f"{row.image_id}.tif").is_file():
-            optical = str(image)
         tiles.append(Tile(read(str(row.files["sar"])), label, None if optical is None else read(optical), noisy))
     return tiles
 
@@ -240,7 +238,7 @@ def run_networks(options: argparse.Namespace) -> None:
     clean = [(row.image_id, row.files["sar"], extra / "train_clean_labels" / f"{row.image_id}.tif") for row in train]
     noisy = [(row.image_id, row.files["sar"], row.files["label"]) for row in train]
     unseen = [(row.image_id, row.files["sar"], row.files["label"]) for row in val]
-    optical = [(row.image_id, extra / "val_rgb_images" / f"{row.image_id}.tif", row.files["label"]) for row in val]
+    optical = [(row.image_id, row.files["optical"], row.files["label"]) for row in val]
     lists = scan_open_earth_map(source).rows
     source_train, source_val = (
         [(row.image_id, row.files["image"], row.files["label"]) for row in lists[split]] for split in ("train", "val")

@@ -57,6 +57,21 @@ def make_scene(rng: np.random.Generator, size: int) -> tuple[np.ndarray, np.ndar
 
 
 @pytest.fixture(scope="session")
+def oem(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny OpenEarthMap in the release's layout: two regions, 6 training and 2 validation tiles."""
+    root = tmp_path_factory.mktemp("oem") / "OpenEarthMap_wo_xBD"
+    rng = np.random.default_rng(1)
+    for number in range(1, 9):
+        grey, label = make_scene(rng, 96 + 16 * (number % 2))
+        name = f"{'acre' if number % 2 else 'north-town'}_{number}.tif"
+        write_tiff(root / name.rpartition("_")[0] / "images" / name, np.stack([grey, grey, 255 - grey]))
+        write_tiff(root / name.rpartition("_")[0] / "labels" / name, label)
+        with (root / ("train.txt" if number <= 6 else "val.txt")).open("a") as split:
+            split.write(f"{name}\n")
+    return root
+
+
+@pytest.fixture(scope="session")
 def oem_sar(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tiny OpenEarthMap-SAR in the release's layout: 6 training and 3 validation tiles of different sizes."""
     root = tmp_path_factory.mktemp("oem_sar") / "dfc25_track1"

@@ -11,15 +11,19 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from types import ModuleType
 
 import torch
 from accelerate import Accelerator
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "recipes"))
+import stage1
 import stage2
 
+from hf_seg.adaptation.mean_teacher import MeanTeacher
 from hf_seg.arguments import one_line_errors
 from hf_seg.data.open_earth_map import DatasetError
+from hf_seg.training import teacher_student
 
 _context = multiprocessing.get_context("forkserver")
 # all that is slow to import; the server of Python 3.11 does not find modules of this folder
@@ -34,12 +38,19 @@ class Result:
     output: str
 
 
-def run_stage2(
-    *argv: str, log: Path, processes: int = 1, disturb: str = "", disturbed: range | None = None, timeout: float = 240
+def run_recipe(
+    recipe: str,
+    *argv: str,
+    log: Path,
+    processes: int = 1,
+    disturb: str = "",
+    disturbed: range | None = None,
+    timeout: float = 240,
 ) -> Result:
-    """Run `recipes/stage2.py` with a command line, on one or several processes that talk over gloo.
+    """Run a recipe with a command line, on one or several processes that talk over gloo.
 
     Args:
+        recipe: "stage1" or "stage2".
         argv: the command line.
         log: file that receives what is printed.
         disturb: "EVENT:N", see `_DISTURBANCES`: what happens to a process at its N-th such event.
@@ -51,7 +62,7 @@ def run_stage2(
     started = [
         _context.Process(
             target=_run,
-            args=(argv, log, rank, processes, port, disturb if disturbed is None or rank in disturbed else ""),
+            args=(recipe, argv, log, rank, processes, port, disturb if disturbed is None or rank in disturbed else ""),
         )
         for rank in range(processes)
     ]
@@ -65,7 +76,7 @@ def run_stage2(
     return Result([process.exitcode for process in started], log.read_text())
 
 
-def _run(argv: tuple[str, ...], log: Path, rank: int, processes: int, port: int, disturb: str) -> None:
+def _run(recipe: str, argv: tuple[str, ...], log: Path, rank: int, processes: int, port: int, disturb: str) -> None:
     descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(descriptor, 1)
     os.dup2(descriptor, 2)
@@ -77,7 +88,7 @@ def _run(argv: tuple[str, ...], log: Path, rank: int, processes: int, port: int,
         event, _, number = disturb.partition(":")
         _DISTURBANCES[event](int(number or 0))
     with one_line_errors(DatasetError, OSError):
-        stage2.main(list(argv))
+        _RECIPES[recipe].main(list(argv))
 
 
 def _at_call(owner: object, name: str, number: int, action: Callable[..., object], *, after: bool) -> None:
@@ -108,15 +119,23 @@ def _cut_checkpoint(_: Accelerator, folder: str) -> None:
     _send(signal.SIGKILL)()
 
 
+def _kill_in_export(number: int) -> None:
+    for module in (stage2, teacher_student):
+        _at_call(module, "export_model", number, _send(signal.SIGKILL), after=False)
+
+
 def _freeze_batch_norm(_: int) -> None:
     torch.nn.BatchNorm2d.train = lambda self, mode=True: torch.nn.Module.train(self, False)  # type: ignore[method-assign]
 
 
+_RECIPES: dict[str, ModuleType] = {"stage1": stage1, "stage2": stage2}
+
 _DISTURBANCES: dict[str, Callable[[int], None]] = {
     "kill_before_step": lambda n: _at_call(torch.optim.AdamW, "step", n, _send(signal.SIGKILL), after=False),
     "kill_after_step": lambda n: _at_call(torch.optim.AdamW, "step", n, _send(signal.SIGKILL), after=True),
+    "kill_before_teacher": lambda n: _at_call(MeanTeacher, "update", n, _send(signal.SIGKILL), after=False),
     "kill_in_checkpoint": lambda n: _at_call(Accelerator, "save_state", n, _cut_checkpoint, after=True),
-    "kill_in_export": lambda n: _at_call(stage2, "export_model", n, _send(signal.SIGKILL), after=False),
+    "kill_in_export": _kill_in_export,
     "terminate_after_step": lambda n: _at_call(torch.optim.AdamW, "step", n, _send(signal.SIGTERM), after=True),
     "interrupt_after_step": lambda n: _at_call(torch.optim.AdamW, "step", n, _send(signal.SIGINT), after=True),
     "freeze_batch_norm": _freeze_batch_norm,

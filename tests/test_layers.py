@@ -17,7 +17,9 @@ LAYERS = [
     ["hf_seg.labels", "hf_seg.arguments", "hf_seg.data.open_earth_map"],
     [
         *("hf_seg.losses", "hf_seg.metrics", "hf_seg.land_cover_iou", "hf_seg.data.transforms", "hf_seg.data.doctor"),
-        *("hf_seg.data.download", "hf_seg.inference.sliding_window", "hf_seg.report.plots"),
+        *("hf_seg.data.download", "hf_seg.inference.sliding_window", "hf_seg.report.plots", "hf_seg.report.mix_panel"),
+        *("hf_seg.adaptation.class_mix", "hf_seg.adaptation.pseudo_labels", "hf_seg.adaptation.mean_teacher"),
+        "hf_seg.adaptation.strong_augmentation",
     ],
     ["hf_seg.models", "hf_seg.data.dataloaders", "hf_seg.data.toy_world.fields", "hf_seg.data.toy_world.parcels"],
     [
@@ -25,11 +27,25 @@ LAYERS = [
         *("hf_seg.training.run_log", "hf_seg.data.toy_world.ground", "hf_seg.data.toy_world.noise"),
         "hf_seg.data.toy_world.statistics",
     ],
-    ["hf_seg.training.evaluation", "hf_seg.data.toy_world.optical", "hf_seg.data.toy_world.sar"],
+    [
+        *("hf_seg.training.evaluation", "hf_seg.training.setup", "hf_seg.training.teacher_student"),
+        *("hf_seg.data.toy_world.optical", "hf_seg.data.toy_world.sar"),
+    ],
     ["hf_seg.data.toy_world"],
 ]
-PURE = ["hf_seg.labels", "hf_seg.losses", "hf_seg.metrics", "hf_seg.data.transforms", "hf_seg.inference.sliding_window"]
-PACKAGES = ["hf_seg", "hf_seg.data", "hf_seg.hub", "hf_seg.inference", "hf_seg.report", "hf_seg.training"]
+PURE = [
+    *("hf_seg.labels", "hf_seg.losses", "hf_seg.metrics", "hf_seg.data.transforms", "hf_seg.inference.sliding_window"),
+    *sorted(module for module in MODULES if module.startswith("hf_seg.adaptation.")),
+]
+PACKAGES = [
+    "hf_seg",
+    "hf_seg.adaptation",
+    "hf_seg.data",
+    "hf_seg.hub",
+    "hf_seg.inference",
+    "hf_seg.report",
+    "hf_seg.training",
+]
 
 
 def imports_of(path: Path) -> set[str]:

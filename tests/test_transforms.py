@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import albumentations as A
+import cv2
 import numpy as np
 import pytest
 import rasterio
@@ -12,10 +13,13 @@ from transformers import AutoImageProcessor
 
 from hf_seg.data.transforms import (
     RandomScaledCrop,
+    ResolutionAlignment,
     SARJitter,
     SARSpeckle,
+    align_resolution,
     optical_transform,
     sar_transform,
+    to_image,
     to_pixel_values,
 )
 from hf_seg.hub.export import image_processor
@@ -258,6 +262,76 @@ def test_optical_jitter_changes_colours_and_never_labels() -> None:
 
 
 @pytest.mark.filterwarnings("ignore::rasterio.errors.NotGeoreferencedWarning")
+def aligned(image: np.ndarray, mask: np.ndarray, seed: int = 0, **settings: object) -> tuple[np.ndarray, np.ndarray]:
+    transform = A.Compose([ResolutionAlignment(**{"p": 1, **settings})])
+    transform.set_random_seed(seed)
+    result = transform(image=image, mask=mask)
+    return result["image"], result["mask"]
+
+
+def test_resolution_alignment_is_bilinear_down_and_up() -> None:
+    image, mask = random_tile()
+    small = cv2.resize(image, (20, 20), interpolation=cv2.INTER_LINEAR)
+    expected = cv2.resize(small, (80, 80), interpolation=cv2.INTER_LINEAR)
+    assert np.array_equal(align_resolution(image, 0.25), expected)
+    assert np.array_equal(aligned(image, mask, scale_range=(0.25, 0.25))[0], expected)
+    assert np.array_equal(align_resolution(image, 1.0), image)
+
+
+@pytest.mark.parametrize("shape", [(80, 80), (61, 97)])
+def test_resolution_alignment_keeps_size_and_labels(shape: tuple[int, int]) -> None:
+    rng = np.random.default_rng(1)
+    image, mask = rng.integers(0, 256, (*shape, 3), dtype=np.uint8), rng.integers(0, 9, shape, dtype=np.uint8)
+    for seed in range(10):
+        blurred, labels = aligned(image, mask, seed)
+        assert blurred.shape == image.shape and blurred.dtype == np.uint8
+        assert np.array_equal(labels, mask)
+        assert blurred.std() < 0.8 * image.std()
+
+
+def test_resolution_alignment_draws_its_ratio_uniformly() -> None:
+    """A wave too short for the coarse grid is lost, so what survives tells the ratio."""
+    transform = ResolutionAlignment((0.1, 0.5))
+    transform.set_random_seed(0)
+    ratios = np.array([transform.get_params()["ratio"] for _ in range(2000)])
+    assert (ratios.min(), ratios.max()) == pytest.approx((0.1, 0.5), abs=0.005)
+    assert np.histogram(ratios, 4)[0] == pytest.approx(500, abs=80)
+
+
+def test_resolution_alignment_comes_with_its_probability() -> None:
+    image, mask = random_tile()
+    for p in (0.0, 0.2):
+        transform = A.Compose([ResolutionAlignment((0.2, 0.3), p=p)])
+        transform.set_random_seed(3)
+        changed = [not np.array_equal(transform(image=image, mask=mask)["image"], image) for _ in range(500)]
+        assert np.mean(changed) == pytest.approx(p, abs=0.05)
+
+
+def test_released_form_zooms_image_and_label_alike() -> None:
+    """With a ratio of 1 nothing is blurred, so position and label must still agree after the zoom."""
+    image = position_image()
+    mask = (image[..., 0] // 25).astype(np.uint8)
+    sides = []
+    for seed in range(20):
+        zoomed, labels = aligned(image, mask, seed, scale_range=(1.0, 1.0), max_upscale=3.0)
+        assert zoomed.shape == image.shape and labels.shape == mask.shape
+        assert np.mean(labels == (zoomed[..., 0] + 0.5).astype(int) // 25) > 0.93  # but for rounding at the borders
+        sides.append(np.ptp(zoomed[..., 1].astype(int)) + 1)
+    assert 200 / 3 - 2 <= min(sides) < 100 and 150 < max(sides) <= 200
+
+
+def test_only_a_transform_that_is_given_alignment_has_it() -> None:
+    """The source's has it, the target's has not."""
+    names = [type(t).__name__ for t in optical_transform(32, resolution_alignment=ResolutionAlignment()).transforms]
+    assert names == ["RandomScaledCrop", "D4", "ResolutionAlignment", "ColorJitter"]
+    assert "ResolutionAlignment" not in [type(t).__name__ for t in optical_transform(32).transforms]
+
+
+def test_an_image_comes_back_from_its_pixel_values() -> None:
+    image = np.random.default_rng(0).integers(0, 256, (16, 20, 3), dtype=np.uint8)
+    assert np.array_equal(to_image(to_pixel_values(image)), image)
+
+
 def test_a_crop_of_a_real_scene_is_a_turned_window_of_it(realdata: Path) -> None:
     name = min((realdata / "dfc25_track1/train/sar_images").glob("*.tif")).name
     sar, label = (

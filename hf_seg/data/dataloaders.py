@@ -5,6 +5,7 @@ nor how it is augmented there. So nothing about the order needs to be saved but 
 """
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -28,6 +29,15 @@ class Sample(NamedTuple):
     image_id: str
     image: np.ndarray  # (H, W) or (H, W, 3) uint8
     label: np.ndarray  # (H, W) uint8 class ids, IGNORE_INDEX where there is none
+
+
+@contextmanager
+def _naming(image_id: str) -> Iterator[None]:
+    """Name the image in what PIL raises on a file that changed since it was checked."""
+    try:
+        yield
+    except (OSError, SyntaxError) as error:
+        raise DatasetError(f"{image_id}: cannot be read any more ({error}); was it moved or replaced?") from error
 
 
 class LabelledImages:
@@ -76,12 +86,10 @@ class LabelledImages:
 
     def __getitem__(self, index: int) -> Sample:
         image_id = self.image_ids[index]
-        try:
+        with _naming(image_id):
             row = self.rows[index]
             label = row["label"] if self.pseudo_labels is None else self._pseudo_label(image_id)
             image, label = np.array(row[self.column]), np.array(label)  # copies: PIL's memory is read-only
-        except (OSError, SyntaxError) as error:  # what PIL raises on a file that changed since it was checked
-            raise DatasetError(f"{image_id}: cannot be read any more ({error}); was it moved or replaced?") from error
         if image.shape[:2] != label.shape:
             raise DatasetError(f"{image_id}: the image is {image.shape[:2]} and the label {label.shape} pixels")
         if (wrong := label[(label >= NUM_LABELS) & (label != IGNORE_INDEX)]).size:
@@ -94,6 +102,37 @@ class LabelledImages:
     def _pseudo_label(self, image_id: str) -> Any:
         assert self.pseudo_labels is not None
         return self.pseudo_labels[self._row_of[image_id]]["pseudo_label"]
+
+
+class UnlabelledImages:
+    """Random access to one image column without labels; a sample's label is 0 where there is ground to label.
+
+    Args:
+        rows: a dataset of `hf_seg.data.open_earth_map`.
+        column: its image column: "optical" or "image".
+
+    Raises:
+        DatasetError: an image is missing, naming it; on access, an image that cannot be read.
+    """
+
+    def __init__(self, rows: datasets.Dataset, column: str) -> None:
+        self.rows = rows.select_columns([column])
+        self.column = column
+        self.image_ids: list[str] = rows["image_id"][:]
+        undecoded = self.rows.cast_column(column, datasets.Image(decode=False)).with_format("arrow")
+        present = undecoded[:][column].is_valid().to_pylist()
+        if not all(present):
+            first = self.image_ids[present.index(False)]
+            raise DatasetError(f"{present.count(False)} of {len(present)} tiles have no {column} image, first {first}")
+
+    def __len__(self) -> int:
+        return len(self.image_ids)
+
+    def __getitem__(self, index: int) -> Sample:
+        with _naming(self.image_ids[index]):
+            image = np.array(self.rows[index][self.column])
+        has_data = image.any(axis=-1) if image.ndim == 3 else image > 0
+        return Sample(self.image_ids[index], image, np.where(has_data, 0, IGNORE_INDEX).astype(np.uint8))
 
 
 def load_pseudo_labels(path: str) -> datasets.Dataset:
@@ -109,6 +148,11 @@ def load_pseudo_labels(path: str) -> datasets.Dataset:
     if missing := {"image_id", "pseudo_label"} - set(loaded.column_names):
         raise UserError(f"--pseudo_labels {path}: no column {', '.join(sorted(missing))} among {loaded.column_names}")
     return loaded.select_columns(["image_id", "pseudo_label"])
+
+
+def stream_seed(seed: int, stream: int) -> int:
+    """Return the seed of one of several streams that must not follow each other; stream 0 has `seed` itself."""
+    return int(np.random.SeedSequence(seed, spawn_key=(stream,)).generate_state(1)[0] >> 1) if stream else seed
 
 
 def seed_at(seed: int, position: int) -> int:
@@ -135,7 +179,7 @@ class AugmentedStream(Dataset[dict[str, Any]]):
         seed: with the position, fixes image and augmentation.
     """
 
-    def __init__(self, samples: LabelledImages, transform: A.Compose, seed: int) -> None:
+    def __init__(self, samples: LabelledImages | UnlabelledImages, transform: A.Compose, seed: int) -> None:
         self.samples = samples
         self.transform = transform
         self.seed = seed

@@ -78,6 +78,51 @@ class RandomScaledCrop(A.DualTransform):
         return canvas
 
 
+def align_resolution(image: np.ndarray, ratio: float) -> np.ndarray:
+    """Lower the resolution of (H, W, ...) uint8 and keep its size (eq. 1, 2): bilinear down by `ratio`, and up."""
+    height, width = image.shape[:2]
+    small = (max(1, round(ratio * width)), max(1, round(ratio * height)))
+    coarse = cv2.resize(image, small, interpolation=cv2.INTER_LINEAR)
+    return cv2.resize(coarse, (width, height), interpolation=cv2.INTER_LINEAR).reshape(image.shape)
+
+
+class ResolutionAlignment(A.DualTransform):
+    """Resolution alignment augmentation: blur the source domain to the resolution of the target (eq. 1, 2).
+
+    Size stays; without `max_upscale` the labels do too.
+
+    Args:
+        scale_range: the ratio of the downsampling is uniform in it.
+        max_upscale: then zoom by U(1, max_upscale), image bilinear and label nearest, and cut back to size at a
+            random place, as the authors' release does with 3.
+    """
+
+    def __init__(self, scale_range: tuple[float, float] = (0.1, 0.35), max_upscale: float = 1.0, p: float = 0.2):
+        super().__init__(p=p)
+        self.scale_range = scale_range
+        self.max_upscale = max_upscale
+
+    def get_params(self) -> dict[str, Any]:
+        zoom = self.py_random.uniform(1, self.max_upscale) if self.max_upscale > 1 else 1.0
+        place = (self.py_random.random(), self.py_random.random())
+        return {"ratio": self.py_random.uniform(*self.scale_range), "zoom": zoom, "place": place}
+
+    def apply(self, img: np.ndarray, ratio: float, zoom: float, place: tuple[float, float], **_: Any) -> np.ndarray:
+        return self._zoom(align_resolution(img, ratio), zoom, place, cv2.INTER_LINEAR)
+
+    def apply_to_mask(self, mask: np.ndarray, zoom: float, place: tuple[float, float], **_: Any) -> np.ndarray:
+        return self._zoom(mask, zoom, place, cv2.INTER_NEAREST_EXACT)
+
+    def _zoom(self, array: np.ndarray, zoom: float, place: tuple[float, float], interpolation: int) -> np.ndarray:
+        if zoom == 1:
+            return array
+        height, width = array.shape[:2]
+        sides = [max(1, round(side / zoom)) for side in (height, width)]
+        top, left = (round(at * (whole - side)) for at, whole, side in zip(place, (height, width), sides, strict=True))
+        window = array[top : top + sides[0], left : left + sides[1]]
+        return cv2.resize(window, (width, height), interpolation=interpolation).reshape(array.shape)
+
+
 class SARJitter(A.ImageOnlyTransform):
     """Gain and gamma of a SAR amplitude image, as scenes differ by calibration and incidence angle.
 
@@ -148,12 +193,18 @@ def optical_transform(
     *,
     scale_range: tuple[float, float] = (0.5, 2.0),
     max_class_share: float = 1.0,
+    resolution_alignment: ResolutionAlignment | None = None,
     jitter_prob: float = 0.5,
 ) -> A.Compose:
-    """Augment optical images for training: scaled crop, the eight flips and rotations, colour jitter of 0.2."""
+    """Augment optical images for training: scaled crop, the eight flips and rotations, colour jitter of 0.2.
+
+    Args:
+        resolution_alignment: comes before the jitter; for the source domain only.
+    """
     span = (0.8, 1.2)
     jitter = A.ColorJitter(brightness=span, contrast=span, saturation=span, hue=(-0.2, 0.2), p=jitter_prob)
-    return A.Compose([RandomScaledCrop(crop_size, scale_range, max_class_share), A.D4(p=1), jitter])
+    geometry = [RandomScaledCrop(crop_size, scale_range, max_class_share), A.D4(p=1)]
+    return A.Compose([*geometry, *([resolution_alignment] if resolution_alignment else []), jitter])
 
 
 def to_pixel_values(image: np.ndarray) -> Tensor:
@@ -169,3 +220,10 @@ def to_pixel_values(image: np.ndarray) -> Tensor:
     bands = bands.expand(3, *bands.shape) if image.ndim == 2 else bands.permute(2, 0, 1)
     mean, std = (255 * torch.tensor(values).view(3, 1, 1) for values in (IMAGE_MEAN, IMAGE_STD))
     return bands.to(torch.float32).sub_(mean).div_(std).contiguous()  # to the bit what the processor computes
+
+
+def to_image(pixel_values: Tensor) -> np.ndarray:
+    """Return (H, W, 3) uint8 from (3, H, W) of `to_pixel_values`, on any device."""
+    mean, std = (255 * pixel_values.new_tensor(values).view(3, 1, 1) for values in (IMAGE_MEAN, IMAGE_STD))
+    levels = (pixel_values * std + mean).round().clamp(0, 255)
+    return levels.to(torch.uint8).permute(1, 2, 0).cpu().numpy()

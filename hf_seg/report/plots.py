@@ -67,8 +67,8 @@ def plot_curves(metrics_file: Path, output: Path) -> None:
 
     Args:
         metrics_file: `metrics.jsonl`, one JSON object a line, each with `step`. Losses are `loss`, `ce`, `rce`,
-            `lovasz` and `*_loss`; scores are `mean_iou` and `overall_accuracy`, as fractions. Other keys are left
-            aside, values that are null or not finite leave a gap, of a step logged twice (a resumed run) the later
+            `lovasz` and `*_loss`; scores are `mean_iou`, `*_mean_iou` and `overall_accuracy`, as fractions. Other keys
+            are left aside, values that are null or not finite leave a gap, of a step logged twice (a resumed run) the later
             value counts, and a line cut off by a kill is skipped with a warning.
         output: image file to write.
 
@@ -81,7 +81,14 @@ def plot_curves(metrics_file: Path, output: Path) -> None:
     losses = [name for name in series if name in ("loss", "ce", "rce", "lovasz") or name.endswith("_loss")]
     for name, color in zip(sorted(losses, key=lambda name: name != "loss"), cycle(LINE_COLORS), strict=False):
         _draw_curve(loss_axes, *series[name], name, color)
-    for name, label, color in (("overall_accuracy", "overall accuracy", "#9aa5b1"), ("mean_iou", "mIoU", "#3572b0")):
+    shown = {"overall_accuracy": ("overall accuracy", "#9aa5b1"), "mean_iou": ("mIoU", "#3572b0")}
+    several = [
+        name for name in series if name.endswith("_mean_iou")
+    ]  # of several networks or domains, one of them best
+    if several:
+        names = [name.removesuffix("_mean_iou").replace("_", " ") for name in several]
+        shown = dict(zip(several, zip(names, cycle(LINE_COLORS), strict=False), strict=True))
+    for name, (label, color) in shown.items():
         if name in series:
             steps, scores = series[name]
             score_axes.plot(steps, 100 * scores, color=color, marker="o", markersize=3.5, linewidth=1.6, label=label)
@@ -90,7 +97,7 @@ def plot_curves(metrics_file: Path, output: Path) -> None:
         rate_axes.plot(*series["learning_rate"], color=LINE_COLORS[0], linewidth=1.6)
         rate_axes.set_ylim(bottom=0)
     rate_axes.yaxis.set_major_formatter("{x:g}")
-    titles = ("training loss", "validation, percent", "learning rate")
+    titles = ("training loss", "validation mIoU, percent" if several else "validation, percent", "learning rate")
     for axes, title in zip((loss_axes, score_axes, rate_axes), titles, strict=True):
         axes.set_title(title, loc="left", fontsize=11, fontweight="bold")
         axes.set_xlabel("step")
@@ -101,7 +108,7 @@ def plot_curves(metrics_file: Path, output: Path) -> None:
             axes.text(0.5, 0.5, "nothing logged", transform=axes.transAxes, ha="center", va="center", color="#777777")
         elif axes is not rate_axes:
             axes.legend(frameon=False, fontsize=9)
-    _save(figure, output)
+    save_figure(figure, output)
 
 
 def plot_confusion_matrix(results: Mapping[str, Any], output: Path) -> None:
@@ -131,7 +138,7 @@ def plot_confusion_matrix(results: Mapping[str, Any], output: Path) -> None:
     figure.suptitle(_headline(results), fontsize=13, fontweight="bold")
     _draw_matrix(matrix_axes, percent, shown, truth)
     _draw_iou(iou_axes, shown, results.get("iou") or {}, present)
-    _save(figure, output)
+    save_figure(figure, output)
 
 
 def plot_panel(
@@ -171,8 +178,8 @@ def plot_panel(
             cell.set_title(title, loc="left", fontsize=11)
             cell.set(xticks=[], yticks=[], aspect="equal")
             cell.spines[:].set_color("#888888")
-    figure.legend(handles=_legend(ids), loc="outside lower center", ncols=6, frameon=False, fontsize=10)
-    _save(figure, output)
+    figure.legend(handles=class_legend(ids), loc="outside lower center", ncols=6, frameon=False, fontsize=10)
+    save_figure(figure, output)
 
 
 def _read_series(metrics_file: Path) -> dict[str, tuple[np.ndarray, np.ndarray]]:
@@ -303,7 +310,7 @@ def _mean_iou(label: np.ndarray, prediction: np.ndarray) -> float:
     return float(np.mean(overlap[truth > 0] / union[truth > 0])) if truth.any() else math.nan
 
 
-def _legend(ids: set[int]) -> list[Patch]:
+def class_legend(ids: set[int]) -> list[Patch]:
     """Build one patch for each land-cover class, and for background and ignored pixels where the maps have them."""
     shown = [index for index in range(NUM_LABELS) if index != BACKGROUND or index in ids]
     patches = [Patch(facecolor=PALETTE[i] / 255, edgecolor="#555555", label=CLASS_NAMES[i]) for i in shown]
@@ -319,7 +326,7 @@ def _style(axes: Axes) -> None:
     axes.spines[["top", "right"]].set_visible(False)
 
 
-def _save(figure: Figure, output: Path) -> None:
+def save_figure(figure: Figure, output: Path) -> None:
     """Write a figure aside and rename it, so that the file appears whole or not at all."""
     output.parent.mkdir(parents=True, exist_ok=True)
     aside = output.with_name(f".{output.name}.part")

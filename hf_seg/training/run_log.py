@@ -1,6 +1,7 @@
 """What a run says while it runs: progress bar, metrics.jsonl, tracker."""
 
 import json
+import math
 import os
 import time
 from dataclasses import asdict
@@ -62,11 +63,20 @@ class RunLog:
         self._count += 1
         self._images += images
 
-    def end_step(self, step: int, learning_rate: float) -> None:
-        """Advance the bar; every `logging_steps` steps write the means since the last line."""
+    def require_finite(self, loss: Tensor, step: int, image_ids: list[str]) -> None:
+        """Raise `UserError` naming step and images where the loss is not a number."""
+        if not math.isfinite(loss.item()):
+            self.close()
+            raise UserError(
+                f"the loss is {loss.item()} at step {step}, images {', '.join(image_ids)}; "
+                "try a lower --learning_rate, --max_grad_norm 1, bf16 for fp16"
+            )
+
+    def end_step(self, step: int, learning_rate: float) -> dict[str, float] | None:
+        """Advance the bar; every `logging_steps` steps write the means since the last line, and return them."""
         self.bar.update()
         if step % self.logging_steps:
-            return
+            return None
         means = {
             name: float(self.accelerator.reduce(total / self._count, "mean")) for name, total in self._sums.items()
         }
@@ -77,6 +87,7 @@ class RunLog:
             record["peak_memory_gib"] = round(torch.cuda.max_memory_allocated() / 2**30, 2)
         self.write(record)
         self.restart_clock()
+        return means
 
     def restart_clock(self) -> None:
         """Begin a new average, for instance after a validation."""

@@ -136,8 +136,9 @@ def make_toy_world(
     """Write a world; it appears whole or not at all.
 
     Args:
-        output: folder to create. It receives `OpenEarthMap_wo_xBD`, `dfc25_track1`, and `dfc25_track1_extra`, which no
-            recipe reads: the clean labels of train, and the optical images of val and test.
+        output: folder to create. It receives `OpenEarthMap_wo_xBD`; `dfc25_track1`, unlike the release with optical
+            images in val and test, which score stage 1; and `dfc25_track1_extra`, which no recipe reads: the clean
+            labels of train.
         seed: the same seed gives the same bytes, whatever `num_workers`.
         source: labelled optical tiles in `OpenEarthMap_wo_xBD`; one in seven, at least one, is listed in val.txt.
         train: optical/SAR pairs with noisy labels.
@@ -201,14 +202,12 @@ def _write_scene(scene: Scene, root: Path) -> None:
         images = {folder / "images": optical, folder / "labels": label}
     else:
         folder, extra = root / TARGET_FOLDER / scene.kind, root / EXTRA_FOLDER
-        images = {folder / "sar_images": render_sar(sar_rng, ground, scene.gain)}
+        images = {folder / "sar_images": render_sar(sar_rng, ground, scene.gain), folder / "rgb_images": optical}
         if scene.kind == "train":
-            images[folder / "rgb_images"] = optical
             images[folder / "labels"] = ground.crop(corrupt_labels(noise_rng, ground.label, ground.parcel, ground.gsd))
             images[extra / "train_clean_labels"] = label
         else:
             images[folder / "labels"] = label
-            images[extra / f"{scene.kind}_rgb_images"] = optical
     for parent, image in images.items():
         _write_tiff(parent / f"{scene.name}.tif", image, scene, ground.gsd)
 

@@ -7,7 +7,7 @@ import cv2
 import numpy as np
 from scipy import ndimage
 
-from hf_seg.data.toy_world.fields import fractal_noise, smooth_noise, to_uniform
+from hf_seg.data.toy_world.fields import fractal_noise
 from hf_seg.data.toy_world.parcels import BARE, BUILDING, DEVELOPED, FIELD, RANGE, ROAD, TREE, WATER
 
 BORDER_SHIFT = 0.5  # metres, standard deviation
@@ -15,14 +15,16 @@ LOST_AREA = 30.0  # square metres: an object of this area is lost half of the ti
 # Share of a class's area that turns into others, as coherent segments, beyond what borders and lost objects take.
 CONFUSIONS: dict[int, dict[int, float]] = {
     BARE: {RANGE: 0.52, DEVELOPED: 0.37},
-    RANGE: {BARE: 0.09, DEVELOPED: 0.035, TREE: 0.02, WATER: 0.012, FIELD: 0.02},
-    DEVELOPED: {RANGE: 0.14, BARE: 0.075, ROAD: 0.02, BUILDING: 0.03, WATER: 0.01},
-    ROAD: {DEVELOPED: 0.18, RANGE: 0.04, BARE: 0.01},
-    TREE: {RANGE: 0.19, FIELD: 0.005},
+    RANGE: {BARE: 0.1, FIELD: 0.05, DEVELOPED: 0.05, TREE: 0.02, WATER: 0.012},
+    DEVELOPED: {RANGE: 0.15, BARE: 0.075, BUILDING: 0.04, ROAD: 0.02, WATER: 0.01},
+    ROAD: {DEVELOPED: 0.2, RANGE: 0.04, BARE: 0.01},
+    TREE: {RANGE: 0.21, FIELD: 0.01},
     WATER: {RANGE: 0.025, BARE: 0.02, DEVELOPED: 0.01},
-    FIELD: {RANGE: 0.27, BARE: 0.1, TREE: 0.01},
-    BUILDING: {DEVELOPED: 0.045, RANGE: 0.01},
+    FIELD: {RANGE: 0.25, BARE: 0.08, TREE: 0.01},
+    BUILDING: {DEVELOPED: 0.07, RANGE: 0.01},
 }
+WIDE = 12.0  # metres, standard deviation: how far around a place its own class is looked for
+SYSTEMATIC = 0.97  # 1: width alone decides what is mistaken; 0: chance alone
 _MIXED_SCALE = (9.0, 28.0)  # metres: size of the confused segments
 
 
@@ -55,23 +57,30 @@ def _lose_small_objects(rng: np.random.Generator, label: np.ndarray, gsd: float)
 
 
 def _confuse(rng: np.random.Generator, label: np.ndarray, parcel: np.ndarray, gsd: float) -> np.ndarray:
-    """Turn coherent segments of each class into the classes it is mistaken for."""
+    """Turn coherent segments of each class into the classes it is mistaken for.
+
+    Mostly the wide ones, a large meadow or roof, which lack a context that tells what they are: such errors follow from
+    what is seen, radar sees it too, and so a network learns them.
+    """
     noisy = label.copy()
     scale = rng.uniform(*_MIXED_SCALE) / gsd
     lots = rng.standard_normal(int(parcel.max()) + 1).astype(np.float32)[parcel]
     for index, shares in CONFUSIONS.items():
-        where = label == index
-        if not where.any():
-            continue
-        # half of the variance belongs to lots, so that whole ones flip; streets, one lot, flip in pieces
-        field = np.where(parcel > 0, 0.7, 0.0) * lots + np.where(parcel > 0, 0.714, 1.0) * fractal_noise(
-            rng, label.shape, scale, 2
-        )
-        mistaken = where & (to_uniform(field) < sum(shares.values()))
-        kind = to_uniform(smooth_noise(rng, label.shape, 2 * scale))
-        edges = np.cumsum(list(shares.values())) / sum(shares.values())
-        choice = np.minimum(np.searchsorted(edges, kind[mistaken]), len(edges) - 1)
-        noisy[mistaken] = np.array(list(shares), np.uint8)[choice]
+        left = label == index
+        area = np.count_nonzero(left)
+        width = cv2.GaussianBlur(left.astype(np.float32), (0, 0), WIDE / gsd)
+        width /= max(float(width[left].std()), 1e-3) if area else 1.0
+        for wrong, share in shares.items():
+            count = round(share * area)
+            if not count:
+                continue
+            # half of chance's variance belongs to lots, so that whole ones flip; streets, one lot, flip in pieces
+            field = fractal_noise(rng, label.shape, scale, 2)
+            field = np.where(parcel > 0, 0.7 * lots + 0.714 * field, field)
+            score = np.where(left, SYSTEMATIC * width + (1 - SYSTEMATIC**2) ** 0.5 * field, -np.inf)
+            mistaken = score >= np.partition(score, -count, axis=None)[-count]
+            noisy[mistaken] = wrong
+            left &= ~mistaken
     return noisy
 
 

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from recipe_process import run_stage2
+from recipe_process import run_recipe
 from safetensors.torch import load_file
 from transformers import AutoModelForSemanticSegmentation, SegformerConfig, pipeline
 
@@ -51,7 +51,7 @@ def read_log(output_dir: Path) -> list[dict]:
 def whole_run(oem_sar: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run of eight steps that nothing disturbed."""
     output_dir = tmp_path_factory.mktemp("whole") / "run"
-    result = run_stage2(*command_line(oem_sar, output_dir), log=output_dir.parent / "log")
+    result = run_recipe("stage2", *command_line(oem_sar, output_dir), log=output_dir.parent / "log")
     assert result.exit_codes == [0], result.output
     return output_dir
 
@@ -123,14 +123,14 @@ def test_killed_and_resumed_run_ends_with_the_same_bits(
 ) -> None:
     output_dir = tmp_path / "run"
     argv = command_line(oem_sar, output_dir, dataloader_num_workers=workers)
-    killed = run_stage2(*argv, log=tmp_path / "killed", disturb=disturb)
+    killed = run_recipe("stage2", *argv, log=tmp_path / "killed", disturb=disturb)
     expected = {"kill": -signal.SIGKILL, "terminate": 128 + signal.SIGTERM, "interrupt": 128 + signal.SIGINT}
     assert killed.exit_codes == [expected[disturb.split("_")[0]]], killed.output
     if not disturb.startswith("kill"):
         step = int(disturb[-1])
         assert (output_dir / "checkpoints" / f"step_{step:08d}" / "manifest.json").exists()
         assert "--resume_from_checkpoint latest" in killed.output
-    resumed = run_stage2(*argv, "--resume_from_checkpoint", "latest", log=tmp_path / "resumed")
+    resumed = run_recipe("stage2", *argv, "--resume_from_checkpoint", "latest", log=tmp_path / "resumed")
     assert resumed.exit_codes == [0], resumed.output
 
     for name in ("model.safetensors", "eval_results.json", "best/model.safetensors", "best/eval_results.json"):
@@ -142,10 +142,10 @@ def test_killed_and_resumed_run_ends_with_the_same_bits(
 def test_damaged_checkpoint_is_passed_over(whole_run: Path, oem_sar: Path, tmp_path: Path) -> None:
     output_dir = tmp_path / "run"
     argv = command_line(oem_sar, output_dir)
-    run_stage2(*argv, log=tmp_path / "killed", disturb="kill_after_step:7")
+    run_recipe("stage2", *argv, log=tmp_path / "killed", disturb="kill_after_step:7")
     newest = output_dir / "checkpoints" / "step_00000006" / "optimizer.bin"
     os.truncate(newest, newest.stat().st_size // 2)
-    resumed = run_stage2(*argv, "--resume_from_checkpoint", "latest", log=tmp_path / "resumed")
+    resumed = run_recipe("stage2", *argv, "--resume_from_checkpoint", "latest", log=tmp_path / "resumed")
     assert f"{newest.parent} is not whole" in resumed.output
     assert "steps 3 to 8" in resumed.output
     assert (output_dir / "model.safetensors").read_bytes() == (whole_run / "model.safetensors").read_bytes()
@@ -159,7 +159,7 @@ def test_gradient_accumulation_sees_the_same_images(oem_sar: Path, tmp_path: Pat
         output_dir = tmp_path / f"accumulation_{accumulation}"
         argv = command_line(oem_sar, output_dir, **settings, per_device_train_batch_size=batch)
         argv += ["--gradient_accumulation_steps", str(accumulation)]
-        result = run_stage2(*argv, log=tmp_path / f"log_{accumulation}", disturb="freeze_batch_norm")
+        result = run_recipe("stage2", *argv, log=tmp_path / f"log_{accumulation}", disturb="freeze_batch_norm")
         assert result.exit_codes == [0], result.output
         runs[accumulation] = read_log(output_dir)
     losses = {key: [line["loss"] for line in lines] for key, lines in runs.items()}
@@ -185,7 +185,9 @@ def test_two_processes_give_the_result_of_one(oem_sar: Path, tmp_path: Path) -> 
     for processes in (1, 2):
         output_dir = tmp_path / f"processes_{processes}"
         argv = command_line(oem_sar, output_dir, **settings, per_device_train_batch_size=4 // processes)
-        result = run_stage2(*argv, log=tmp_path / f"log_{processes}", processes=processes, disturb="freeze_batch_norm")
+        result = run_recipe(
+            "stage2", *argv, log=tmp_path / f"log_{processes}", processes=processes, disturb="freeze_batch_norm"
+        )
         assert result.exit_codes == [0] * processes, result.output
         assert f"4 of 6 images a step on {processes} process(es)" in result.output
         runs[processes] = output_dir
@@ -202,7 +204,7 @@ def test_two_processes_give_the_result_of_one(oem_sar: Path, tmp_path: Path) -> 
 @pytest.mark.parametrize("model", ["toy-convnextv2", "toy-swinv2"])
 def test_upernet_trains_on_two_processes_with_its_auxiliary_head(model: str, oem_sar: Path, tmp_path: Path) -> None:
     argv = command_line(oem_sar, tmp_path / "run", model_name_or_path=model, max_train_steps=3, eval_steps=3)
-    result = run_stage2(*argv, log=tmp_path / "log", processes=2)
+    result = run_recipe("stage2", *argv, log=tmp_path / "log", processes=2)
     assert result.exit_codes == [0, 0], result.output
     reloaded = AutoModelForSemanticSegmentation.from_pretrained(tmp_path / "run")
     assert type(reloaded).__name__ == "UperNetForSemanticSegmentation"
@@ -211,7 +213,7 @@ def test_upernet_trains_on_two_processes_with_its_auxiliary_head(model: str, oem
 def test_sigterm_to_one_of_two_processes_leaves_a_whole_checkpoint(oem_sar: Path, tmp_path: Path) -> None:
     argv = command_line(oem_sar, tmp_path / "run", checkpointing_steps=0, max_train_steps=400, eval_steps=0)
     disturb = {"disturb": "terminate_after_step:3", "disturbed": range(1, 2)}
-    result = run_stage2(*argv, log=tmp_path / "log", processes=2, **disturb)
+    result = run_recipe("stage2", *argv, log=tmp_path / "log", processes=2, **disturb)
     assert result.exit_codes == [128 + signal.SIGTERM] * 2, result.output
     (checkpoint,) = (tmp_path / "run" / "checkpoints").iterdir()
     manifest = json.loads((checkpoint / "manifest.json").read_text())
@@ -220,7 +222,7 @@ def test_sigterm_to_one_of_two_processes_leaves_a_whole_checkpoint(oem_sar: Path
 
 def test_settings_saved_with_a_run_repeat_it(whole_run: Path, tmp_path: Path) -> None:
     argv = ["--config", str(whole_run / "recipe.yaml"), "--output_dir", str(tmp_path / "run")]
-    result = run_stage2(*argv, log=tmp_path / "log")
+    result = run_recipe("stage2", *argv, log=tmp_path / "log")
     assert result.exit_codes == [0], result.output
     assert (tmp_path / "run" / "model.safetensors").read_bytes() == (whole_run / "model.safetensors").read_bytes()
 
@@ -242,7 +244,7 @@ def test_pseudo_labels_replace_the_official_ones(oem_sar: Path, tmp_path: Path) 
     labels = write_pseudo_labels(oem_sar, tmp_path / "labels", 6)
     settings = {"pseudo_labels": labels, "max_class_share": 1, "learning_rate": 1e-2, "max_train_steps": 20}
     argv = command_line(oem_sar, tmp_path / "run", **settings)
-    result = run_stage2(*argv, log=tmp_path / "log")
+    result = run_recipe("stage2", *argv, log=tmp_path / "log")
     assert result.exit_codes == [0], result.output
     counts = np.array(json.loads((tmp_path / "run" / "eval_results.json").read_text())["confusion_matrix"])
     assert counts[:, 6].sum() == counts.sum()
@@ -252,7 +254,7 @@ def test_pseudo_labels_replace_the_official_ones(oem_sar: Path, tmp_path: Path) 
 def test_pseudo_label_that_is_no_class_is_named(workers: int, oem_sar: Path, tmp_path: Path) -> None:
     labels = write_pseudo_labels(oem_sar, tmp_path / "labels", 9)
     argv = command_line(oem_sar, tmp_path / "run", pseudo_labels=labels, dataloader_num_workers=workers)
-    result = run_stage2(*argv, log=tmp_path / "log")
+    result = run_recipe("stage2", *argv, log=tmp_path / "log")
     assert result.exit_codes == [2]
     assert "error: TrainArea_00" in result.output and "label 9 is no class 0..8" in result.output
     assert "Traceback" not in result.output
@@ -283,7 +285,7 @@ BAD_SETTINGS = [
 def test_mistake_gives_one_line(settings: dict, message: str, oem_sar: Path, tmp_path: Path) -> None:
     output_dir = settings.get("output_dir", tmp_path / "run")
     argv = command_line(oem_sar, **{"output_dir": output_dir, **settings})
-    result = run_stage2(*argv, log=tmp_path / "log")
+    result = run_recipe("stage2", *argv, log=tmp_path / "log")
     assert result.exit_codes == [2], result.output
     errors = [line for line in result.output.splitlines() if line.startswith("error: ")]
     assert len(errors) == 1 and message in errors[0], result.output
@@ -292,21 +294,21 @@ def test_mistake_gives_one_line(settings: dict, message: str, oem_sar: Path, tmp
 
 def test_divergence_names_the_images(oem_sar: Path, tmp_path: Path) -> None:
     argv = command_line(oem_sar, tmp_path / "run", learning_rate=1e6, head_lr_multiplier=1e6, warmup_steps=0)
-    result = run_stage2(*argv, log=tmp_path / "log")
+    result = run_recipe("stage2", *argv, log=tmp_path / "log")
     assert "the loss is nan at step" in result.output or "the loss is inf at step" in result.output
     assert result.output.count("TrainArea_") == 2
 
 
 def test_a_second_run_does_not_overwrite_the_first(whole_run: Path, oem_sar: Path, tmp_path: Path) -> None:
     before = (whole_run / "model.safetensors").read_bytes()
-    result = run_stage2(*command_line(oem_sar, whole_run), log=tmp_path / "log")
+    result = run_recipe("stage2", *command_line(oem_sar, whole_run), log=tmp_path / "log")
     assert result.exit_codes == [2] and "already holds a run" in result.output
     assert (whole_run / "model.safetensors").read_bytes() == before
 
 
 def test_resume_under_other_settings_is_refused(whole_run: Path, oem_sar: Path, tmp_path: Path) -> None:
     argv = command_line(oem_sar, whole_run, learning_rate=2e-3, resume_from_checkpoint="latest")
-    result = run_stage2(*argv, log=tmp_path / "log")
+    result = run_recipe("stage2", *argv, log=tmp_path / "log")
     assert result.exit_codes == [2] and "learning_rate: 0.001 then, 0.002 now" in result.output
 
 
@@ -315,7 +317,7 @@ def test_validation_without_labels_says_where_they_come_from(oem_sar: Path, tmp_
         (tmp_path / "data" / split).mkdir(parents=True)
         (tmp_path / "data" / split / "sar_images").symlink_to(oem_sar / split / "sar_images")
     (tmp_path / "data" / "train" / "labels").symlink_to(oem_sar / "train" / "labels")
-    result = run_stage2(*command_line(tmp_path / "data", tmp_path / "run"), log=tmp_path / "log")
+    result = run_recipe("stage2", *command_line(tmp_path / "data", tmp_path / "run"), log=tmp_path / "log")
     assert result.exit_codes == [2]
     assert "ValArea_001" in result.output and "--eval_steps 0" in result.output
 
@@ -323,14 +325,14 @@ def test_validation_without_labels_says_where_they_come_from(oem_sar: Path, tmp_
 @pytest.mark.skipif(torch.accelerator.is_available(), reason="an accelerator has fp16")
 def test_fp16_on_a_cpu_is_refused(oem_sar: Path, tmp_path: Path) -> None:
     argv = command_line(oem_sar, tmp_path / "run", mixed_precision="fp16")
-    result = run_stage2(*argv, log=tmp_path / "log")
+    result = run_recipe("stage2", *argv, log=tmp_path / "log")
     assert result.exit_codes == [2]
     assert "error: mixed_precision must be no or bf16 on a CPU; it is 'fp16'" in result.output
 
 
 def test_bf16_trains_on_a_cpu(oem_sar: Path, tmp_path: Path) -> None:
     argv = command_line(oem_sar, tmp_path / "run", mixed_precision="bf16", max_train_steps=3, eval_steps=3)
-    result = run_stage2(*argv, log=tmp_path / "log")
+    result = run_recipe("stage2", *argv, log=tmp_path / "log")
     assert result.exit_codes == [0], result.output
     weights = load_file(tmp_path / "run" / "model.safetensors")
     assert {weight.dtype for weight in weights.values() if weight.is_floating_point()} == {torch.float32}
@@ -375,7 +377,7 @@ def test_toy_beats_the_majority_class_on_real_scenes(config: str, realdata: Path
     """One validation scene, mostly trees: a map of nothing but trees has an mIoU of 0.0626."""
     argv = ["--config", str(PROJECT / "recipes" / "configs" / "toy" / f"stage2_{config}.yaml")]
     argv += ["--data_dir", str(realdata / "dfc25_track1"), "--output_dir", str(tmp_path / "run")]
-    result = run_stage2(*argv, log=tmp_path / "log", timeout=500)
+    result = run_recipe("stage2", *argv, log=tmp_path / "log", timeout=500)
     assert result.exit_codes == [0], result.output
     results = json.loads((tmp_path / "run" / "eval_results.json").read_text())
     counts = np.array(results["confusion_matrix"])

@@ -1,0 +1,1 @@
+"""Self-training across domains: the arithmetic of stage 1."""

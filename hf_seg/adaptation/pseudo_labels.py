@@ -1,0 +1,92 @@
+"""Pseudo-labels of the teacher, what they weigh, and how to see that they go wrong."""
+
+import torch
+from torch import Tensor
+
+from hf_seg.labels import BACKGROUND, CLASS_NAMES, IGNORE_INDEX
+
+
+@torch.no_grad()
+def weigh_pseudo_labels(
+    logits: Tensor,
+    confidence_threshold: float = 0.968,
+    *,
+    valid: Tensor | None = None,
+    keep_background: bool = False,
+) -> tuple[Tensor, Tensor]:
+    """Label every pixel by the teacher's argmax and weigh each image by its share of confident pixels (eq. 5, 7).
+
+    Threshold-free: no pixel is dropped for its confidence; a doubtful image counts less as a whole.
+
+    Args:
+        logits: (B, C, H, W) of the teacher.
+        confidence_threshold: a pixel whose largest probability reaches it is confident.
+        valid: (B, H, W) bool, False where there is no ground to label (padding, nodata); None: everywhere True.
+        keep_background: class 0 may win; it is out of the softmax where nothing teaches it.
+
+    Returns:
+        labels (B, H, W) int64, `IGNORE_INDEX` where not valid; weights (B,) float32 in 0..1, the share of the valid
+        pixels that are confident, 0 for an image without any.
+    """
+    logits = logits.float()
+    if not keep_background:
+        logits = logits.clone()  # .float() of float32 is the caller's own
+        logits[:, BACKGROUND] = float("-inf")
+    confidence, labels = logits.softmax(dim=1).max(dim=1)
+    if valid is None:
+        valid = torch.ones_like(labels, dtype=torch.bool)
+    confident = (confidence >= confidence_threshold) & valid
+    weights = confident.sum(dim=(1, 2)) / valid.sum(dim=(1, 2)).clamp(min=1)
+    return torch.where(valid, labels, IGNORE_INDEX), weights
+
+
+def describe_pseudo_labels(labels: Tensor, weights: Tensor) -> dict[str, Tensor]:
+    """Return what shows how self-training goes, as scalars.
+
+    Args:
+        labels: (B, H, W) and weights (B,) of `weigh_pseudo_labels`.
+
+    Returns:
+        `mean_weight` (mean lambda), `confident_pixels` (their share of the valid ones), and each class's share of the
+        valid pixels as `pseudo_share_<class>`.
+    """
+    n_valid = (labels != IGNORE_INDEX).sum(dim=(1, 2))
+    total = n_valid.sum().clamp(min=1)
+    shares = {f"pseudo_share_{name}": (labels == index).sum() / total for index, name in enumerate(CLASS_NAMES)}
+    return {"mean_weight": weights.mean(), "confident_pixels": (weights * n_valid).sum() / total, **shares}
+
+
+class CollapseWatch:
+    """Tells when self-training collapses: one class takes nearly every pixel, or no image ever gets a weight.
+
+    Args:
+        patience: how many reports in a row must look so; a warning comes each time that many have.
+        largest_share: a class above this share of the pseudo-labelled pixels has taken over.
+        smallest_weight: a mean weight (lambda) at or below this is stuck at 0.
+    """
+
+    def __init__(self, patience: int = 10, largest_share: float = 0.95, smallest_weight: float = 1e-4) -> None:
+        self.patience = patience
+        self.largest_share = largest_share
+        self.smallest_weight = smallest_weight
+        self._taken_over = self._stuck = 0
+
+    def update(self, class_shares: list[float], mean_weight: float) -> str | None:
+        """Take one report: shares of the classes in the pseudo-labels, mean lambda. Return a warning, or None."""
+        largest = max(class_shares)
+        self._taken_over = self._taken_over + 1 if largest > self.largest_share else 0
+        self._stuck = self._stuck + 1 if mean_weight <= self.smallest_weight else 0
+        if self._taken_over == self.patience:
+            self._taken_over = 0
+            name = CLASS_NAMES[class_shares.index(largest)]
+            return (
+                f"COLLAPSE: {100 * largest:.1f} % of the pseudo-labels are {name}, {self.patience} reports in a row; "
+                "lower learning_rate, raise ema_decay, or look at the panels and the target's images"
+            )
+        if self._stuck == self.patience:
+            self._stuck = 0
+            return (
+                f"SELF-TRAINING STANDS STILL: mean weight {mean_weight:.5f}, {self.patience} reports in a row, so "
+                "target images count for nothing; train longer on the source, or lower confidence_threshold"
+            )
+        return None

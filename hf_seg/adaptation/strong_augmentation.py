@@ -1,0 +1,45 @@
+"""Strong augmentation of mixed images, on their device: colour jitter and Gaussian blur, one coin a sample."""
+
+import math
+
+import torch
+from torch import Tensor
+from torchvision.transforms.v2 import functional as F
+
+from hf_seg.data.transforms import IMAGE_MEAN, IMAGE_STD
+
+JITTER = 0.2  # brightness, contrast and saturation by 1 +- this; hue by +- this
+BLUR_SIGMA = (0.15, 1.15)  # pixels
+_BLUR_SIDE = 2 * math.ceil(4 * BLUR_SIGMA[1]) + 1
+
+
+def strong_augment(
+    pixel_values: Tensor, generators: list[torch.Generator], *, jitter_prob: float = 0.5, blur_prob: float = 0.5
+) -> Tensor:
+    """Jitter the colours of each image and blur it, each with its own probability.
+
+    Args:
+        pixel_values: (B, 3, H, W) ImageNet-normalised RGB.
+        generators: B generators of the CPU, the only source of randomness: what happens to an image does not depend
+            on its neighbours in the batch.
+
+    Returns:
+        (B, 3, H, W), a new tensor. Nodata, black in all bands, stays black.
+    """
+    mean, std = (pixel_values.new_tensor(values).view(3, 1, 1) for values in (IMAGE_MEAN, IMAGE_STD))
+    augmented = []
+    for normalised, generator in zip(pixel_values, generators, strict=True):
+        draws = torch.rand(7, generator=generator).tolist()  # always seven, whatever the coins say
+        image = (normalised * std + mean).clamp(0, 1)
+        nodata = (image < 0.5 / 255).all(dim=0)
+        if draws[0] < jitter_prob:
+            brightness, contrast, saturation = (1 + JITTER * (2 * draw - 1) for draw in draws[1:4])
+            image = F.adjust_brightness(image, brightness)
+            image = F.adjust_contrast(image, contrast)
+            image = F.adjust_saturation(image, saturation)
+            image = F.adjust_hue(image, JITTER * (2 * draws[4] - 1))
+        if draws[5] < blur_prob:
+            sigma = BLUR_SIGMA[0] + (BLUR_SIGMA[1] - BLUR_SIGMA[0]) * draws[6]
+            image = F.gaussian_blur(image, [_BLUR_SIDE, _BLUR_SIDE], [sigma, sigma])
+        augmented.append((image.masked_fill(nodata, 0) - mean) / std)
+    return torch.stack(augmented)
