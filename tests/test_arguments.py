@@ -10,7 +10,9 @@ import pytest
 
 from hf_seg.arguments import (
     FREE_ON_RESUME,
+    PseudoLabelArguments,
     RecipeArguments,
+    Stage1Arguments,
     Stage2Arguments,
     UserError,
     check_same_recipe,
@@ -21,6 +23,8 @@ from hf_seg.arguments import (
 
 CONFIGS = Path(__file__).parents[1] / "recipes/configs"
 STAGE2_CONFIGS = sorted([*CONFIGS.glob("stage2/*.yaml"), *CONFIGS.glob("toy/stage2*.yaml")])
+STAGE1_CONFIGS = sorted([*CONFIGS.glob("stage1/*.yaml"), *CONFIGS.glob("toy/stage1*.yaml")])
+RECIPES = [(Stage1Arguments, path) for path in STAGE1_CONFIGS] + [(Stage2Arguments, path) for path in STAGE2_CONFIGS]
 # Where things lie and how one launch goes; a step count, although it may change on resume, makes the result.
 WHERE_AND_WHEN = {"config", "data_dir", "output_dir", "pseudo_labels", "resume_from_checkpoint"}
 MAY_BE_ABSENT = WHERE_AND_WHEN | (FREE_ON_RESUME - {"max_train_steps"})
@@ -203,7 +207,8 @@ def test_a_config_that_cannot_be_read_is_named(tmp_path: Path, kind: str) -> Non
 def test_every_setting_has_help_and_keeps_its_name() -> None:
     for field in dataclasses.fields(Stage2Arguments):
         assert field.metadata["help"], field.name
-    assert {field.name for field in dataclasses.fields(RecipeArguments)} >= FREE_ON_RESUME
+    recipes = (Stage1Arguments, Stage2Arguments, PseudoLabelArguments)
+    assert {field.name for recipe in recipes for field in dataclasses.fields(recipe)} >= FREE_ON_RESUME
 
 
 def other_value(name: str) -> Any:
@@ -294,18 +299,18 @@ def test_there_are_recipes() -> None:
     assert {path.name for path in STAGE2_CONFIGS} >= {"stage2_segformer.yaml", "stage2_upernet_swinv2.yaml"}
 
 
-@pytest.mark.parametrize("path", STAGE2_CONFIGS, ids=lambda path: f"{path.parent.name}/{path.stem}")
-def test_a_recipe_states_every_setting_that_makes_the_result(path: Path) -> None:
+@pytest.mark.parametrize(("settings", "path"), RECIPES, ids=[f"{path.parent.name}/{path.stem}" for _, path in RECIPES])
+def test_a_recipe_states_every_setting_that_makes_the_result(settings: type[RecipeArguments], path: Path) -> None:
     text = path.read_text(encoding="utf-8")
-    parse_arguments(Stage2Arguments, ["--config", str(path)])
+    parse_arguments(settings, ["--config", str(path)])
     stated = set(re.findall(r"^(\w+):", text, re.MULTILINE))
-    missing = {*NAMES} - MAY_BE_ABSENT - stated
+    missing = {field.name for field in dataclasses.fields(settings)} - MAY_BE_ABSENT - stated
     assert not missing, f"{path} leaves {sorted(missing)} to the defaults"
     assert len(text.splitlines()) <= 40
     assert max(map(len, text.splitlines())) <= 120
 
 
-def test_plain_launch_is_the_headline_recipe() -> None:
-    config = Path(__file__).parents[1] / "recipes" / "configs" / "stage2" / "segformer_b5.yaml"
-    with_config = parse_arguments(Stage2Arguments, ["--config", str(config)])
-    assert dump_recipe(with_config) == dump_recipe(parse_arguments(Stage2Arguments, []))
+@pytest.mark.parametrize(("settings", "stage"), [(Stage1Arguments, "stage1"), (Stage2Arguments, "stage2")])
+def test_plain_launch_is_the_headline_recipe(settings: type[RecipeArguments], stage: str) -> None:
+    with_config = parse_arguments(settings, ["--config", str(CONFIGS / stage / "segformer_b5.yaml")])
+    assert dump_recipe(with_config) == dump_recipe(parse_arguments(settings, []))
