@@ -117,10 +117,10 @@ def test_stretch_ignores_nodata_and_outliers() -> None:
     image[:50] = 80
     image[:, :10] = 0  # swath edge
     image[0, 99] = 255
-    stretched = plots._stretch(image)
+    stretched = plots.stretch(image)
     assert (stretched[:, :10] == 0).all()
     assert stretched[20, 50] == 1
-    assert plots._stretch(np.zeros((4, 4), dtype=np.uint8)).max() == 0
+    assert plots.stretch(np.zeros((4, 4), dtype=np.uint8)).max() == 0
 
 
 def test_curves_survive_null_nan_unknown_keys_and_a_torn_last_line(

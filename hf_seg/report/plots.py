@@ -102,7 +102,7 @@ def plot_curves(metrics_file: Path, output: Path) -> None:
         axes.set_title(title, loc="left", fontsize=11, fontweight="bold")
         axes.set_xlabel("step")
         axes.xaxis.set_major_locator(MaxNLocator(5, integer=True))
-        _style(axes)
+        style_axes(axes)
         if not axes.lines:
             axes.set(xticks=[], yticks=[])
             axes.text(0.5, 0.5, "nothing logged", transform=axes.transAxes, ha="center", va="center", color="#777777")
@@ -136,7 +136,7 @@ def plot_confusion_matrix(results: Mapping[str, Any], output: Path) -> None:
     figure = Figure(figsize=(12.5, 7.0), dpi=DPI, layout="constrained")
     matrix_axes, iou_axes = figure.subplots(1, 2, width_ratios=(2.3, 1))
     figure.suptitle(_headline(results), fontsize=13, fontweight="bold")
-    _draw_matrix(matrix_axes, percent, shown, truth)
+    draw_matrix(matrix_axes, percent, shown, truth)
     _draw_iou(iou_axes, shown, results.get("iou") or {}, present)
     save_figure(figure, output)
 
@@ -163,7 +163,7 @@ def plot_panel(
         for kind, ids_map in (("label", label), ("prediction", prediction)):
             if ids_map is not None and ids_map.shape != image.shape[:2]:
                 raise ValueError(f"{name}: {kind} is {ids_map.shape}, its image {image.shape[:2]}")
-        axes[0].imshow(_stretch(image) if image.ndim == 2 else image, cmap="gray", vmin=0, vmax=1)
+        axes[0].imshow(stretch(image) if image.ndim == 2 else image, cmap="gray", vmin=0, vmax=1)
         axes[2].imshow(colorize(prediction), interpolation="nearest")
         ids |= set(np.unique(prediction).tolist())
         score = ""
@@ -236,7 +236,7 @@ def _mark_best(axes: Axes, steps: np.ndarray, scores: np.ndarray) -> None:
     )
 
 
-def _draw_matrix(axes: Axes, percent: np.ndarray, shown: list[int], truth: np.ndarray) -> None:
+def draw_matrix(axes: Axes, percent: np.ndarray, shown: list[int], truth: np.ndarray) -> None:
     axes.set_facecolor(ABSENT_COLOR)  # shows where NaN leaves the rows of absent classes transparent
     axes.imshow(percent, cmap="Blues", vmin=0, vmax=100, aspect="auto")
     for (row, column), value in np.ndenumerate(percent):
@@ -272,7 +272,7 @@ def _draw_iou(axes: Axes, shown: list[int], iou: Mapping[str, float | None], pre
         axes.barh(row, 100 * value, height=0.62, color=PALETTE[index] / 255, edgecolor="#555555", linewidth=0.8)
         axes.text(100 * value + 2, row, f"{100 * value:.1f}", va="center", fontsize=10)
     axes.set(xlim=(0, 112), ylim=(len(shown) - 0.5, -0.5), yticks=[], xticks=range(0, 101, 20))
-    _style(axes)
+    style_axes(axes)
     axes.grid(visible=False, axis="y")
     axes.set_xlabel("IoU, percent")
     axes.set_title("IoU of each class", loc="left", fontsize=11)
@@ -292,7 +292,7 @@ def _percent(fraction: float | None) -> str:
     return f"{100 * fraction:.1f} %" if fraction is not None and math.isfinite(fraction) else "unknown"
 
 
-def _stretch(image: np.ndarray) -> np.ndarray:
+def stretch(image: np.ndarray) -> np.ndarray:
     """Map the percentiles 1 and 99 of an amplitude image to 0 and 1, with the dark half lifted; zeros are nodata."""
     valid = image[image > 0]
     low, high = np.percentile(valid, (1, 99)) if valid.size else (0.0, 1.0)
@@ -320,7 +320,7 @@ def class_legend(ids: set[int]) -> list[Patch]:
     return patches
 
 
-def _style(axes: Axes) -> None:
+def style_axes(axes: Axes) -> None:
     axes.grid(color=GRID_COLOR, linewidth=0.8)
     axes.set_axisbelow(True)
     axes.spines[["top", "right"]].set_visible(False)

@@ -7,7 +7,7 @@ import cv2
 import numpy as np
 from scipy import ndimage
 
-from hf_seg.data.toy_world.fields import fractal_noise
+from hf_seg.data.toy_world.fields import fractal_noise, smooth_noise, to_uniform
 from hf_seg.data.toy_world.parcels import BARE, BUILDING, DEVELOPED, FIELD, RANGE, ROAD, TREE, WATER
 
 BORDER_SHIFT = 0.5  # metres, standard deviation
@@ -64,23 +64,24 @@ def _confuse(rng: np.random.Generator, label: np.ndarray, parcel: np.ndarray, gs
     """
     noisy = label.copy()
     scale = rng.uniform(*_MIXED_SCALE) / gsd
-    lots = rng.standard_normal(int(parcel.max()) + 1).astype(np.float32)[parcel]
     for index, shares in CONFUSIONS.items():
-        left = label == index
-        area = np.count_nonzero(left)
-        width = cv2.GaussianBlur(left.astype(np.float32), (0, 0), WIDE / gsd)
-        width /= max(float(width[left].std()), 1e-3) if area else 1.0
-        for wrong, share in shares.items():
-            count = round(share * area)
-            if not count:
-                continue
-            # half of chance's variance belongs to lots, so that whole ones flip; streets, one lot, flip in pieces
-            field = fractal_noise(rng, label.shape, scale, 2)
-            field = np.where(parcel > 0, 0.7 * lots + 0.714 * field, field)
-            score = np.where(left, SYSTEMATIC * width + (1 - SYSTEMATIC**2) ** 0.5 * field, -np.inf)
-            mistaken = score >= np.partition(score, -count, axis=None)[-count]
-            noisy[mistaken] = wrong
-            left &= ~mistaken
+        where = label == index
+        count = round(sum(shares.values()) * np.count_nonzero(where))
+        if not count:
+            continue
+        width = cv2.GaussianBlur(where.astype(np.float32), (0, 0), WIDE / gsd)
+        size = np.maximum(np.bincount(parcel[where], minlength=parcel.max() + 1), 1)
+        of_lot = np.bincount(parcel[where], width[where], minlength=parcel.max() + 1) / size
+        width = np.where(parcel > 0, of_lot[parcel], width)  # whole lots are mistaken; streets, one lot, in pieces
+        width /= max(float(width[where].std()), 1e-3)
+        chance = fractal_noise(rng, label.shape, scale, 2)
+        score = np.where(where, SYSTEMATIC * width + (1 - SYSTEMATIC**2) ** 0.5 * chance, -np.inf)
+        mistaken = score >= np.partition(score, -count, axis=None)[-count]
+        # Gumbel fields: the largest of log share + field is each class with the probability of its share
+        uniforms = [to_uniform(smooth_noise(rng, label.shape, 2 * scale))[mistaken] for _ in shares]
+        gumbel = -np.log(-np.log(np.clip(uniforms, 1e-6, 1 - 1e-6)))
+        choice = np.argmax(np.log(list(shares.values()))[:, None] + gumbel, axis=0)
+        noisy[mistaken] = np.array(list(shares), np.uint8)[choice]
     return noisy
 
 

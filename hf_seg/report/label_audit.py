@@ -1,0 +1,257 @@
+"""Arithmetic of a label audit: two label sets against each other and, where there is one, against a truth.
+
+A tile is counted once, into a (9, 9, 9) histogram of (truth, label of A, label of B) in which id 0 is "no label".
+Coverage, agreement, IoU, who is right where A and B differ and the bootstrap over tiles are sums over these counts, so
+no tile needs to be held. Classes 1..8 alone are scored, on the pixels that have a label in every compared map.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from hf_seg.labels import CLASS_NAMES, NUM_LABELS
+from hf_seg.metrics import ConfusionMatrix
+
+CLASSES = CLASS_NAMES[1:]
+CONFIDENCE_LEVELS = 256  # uint8; the last one is 1.0
+QUANTILES = {"min": 0.0, "10 %": 0.1, "25 %": 0.25, "median": 0.5, "75 %": 0.75, "90 %": 0.9, "max": 1.0}
+INTERVAL = (0.025, 0.975)
+
+
+def count_pixels(a: np.ndarray, b: np.ndarray, truth: np.ndarray | None = None) -> np.ndarray:
+    """Count one tile.
+
+    Args:
+        a, b, truth: (H, W) uint8 ids 0..8, 0 = no label; without a truth no pixel has a true label.
+
+    Returns:
+        (9, 9, 9) uint32 pixels by (truth, a, b).
+    """
+    codes = a * np.uint16(NUM_LABELS) + b
+    if truth is not None:
+        codes += truth * np.uint16(NUM_LABELS**2)
+    return np.bincount(codes.ravel(), minlength=NUM_LABELS**3).reshape((NUM_LABELS,) * 3).astype(np.uint32)
+
+
+def count_confidence(confidence: np.ndarray, labels: np.ndarray, reference: np.ndarray) -> np.ndarray:
+    """Count, at each of 256 levels of confidence, the pixels that both maps label, and those on which they agree.
+
+    Args:
+        confidence: (H, W) uint8, 255 = 1.0.
+        labels, reference: (H, W) uint8 ids 0..8, 0 = no label.
+
+    Returns:
+        (256, 2) int64: compared, agreeing.
+    """
+    both = (labels > 0) & (reference > 0)
+    masks = (both, both & (labels == reference))
+    return np.stack([np.bincount(confidence[mask], minlength=CONFIDENCE_LEVELS) for mask in masks], axis=1)
+
+
+def calibrate(levels: np.ndarray) -> dict[str, Any] | None:
+    """Compare confidence with agreement, decile by decile of the pixels; equal confidences stay together.
+
+    Args:
+        levels: (256, 2) of `count_confidence`.
+
+    Returns:
+        `deciles`: from the least confident, each with `low`, `high`, `mean` confidence, `share` of the pixels and
+        `agreement`; `calibration_error`: mean over the pixels of |agreement - mean confidence| of their decile. None
+        without pixels.
+    """
+    pixels, agreeing = levels.T
+    if not pixels.any():
+        return None
+    middle = np.cumsum(pixels) - pixels / 2
+    decile_of = np.minimum(10 * middle / pixels.sum(), 9).astype(int)
+    confidence = np.arange(CONFIDENCE_LEVELS) / (CONFIDENCE_LEVELS - 1)
+    deciles = []
+    for decile in range(10):
+        found = np.flatnonzero((decile_of == decile) & (pixels > 0))
+        if found.size:
+            n_pixels = pixels[found].sum()
+            row = {"low": confidence[found[0]], "high": confidence[found[-1]]}
+            row |= {"mean": pixels[found] @ confidence[found] / n_pixels, "share": n_pixels / pixels.sum()}
+            deciles.append({key: float(value) for key, value in row.items()})
+            deciles[-1]["agreement"] = float(agreeing[found].sum() / n_pixels)
+    error = sum(row["share"] * abs(row["agreement"] - row["mean"]) for row in deciles)
+    return {"deciles": deciles, "calibration_error": error}
+
+
+def summarize(
+    image_ids: Sequence[str],
+    counts: np.ndarray,
+    regions: Sequence[str] | None,
+    *,
+    replicates: int = 1000,
+    seed: int = 0,
+) -> dict[str, Any]:
+    """Compute everything but the calibration from the counts of all tiles; every value can be written as JSON.
+
+    Args:
+        image_ids: N names.
+        counts: (N, 9, 9, 9) of `count_pixels`, with at least one pixel that A and B both label.
+        regions: N names, or None where none is known.
+        replicates, seed: of the bootstrap over tiles.
+
+    Returns:
+        `n_tiles`, `coverage`, `class_share`, `agreement`, `truth` (None without one), `disagreements`,
+        `tile_distribution`, `regions` (None if unknown) and `tiles`.
+    """
+    total = counts.sum(axis=0, dtype=np.int64)
+    tiles, by_region, quantiles = _score_groups(counts), None, {}
+    for name, values in tiles.items():
+        known = values[np.isfinite(values)]
+        if known.size:
+            quantiles[name] = dict(zip(QUANTILES, np.quantile(known, list(QUANTILES.values())).tolist(), strict=True))
+    if regions is not None:
+        names, region_of = np.unique(np.asarray(regions), return_inverse=True)
+        sums = np.zeros((len(names), *counts.shape[1:]), dtype=np.int64)
+        np.add.at(sums, region_of, counts)
+        by_region = _as_rows(names.tolist(), {"n_tiles": np.bincount(region_of), **_score_groups(sums)})
+    histograms = {"a": total.sum(axis=(0, 2))[1:], "b": total.sum(axis=(0, 1))[1:], "truth": total.sum(axis=(1, 2))[1:]}
+    labelled = {"a": total[:, 1:], "b": total[:, :, 1:], "both": total[:, 1:, 1:], "truth": total[1:]}
+    return {
+        "n_tiles": len(counts),
+        "coverage": {name: float(part.sum() / total.sum()) for name, part in labelled.items()},
+        "class_share": {name: _by_class(_ratio(pixels, pixels.sum())) for name, pixels in histograms.items()},
+        "agreement": _agreement(total.sum(axis=0)),
+        "truth": _against_truth(counts, total, replicates, seed),
+        "disagreements": _disagreements(total),
+        "tile_distribution": quantiles,
+        "regions": by_region,
+        "tiles": _as_rows(image_ids, tiles),
+    }
+
+
+def bootstrap_difference(
+    matrices_a: np.ndarray, matrices_b: np.ndarray, *, replicates: int, seed: int
+) -> dict[str, Any]:
+    """Return scores of B minus scores of A over all tiles, with 95 % intervals over tiles drawn with replacement.
+
+    Args:
+        matrices_a, matrices_b: (N, 8, 8) counts of classes 1..8 in each tile on the same pixels, rows = truth.
+        replicates: number of redrawn sets.
+        seed: fixes the draws.
+
+    Returns:
+        `mean_iou`, `overall_accuracy` and, by class, `iou`: each `{difference, low, high}`; None for a class that is
+        not in the truth; `low` and `high` are None for a single tile, which has no spread.
+    """
+    n_tiles = len(matrices_a)
+    draws = np.random.default_rng(seed).multinomial(n_tiles, np.full(n_tiles, 1 / n_tiles), size=replicates)
+    once = np.ones((1, n_tiles))
+    difference = (_score_draws(matrices_b, once) - _score_draws(matrices_a, once))[0]
+    redrawn = _score_draws(matrices_b, draws) - _score_draws(matrices_a, draws)
+
+    def describe(column: int) -> dict[str, float | None] | None:
+        if np.isnan(difference[column]):
+            return None
+        low, high = np.nanquantile(redrawn[:, column], INTERVAL).tolist() if n_tiles > 1 else (None, None)
+        return {"difference": float(difference[column]), "low": low, "high": high}
+
+    per_class = {name: describe(column) for column, name in enumerate(CLASSES)}
+    return {"mean_iou": describe(len(CLASSES)), "overall_accuracy": describe(len(CLASSES) + 1), "iou": per_class}
+
+
+def _score_draws(matrices: np.ndarray, weights: np.ndarray) -> np.ndarray:
+    """Score weighted sums of N tiles: (N, C, C) counts, (R, N) weights -> (R, C + 2): each IoU, mIoU, accuracy."""
+    flat = matrices.reshape(len(matrices), -1).astype(np.float64)
+    sums = (weights.astype(np.float64) @ flat).reshape(len(weights), *matrices.shape[1:])
+    iou = _iou(sums)
+    accuracy = sums.diagonal(axis1=1, axis2=2).sum(axis=1) / sums.sum(axis=(1, 2))
+    return np.column_stack([iou, np.nanmean(iou, axis=1), accuracy])
+
+
+def _against_truth(counts: np.ndarray, total: np.ndarray, replicates: int, seed: int) -> dict[str, Any] | None:
+    """Score A and B on the pixels that all three label, and on each one's own; None if there are none."""
+    same = counts[:, 1:, 1:, 1:]
+    same = same[same.any(axis=(1, 2, 3))]
+    if not len(same):
+        return None
+    truth_a, truth_b = same.sum(axis=3, dtype=np.int64), same.sum(axis=2, dtype=np.int64)
+    return {
+        "n_tiles": len(same),
+        "compared": float(same.sum() / total[1:].sum()),
+        "same_pixels": {"a": _score(truth_a.sum(axis=0)), "b": _score(truth_b.sum(axis=0))},
+        "own_pixels": {"a": _score(total[1:, 1:].sum(axis=2)), "b": _score(total[1:, :, 1:].sum(axis=1))},
+        "difference": bootstrap_difference(truth_a, truth_b, replicates=replicates, seed=seed),
+        "bootstrap": {"replicates": replicates, "seed": seed},
+    }
+
+
+def _score(matrix: np.ndarray) -> dict[str, Any]:
+    """Score (8, 8) counts, rows = truth, as `ConfusionMatrix` does, and add the recall of each class."""
+    confusion = ConfusionMatrix()
+    confusion.matrix[1:, 1:] = matrix
+    return {**confusion.compute(), "recall": _by_class(_ratio(matrix.diagonal(), matrix.sum(axis=1)))}
+
+
+def _agreement(pairs: np.ndarray) -> dict[str, Any]:
+    """Compare A with B from (9, 9) counts, rows = A; neither is the truth, so IoU counts where either has the class."""
+    matrix = pairs[1:, 1:]
+    in_a, in_b, in_both = matrix.sum(axis=1), matrix.sum(axis=0), matrix.diagonal()
+    iou = _ratio(in_both, in_a + in_b - in_both)
+    return {
+        "overall": float(in_both.sum() / matrix.sum()),
+        "mean_iou": float(np.nanmean(iou)),
+        "iou": _by_class(iou),
+        "share_of_a": _by_class(_ratio(in_both, in_a)),
+        "share_of_b": _by_class(_ratio(in_both, in_b)),
+        "transition": pairs.tolist(),
+    }
+
+
+def _disagreements(total: np.ndarray, most: int = 10) -> dict[str, Any]:
+    """List the commonest (class of A, class of B) pairs that differ, and how often the truth sides with each."""
+    differing = total.copy()
+    differing[:, range(NUM_LABELS), range(NUM_LABELS)] = 0
+    differing[:, 0, :] = differing[:, :, 0] = 0
+    pairs, compared = differing.sum(axis=0), total[:, 1:, 1:].sum()
+
+    def describe(a: np.ndarray, b: np.ndarray) -> dict[str, float | None]:
+        judged = differing[1:, a, b].sum()
+        found = {"a_right": differing[a, a, b].sum(), "b_right": differing[b, a, b].sum()}
+        right = {key: float(value / judged) if judged else None for key, value in found.items()}
+        return {"share": float(pairs[a, b].sum() / compared), **right}
+
+    order = np.argsort(-pairs, axis=None, kind="stable")[:most]
+    largest = [(a, b) for a, b in zip(*np.unravel_index(order, pairs.shape), strict=True) if pairs[a, b]]
+    rows = [{"a": CLASS_NAMES[a], "b": CLASS_NAMES[b], **describe(np.array([a]), np.array([b]))} for a, b in largest]
+    return {"all": describe(*np.indices(pairs.shape).reshape(2, -1)), "largest": rows}
+
+
+def _score_groups(counts: np.ndarray) -> dict[str, np.ndarray]:
+    """Score each of (G, 9, 9, 9) counts: arrays (G,), NaN where nothing can be compared."""
+    counts = counts.astype(np.int64)
+    pairs, same = counts[:, :, 1:, 1:].sum(axis=1), counts[:, 1:, 1:, 1:]
+    both, equal = pairs.sum(axis=(1, 2)), pairs.diagonal(axis1=1, axis2=2).sum(axis=1)
+    scores = {"agreement": _ratio(equal, both), "disagreement": _ratio(both - equal, counts.sum(axis=(1, 2, 3)))}
+    for name, axis in (("mean_iou_a", 3), ("mean_iou_b", 2)):
+        iou = _iou(same.sum(axis=axis))
+        scores[name] = _ratio(np.nansum(iou, axis=1), np.isfinite(iou).sum(axis=1))
+    return {**scores, "mean_iou_difference": scores["mean_iou_b"] - scores["mean_iou_a"]}
+
+
+def _iou(matrices: np.ndarray) -> np.ndarray:
+    """(..., C, C) counts, rows = truth -> (..., C); NaN for a class that is not in the truth."""
+    overlap, truth = matrices.diagonal(axis1=-2, axis2=-1), matrices.sum(axis=-1)
+    return np.where(truth > 0, _ratio(overlap, truth + matrices.sum(axis=-2) - overlap), np.nan)
+
+
+def _ratio(part: np.ndarray, whole: np.ndarray) -> np.ndarray:
+    """Divide; NaN where the whole is 0."""
+    return np.divide(part, whole, out=np.full(part.shape, np.nan), where=whole > 0)
+
+
+def _by_class(values: np.ndarray) -> dict[str, float | None]:
+    return dict(zip(CLASSES, map(_number, values), strict=True))
+
+
+def _as_rows(names: Sequence[str], columns: dict[str, np.ndarray]) -> dict[str, dict[str, float | None]]:
+    return {name: {key: _number(values[row]) for key, values in columns.items()} for row, name in enumerate(names)}
+
+
+def _number(value: Any) -> float | None:
+    return value.item() if np.isfinite(value) else None
