@@ -27,14 +27,23 @@ $(BIN)/installed: setup.cfg pyproject.toml constraints.txt scripts/repair_torchv
 
 # The pipeline on a generated world with toy networks. Run again, it goes on where it stopped.
 QUICKSTART := runs/quickstart
-quickstart: $(QUICKSTART)/world
+WORLD := $(QUICKSTART)/world
+quickstart: $(WORLD)
+	$(BIN)/accelerate launch -q recipes/stage1.py --config recipes/configs/toy/stage1_segformer.yaml \
+		--source_dir $(WORLD)/OpenEarthMap_wo_xBD --data_dir $(WORLD)/dfc25_track1 \
+		--output_dir $(QUICKSTART)/stage1 --resume_from_checkpoint latest
+	$(BIN)/accelerate launch -q recipes/pseudo_label.py --model $(QUICKSTART)/stage1 --tta flips \
+		--data_dir $(WORLD)/dfc25_track1 --output_dir $(QUICKSTART)/labels
+	$(BIN)/python scripts/audit_labels.py $(WORLD)/dfc25_track1/train/labels $(QUICKSTART)/labels \
+		--truth $(WORLD)/dfc25_track1_extra/train_clean_labels --output $(QUICKSTART)/audit
 	$(BIN)/accelerate launch -q recipes/stage2.py --config recipes/configs/toy/stage2_segformer.yaml \
-		--data_dir $(QUICKSTART)/world --output_dir $(QUICKSTART)/stage2 --resume_from_checkpoint latest
-	$(BIN)/python scripts/evaluate.py --model $(QUICKSTART)/stage2 --data_dir $(QUICKSTART)/world --split test \
+		--data_dir $(WORLD)/dfc25_track1 --pseudo_labels $(QUICKSTART)/labels \
+		--output_dir $(QUICKSTART)/stage2 --resume_from_checkpoint latest
+	$(BIN)/python scripts/evaluate.py --model $(QUICKSTART)/stage2 --data_dir $(WORLD)/dfc25_track1 --split test \
 		--output $(QUICKSTART)/test.json
 
-$(QUICKSTART)/world: | install
-	$(BIN)/python scripts/make_toy_world.py --output $@ --seed 0 --source 16 --train 48 --val 8 --test 8 --size 256
+$(WORLD): | install
+	$(BIN)/python scripts/make_toy_world.py --output $@ --seed 0 --source 48 --train 48 --val 8 --test 8 --size 256
 
 test: install
 	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest

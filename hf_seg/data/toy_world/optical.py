@@ -24,6 +24,8 @@ class Camera:
     """How a domain photographs: each pair is a range, drawn from once a scene."""
 
     zoom: tuple[float, float]  # optical resolution over pixel size; below 1 the image is soft
+    coarse_zoom: tuple[float, float]  # the same of scenes that come from a coarser sensor, resampled to this grid
+    coarse_prob: float  # their share
     gain: tuple[float, float]
     contrast: tuple[float, float]
     haze: tuple[float, float]  # share of light scattered by the air
@@ -34,12 +36,32 @@ class Camera:
     noise: float
 
 
-# OpenEarthMap: many cameras, sharp, green, high sun. OpenEarthMap-SAR: softer, greyer, a later season, a lower sun.
+# OpenEarthMap: many cameras, sharp, green, high sun. OpenEarthMap-SAR: half of it coarse, greyer, later, a lower sun.
 SOURCE_CAMERA = Camera(
-    (0.8, 1.0), (0.86, 1.05), (0.85, 1.0), (0.05, 0.14), (1.02, 1.04, 1.04), (0.9, 1.2), (0.0, 0.35), (0.9, 1.6), 3.0
+    (0.8, 1.0),
+    (0.8, 1.0),
+    0.0,
+    (0.86, 1.05),
+    (0.85, 1.0),
+    (0.05, 0.14),
+    (1.02, 1.04, 1.04),
+    (0.9, 1.2),
+    (0.0, 0.35),
+    (0.9, 1.6),
+    3.0,
 )
 TARGET_CAMERA = Camera(
-    (0.42, 0.85), (0.95, 1.15), (1.0, 1.2), (0.0, 0.1), (0.97, 1.03, 1.07), (0.45, 0.85), (0.25, 0.9), (0.55, 1.1), 2.0
+    (0.6, 1.0),
+    (0.22, 0.4),
+    0.5,
+    (0.95, 1.15),
+    (1.0, 1.2),
+    (0.0, 0.1),
+    (0.97, 1.03, 1.07),
+    (0.45, 0.85),
+    (0.25, 0.9),
+    (0.55, 1.1),
+    2.0,
 )
 
 
@@ -123,7 +145,7 @@ def _expose(rng: np.random.Generator, image: np.ndarray, camera: Camera) -> np.n
     image = image * (cast * rng.uniform(*camera.gain)).astype(np.float32)
     image = 110 + np.float32(rng.uniform(*camera.contrast)) * (image - 110)
     image += np.float32(rng.uniform(*camera.haze)) * (np.array((168, 178, 190), np.float32) - image)
-    zoom = rng.uniform(*camera.zoom)
+    zoom = rng.uniform(*(camera.coarse_zoom if rng.random() < camera.coarse_prob else camera.zoom))
     if zoom < 0.95:  # the image was sampled more coarsely and resampled to this grid
         small = cv2.resize(image, None, fx=zoom, fy=zoom, interpolation=cv2.INTER_AREA)
         image = cv2.resize(small, image.shape[1::-1], interpolation=cv2.INTER_CUBIC)
