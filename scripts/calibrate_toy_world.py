@@ -34,7 +34,6 @@ from hf_seg.data.toy_world.statistics import (
     CLASSES,
     difficulty,
     optical_statistics,
-    power_spectrum,
     sar_statistics,
     segment_sizes,
 )
@@ -43,6 +42,7 @@ from hf_seg.labels import CLASS_NAMES, NUM_LABELS
 from hf_seg.losses import cross_entropy
 from hf_seg.metrics import ConfusionMatrix
 from hf_seg.models import SegmentationLogits
+from hf_seg.report.power_spectra import RINGS, power_spectrum
 from hf_seg.training.evaluation import evaluate_network
 
 CROP = 128
@@ -155,9 +155,11 @@ def run_figure(options: argparse.Namespace) -> None:
             class_axes.plot(index + offset, classes.mean, "o", color=color, markersize=5)
         groups = [tile.sar for tile in tiles], [tile.optical.mean(-1) for tile in tiles if tile.optical is not None]
         for axes, group in zip((sar_axes, optical_axes), groups, strict=True):
-            spectra = [power_spectrum(image) for image in group]
-            mean_power = np.exp(np.mean([np.log(power + 1e-9) for _, power in spectra], 0))
-            axes.loglog(spectra[0][0], mean_power, color=color)
+            squares = (image[: min(image.shape), : min(image.shape)] for image in group)
+            spectra = [power_spectrum(image) / image.var() for image in squares]
+            axes.loglog(RINGS, np.exp(np.mean(np.log(spectra), 0)), color=color)
+            axes.set_xticks([0.02, 0.1, 0.5], ["0.02", "0.1", "0.5"])
+            axes.set_xticks([], minor=True)
     level_axes.set(title="SAR level, share of pixels", xlim=(0, 200))
     level_axes.legend(frameon=False)
     class_axes.set(title="SAR per class: mean, p5 to p95", ylim=(0, None))

@@ -20,7 +20,7 @@ LAYERS = [
         *("hf_seg.data.download", "hf_seg.inference.sliding_window", "hf_seg.report.plots", "hf_seg.report.mix_panel"),
         *("hf_seg.adaptation.class_mix", "hf_seg.adaptation.pseudo_labels", "hf_seg.adaptation.mean_teacher"),
         *("hf_seg.adaptation.strong_augmentation", "hf_seg.report.label_audit", "hf_seg.report.label_audit_figures"),
-        "hf_seg.report.label_audit_page",
+        *("hf_seg.report.label_audit_page", "hf_seg.report.power_spectra"),
     ],
     ["hf_seg.models", "hf_seg.data.dataloaders", "hf_seg.data.toy_world.fields", "hf_seg.data.toy_world.parcels"],
     [

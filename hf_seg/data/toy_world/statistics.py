@@ -123,16 +123,3 @@ def segment_sizes(labels: Sequence[np.ndarray]) -> dict[int, float]:
         area = sum(int((label == index).sum()) for label in labels)
         result[index] = area / max(sum(counts), 1)
     return result
-
-
-def power_spectrum(image: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Return (cycles per pixel, mean power around the circle) of a grey image, tapered and free of its mean."""
-    side = min(image.shape)
-    grey = image[:side, :side].astype(np.float64)
-    taper = np.hanning(side)
-    grey = (grey - grey.mean()) / grey.std() * taper * taper[:, None]
-    power = np.abs(np.fft.fftshift(np.fft.fft2(grey))) ** 2 / (taper**2).sum() ** 2
-    frequency = np.fft.fftshift(np.fft.fftfreq(side))
-    ring = (np.hypot(frequency, frequency[:, None]) * 128).astype(int).ravel()
-    counts = np.bincount(ring)
-    return (np.arange(64) + 0.5) / 128, (np.bincount(ring, power.ravel()) / np.maximum(counts, 1))[:64]
