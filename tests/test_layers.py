@@ -17,14 +17,26 @@ LAYERS = [
     ["hf_seg.labels", "hf_seg.arguments", "hf_seg.data.open_earth_map"],
     [
         *("hf_seg.losses", "hf_seg.metrics", "hf_seg.land_cover_iou", "hf_seg.data.transforms", "hf_seg.data.doctor"),
-        *("hf_seg.data.download", "hf_seg.inference.sliding_window", "hf_seg.report.plots", "hf_seg.report.mix_panel"),
+        *(
+            "hf_seg.data.download",
+            "hf_seg.inference.sliding_window",
+            "hf_seg.inference.views",
+            "hf_seg.report.plots",
+            "hf_seg.report.mix_panel",
+        ),
         *("hf_seg.adaptation.class_mix", "hf_seg.adaptation.pseudo_labels", "hf_seg.adaptation.mean_teacher"),
         *("hf_seg.adaptation.strong_augmentation", "hf_seg.report.label_audit", "hf_seg.report.label_audit_figures"),
         *("hf_seg.report.label_audit_page", "hf_seg.report.power_spectra"),
     ],
-    ["hf_seg.models", "hf_seg.data.dataloaders", "hf_seg.data.toy_world.fields", "hf_seg.data.toy_world.parcels"],
     [
-        *("hf_seg.hub.export", "hf_seg.training.optimization", "hf_seg.training.checkpoints"),
+        "hf_seg.models",
+        "hf_seg.data.dataloaders",
+        "hf_seg.data.label_shards",
+        "hf_seg.data.toy_world.fields",
+        "hf_seg.data.toy_world.parcels",
+    ],
+    [
+        *("hf_seg.hub.cards", "hf_seg.hub.export", "hf_seg.training.optimization", "hf_seg.training.checkpoints"),
         *("hf_seg.training.run_log", "hf_seg.data.toy_world.ground", "hf_seg.data.toy_world.noise"),
         "hf_seg.data.toy_world.statistics",
     ],
@@ -36,6 +48,7 @@ LAYERS = [
 ]
 PURE = [
     *("hf_seg.labels", "hf_seg.losses", "hf_seg.metrics", "hf_seg.data.transforms", "hf_seg.inference.sliding_window"),
+    "hf_seg.inference.views",
     *sorted(module for module in MODULES if module.startswith("hf_seg.adaptation.")),
 ]
 PACKAGES = [

@@ -141,6 +141,8 @@ def load_pseudo_labels(path: str) -> datasets.Dataset:
     Raises:
         UserError: no such folder or repository, or not a dataset of pseudo-labels.
     """
+    if Path(path, "inputs.json").exists() and not Path(path, "manifest.json").exists():
+        raise UserError(f"--pseudo_labels {path} is not finished; launch recipes/pseudo_label.py on it again")
     try:
         loaded = datasets.load_dataset(str(Path(path).resolve()) if Path(path).exists() else path, split="train")
     except Exception as error:  # datasets raises many kinds; each is about this path

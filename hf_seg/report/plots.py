@@ -68,8 +68,8 @@ def plot_curves(metrics_file: Path, output: Path) -> None:
     Args:
         metrics_file: `metrics.jsonl`, one JSON object a line, each with `step`. Losses are `loss`, `ce`, `rce`,
             `lovasz` and `*_loss`; scores are `mean_iou`, `*_mean_iou` and `overall_accuracy`, as fractions. Other keys
-            are left aside, values that are null or not finite leave a gap, of a step logged twice (a resumed run) the later
-            value counts, and a line cut off by a kill is skipped with a warning.
+            are left aside, values that are null or not finite leave a gap, of a step logged twice (a resumed run) the
+            later value counts, and a line cut off by a kill is skipped with a warning.
         output: image file to write.
 
     Raises:

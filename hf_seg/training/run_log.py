@@ -73,9 +73,9 @@ class RunLog:
             )
 
     def end_step(self, step: int, learning_rate: float) -> dict[str, float] | None:
-        """Advance the bar; every `logging_steps` steps write the means since the last line, and return them."""
+        """Advance the bar; every `logging_steps` steps, and after the last, write the means since, and return them."""
         self.bar.update()
-        if step % self.logging_steps:
+        if step % self.logging_steps and step < self.bar.total:
             return None
         means = {
             name: float(self.accelerator.reduce(total / self._count, "mean")) for name, total in self._sums.items()
