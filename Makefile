@@ -46,7 +46,7 @@ $(WORLD): | install
 	$(BIN)/python scripts/make_toy_world.py --output $@ --seed 0 --source 48 --train 48 --val 8 --test 8 --size 256
 
 test: install
-	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest
+	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n auto --dist loadfile
 
 test-slow: install
 	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -m slow

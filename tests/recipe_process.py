@@ -17,6 +17,7 @@ import torch
 from accelerate import Accelerator
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "recipes"))
+import pseudo_label
 import stage1
 import stage2
 
@@ -50,7 +51,7 @@ def run_recipe(
     """Run a recipe with a command line, on one or several processes that talk over gloo.
 
     Args:
-        recipe: "stage1" or "stage2".
+        recipe: its file's name.
         argv: the command line.
         log: file that receives what is printed.
         disturb: "EVENT:N", see `_DISTURBANCES`: what happens to a process at its N-th such event.
@@ -128,7 +129,7 @@ def _freeze_batch_norm(_: int) -> None:
     torch.nn.BatchNorm2d.train = lambda self, mode=True: torch.nn.Module.train(self, False)  # type: ignore[method-assign]
 
 
-_RECIPES: dict[str, ModuleType] = {"stage1": stage1, "stage2": stage2}
+_RECIPES: dict[str, ModuleType] = {"stage1": stage1, "pseudo_label": pseudo_label, "stage2": stage2}
 
 _DISTURBANCES: dict[str, Callable[[int], None]] = {
     "kill_before_step": lambda n: _at_call(torch.optim.AdamW, "step", n, _send(signal.SIGKILL), after=False),
