@@ -224,6 +224,32 @@ class PseudoLabelArguments(Settings):
         self.require("hub_model_id", not self.push_to_hub or self.hub_model_id is not None, "user/name to push to")
 
 
+@dataclass(kw_only=True)
+class EnsembleArguments(Settings):
+    """Settings of `recipes/ensemble.py`: several SAR networks as one."""
+
+    members: list[str] = dataclasses.field(
+        default_factory=lambda: ["runs/stage2"], metadata={"help": "trained networks: folders or Hub ids (id@revision)"}
+    )
+    weights: list[float] | None = dataclasses.field(
+        default=None, metadata={"help": "one for each member, above 0, in any unit; without them all are equal"}
+    )
+    output_dir: str = setting("runs/ensemble", "where the ensemble, its scores and figures go")
+    # scores
+    eval: bool = setting(True, "score the members and the ensemble; false: export them unscored, without data")
+    data_dir: str = setting("data/dfc25_track1", "root of OpenEarthMap-SAR, as released")
+    split: Literal["train", "val", "test"] = setting("val", "split to score on; it must have labels")
+    column: Literal["sar", "optical"] = setting("sar", "which image of each tile the members map")
+    tta: Literal["none", "flips", "d4", "paper"] = setting("none", "views averaged: 1, 4, 8, or 4 at each of 6 scales")
+    stride: float = setting(0.5, "step of the sliding windows as a share of each member's crop")
+    batch_size: int = setting(4, "windows per forward pass")
+    mixed_precision: Literal["no", "bf16", "fp16"] = setting("no", "arithmetic of the forward pass")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.require("members", len(self.members) > 0, "one folder or Hub id, or more")
+
+
 # What belongs to one launch and not to the recipe.
 _LAUNCH_ONLY = ("config", "resume_from_checkpoint")
 

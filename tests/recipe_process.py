@@ -17,6 +17,7 @@ import torch
 from accelerate import Accelerator
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "recipes"))
+import ensemble
 import pseudo_label
 import stage1
 import stage2
@@ -129,7 +130,7 @@ def _freeze_batch_norm(_: int) -> None:
     torch.nn.BatchNorm2d.train = lambda self, mode=True: torch.nn.Module.train(self, False)  # type: ignore[method-assign]
 
 
-_RECIPES: dict[str, ModuleType] = {"stage1": stage1, "pseudo_label": pseudo_label, "stage2": stage2}
+_RECIPES: dict[str, ModuleType] = {each.__name__: each for each in (stage1, pseudo_label, stage2, ensemble)}
 
 _DISTURBANCES: dict[str, Callable[[int], None]] = {
     "kill_before_step": lambda n: _at_call(torch.optim.AdamW, "step", n, _send(signal.SIGKILL), after=False),

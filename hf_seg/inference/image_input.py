@@ -1,0 +1,45 @@
+"""A file, a PIL image or an array, as the uint8 array that `to_pixel_values` takes."""
+
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from hf_seg.arguments import UserError
+
+ImageInput = Image.Image | np.ndarray | str | Path
+
+
+def read_image(image: ImageInput, *, name: str = "image") -> np.ndarray:
+    """Read one image; grey stays grey, and other colours and palettes become RGB.
+
+    Args:
+        image: a file that PIL opens, a PIL image, or (H, W) or (H, W, 3) uint8.
+        name: what an error calls it; a file has its own name.
+
+    Returns:
+        (H, W) or (H, W, 3) uint8.
+
+    Raises:
+        UserError: no such file, or not 8 bits per band, naming the image.
+    """
+    if isinstance(image, str | Path):
+        name = str(image)
+        try:
+            with Image.open(image) as picture:
+                image = _to_array(picture)
+        except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+            raise UserError(f"{name} cannot be read as a picture ({error}); scenes are for predict_raster") from None
+    elif isinstance(image, Image.Image):
+        image = _to_array(image)
+    if image.dtype != np.uint8 or image.shape[2:] not in ((), (3,)) or not image.size:
+        raise UserError(
+            f"{name}: expected (H, W) or (H, W, 3) uint8, got {image.shape} {image.dtype}; bring it to 0..255 as the "
+            "training images were"
+        )
+    return image
+
+
+def _to_array(picture: Image.Image) -> np.ndarray:
+    is_wide = picture.mode.startswith(("I", "F"))  # PIL would cut its values off at 255
+    return np.array(picture if is_wide or picture.mode == "L" else picture.convert("RGB"))
