@@ -173,7 +173,8 @@ class EnsembleForSemanticSegmentation(
             revision, token, cache_dir, force_download, local_files_only: of the Hub's client.
             low_memory: leave the members on disk and load each when its turn comes, so that no more than one is in
                 memory at a time; to the same bits, without gradients.
-            dtype: of the networks' arithmetic.
+            dtype: of the networks' arithmetic. In float16, SwinV2 makes NaN of an input that it must pad to whole
+                windows; one of its crop size needs no padding, and bfloat16 has no such trap.
 
         Raises:
             UserError: no such ensemble, or one that is not whole, naming the member.

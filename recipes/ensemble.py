@@ -13,6 +13,7 @@ the recipe replaces its output.
 
 import json
 import logging
+import math
 import os
 import shutil
 from dataclasses import asdict
@@ -31,6 +32,7 @@ from hf_seg.data.dataloaders import LabelledImages, UnlabelledImages
 from hf_seg.data.open_earth_map import DatasetError, load_open_earth_map_sar
 from hf_seg.hub.ensemble_folder import CONFIG_FILE, read_ensemble
 from hf_seg.inference.weighted_votes import WeightedVotes
+from hf_seg.labels import NUM_LABELS
 from hf_seg.metrics import ConfusionMatrix
 from hf_seg.report.member_scores import plot_member_scores
 from hf_seg.report.plots import plot_confusion_matrix, plot_panel
@@ -51,7 +53,7 @@ def main(argv: list[str] | None = None) -> None:
         images = load_images(args) if args.eval else None
     check_output(output_dir, ensemble)
     accelerator.print(
-        f"{len(ensemble.members)} member(s), {0 if images is None else len(images)} {args.split} tiles to score, "
+        f"{len(ensemble.members)} member(s), {'no' if images is None else len(images)} tiles to score, "
         f"views: {args.tta}, {accelerator.num_processes} process(es), {accelerator.device}"
     )
     ensemble.to(accelerator.device)
@@ -172,19 +174,19 @@ def draw_figures(
     accelerator: Accelerator,
     args: EnsembleArguments,
 ) -> None:
-    """Draw scores, and a few evenly spread tiles: once as they are, once by where the members disagree."""
+    """Draw the scores, and on a few evenly spread tiles the image, and the entropy of the mean, beside both maps."""
     plot_confusion_matrix(results, folder / "confusion_matrix.png")
     plot_member_scores([(each["origin"], each) for each in results["members"]], results, folder / "members.png")
     panel, doubts = [], []
     for index in np.unique(np.linspace(0, len(images) - 1, 4).round().astype(int)).tolist():
         image_id, image, label = images[index]
         votes = vote(ensemble, image, accelerator, args)
-        prediction, disagreement = votes.choice().cpu().numpy(), votes.disagreement().cpu().numpy()
+        prediction, doubt = votes.choice().cpu().numpy(), (votes.entropy() / math.log(NUM_LABELS - 1)).cpu().numpy()
         panel.append((image_id, image, label, prediction))
-        doubts.append((image_id, np.dstack([(255 * disagreement).astype(np.uint8)] * 3), label, prediction))
+        doubts.append((image_id, np.dstack([(255 * doubt.clip(0, 1)).astype(np.uint8)] * 3), label, prediction))
     title = "SAR" if args.column == "sar" else args.column
     plot_panel(panel, folder / "panel.png", titles=(title, "label", "ensemble"))
-    plot_panel(doubts, folder / "disagreement.png", titles=("disagreement, white = all", "label", "ensemble"))
+    plot_panel(doubts, folder / "uncertainty.png", titles=("entropy, white = no idea", "label", "ensemble"))
 
 
 def print_table(results: dict[str, Any]) -> None:

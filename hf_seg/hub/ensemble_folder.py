@@ -13,6 +13,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from huggingface_hub import snapshot_download
 from transformers import AutoImageProcessor
 
@@ -88,7 +89,7 @@ def load_member(folder: Path, name: str, crop: int | None = None) -> tuple[Segme
         )
     theirs, ours = AutoImageProcessor.from_pretrained(folder), image_processor(found)
     for setting in _INPUT_SETTINGS:
-        value, expected = getattr(theirs, setting), getattr(ours, setting)
+        value, expected = (np.array(getattr(each, setting)).tolist() for each in (theirs, ours))
         if value != expected:
             raise UserError(f"member {name} was trained on another input: {setting} is {value}, ours is {expected}")
     return SegmentationNetwork(model).eval(), found

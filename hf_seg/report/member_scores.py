@@ -28,9 +28,11 @@ def plot_member_scores(
     for row, span in enumerate(zip(*scores, strict=True)):
         axes.plot((min(span), max(span)), (row, row), color="#c4c4c4", linewidth=5, solid_capstyle="round")
     for (name, _), values, color in zip(members, scores, cycle(LINE_COLORS[1:]), strict=False):
-        axes.plot(values, range(len(labels)), "o", color=color, markersize=6, alpha=0.85, label=name)
+        axes.plot(values, range(len(labels)), "o", color=color, markersize=6, label=name, clip_on=False, zorder=3)
     both = _percent(ensemble, rows)
-    axes.plot(both, range(len(labels)), "D", color=LINE_COLORS[0], markersize=7, label="ensemble")
+    axes.plot(
+        both, range(len(labels)), "D", color=LINE_COLORS[0], markersize=7, label="ensemble", clip_on=False, zorder=4
+    )
     axes.set(yticks=range(len(labels)), yticklabels=labels, ylim=(len(labels) - 0.5, -0.5), xlim=(0, None))
     axes.axhline(0.5, color="#888888", linewidth=0.8)
     axes.set_xlabel("IoU, percent")
@@ -38,9 +40,10 @@ def plot_member_scores(
     axes.set_axisbelow(True)
     axes.spines[["top", "right"]].set_visible(False)
     axes.set_title(
-        f"Members and ensemble on {ensemble['n_images']:,} images", loc="left", fontsize=11, fontweight="bold"
+        f"Members and ensemble, {ensemble['n_images']:,} tile(s)", loc="left", fontsize=11, fontweight="bold"
     )
-    figure.legend(loc="outside lower center", ncols=min(len(members) + 1, 3), frameon=False, fontsize=9)
+    longest = max(len(name) for name, _ in members)
+    figure.legend(loc="outside lower center", ncols=3 if longest < 30 else 1, frameon=False, fontsize=9)
     save_figure(figure, output)
 
 
