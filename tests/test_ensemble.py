@@ -552,6 +552,20 @@ def test_what_is_neither_here_nor_on_the_hub_is_one_clear_error(name: str) -> No
         assert "hf auth login" in str(error.value) and "\n" not in str(error.value)
 
 
+def test_an_ensemble_on_the_hub_opens_by_name_and_revision(saved: Path, opened: Ensemble, tmp_path: Path) -> None:
+    commit, repository = 40 * "a", tmp_path / "models--org--name"
+    shutil.copytree(saved, repository / "snapshots" / commit)  # as the Hub's client leaves what it has fetched
+    (repository / "refs").mkdir()
+    (repository / "refs/v1").write_text(commit)
+    for name, settings in (("org/name@v1", {}), ("org/name", {"revision": "v1"}), (f"org/name@{commit}", {})):
+        fetched = Ensemble.from_pretrained(name, cache_dir=tmp_path, low_memory=True, **settings)
+        assert fetched.members == opened.members
+        folder, found = ensemble_folder.find_folder(name, ["ensemble.json"], cache_dir=tmp_path, **settings)
+        assert (folder, found) == (repository / "snapshots" / commit, commit)
+    with pytest.raises(UserError, match="org/name@v2 is neither a folder nor to be had"):
+        Ensemble.from_pretrained("org/name@v2", cache_dir=tmp_path)
+
+
 def test_an_ensemble_of_ensembles_is_refused_with_the_way_out(saved: Path) -> None:
     with pytest.raises(UserError, match=r"is itself an ensemble; name its members, .*member_0 for one"):
         Ensemble.from_members([saved])
