@@ -20,7 +20,6 @@ LAYERS = [
         *(
             "hf_seg.data.download",
             "hf_seg.inference.sliding_window",
-            "hf_seg.inference.views",
             "hf_seg.report.plots",
             "hf_seg.report.mix_panel",
         ),
