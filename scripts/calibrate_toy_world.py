@@ -3,7 +3,7 @@
     python scripts/make_toy_world.py --output data/toy --seed 7 --source 56 --train 48 --val 12
     python scripts/calibrate_toy_world.py statistics --world data/toy [--real REAL]
     python scripts/calibrate_toy_world.py figure --world data/toy --real REAL --output toy_world.png
-    python scripts/calibrate_toy_world.py networks --world data/toy [--steps 1200] [--runs sar_clean sar_noisy]
+    python scripts/calibrate_toy_world.py networks --world data/toy [--steps 1500] [--runs sar_clean sar_noisy]
 
 REAL is a folder of real scenes in the layout of OpenEarthMap-SAR (dfc25_track1), optical images in train.
 
@@ -286,7 +286,7 @@ def build_parser() -> argparse.ArgumentParser:
     statistics.add_argument("--real", metavar="DIR", type=Path, help="real scenes, printed beside it")
     figure.add_argument("--real", metavar="DIR", type=Path, required=True, help="real scenes")
     figure.add_argument("--output", metavar="PNG", type=Path, required=True, help="image to write")
-    networks.add_argument("--steps", metavar="N", type=int, default=1200, help="training steps (%(default)s)")
+    networks.add_argument("--steps", metavar="N", type=int, default=1500, help="training steps (%(default)s)")
     names = ("sar_clean", "sar_noisy", "optical")
     networks.add_argument("--runs", nargs="+", choices=names, help="only these")
     return parser
