@@ -2,13 +2,14 @@
 
 from collections.abc import Callable
 from itertools import pairwise
+from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from hf_seg.inference.sliding_window import blend_weights, sliding_window_probs, window_starts
+from hf_seg.inference.sliding_window import RowBlender, blend_weights, sliding_window_probs, window_starts
 
 # (height, width, window, stride): tiling, overlapping, shifted back, one axis or both too small, single pixels.
 GEOMETRIES = [
@@ -178,3 +179,73 @@ def test_impossible_settings_and_wrong_logits_are_named() -> None:
         sliding_window_probs(lambda crops: crops, image[None], window=8, stride=8)
     with pytest.raises(ValueError, match=r"logits \(1, K, 8, 8\), got \(1, 3, 2, 2\): resize them in forward"):
         sliding_window_probs(lambda crops: crops[:, :, ::4, ::4], image, window=8, stride=8)
+
+
+def blender(image: Tensor, window: int, stride: int, *, valid: Tensor | None = None, **settings: Any) -> RowBlender:
+    forward = random_conv(3)
+    has_data = torch.ones(image.shape[1:], dtype=torch.bool) if valid is None else valid
+    return RowBlender(
+        lambda crops: forward(crops).softmax(1),
+        lambda top, bottom: (image[:, top:bottom], has_data[top:bottom]),
+        height=image.shape[1],
+        width=image.shape[2],
+        num_labels=5,
+        window=window,
+        stride=stride,
+        **settings,
+    )
+
+
+@pytest.mark.parametrize("step", [1, 3, 32])
+@pytest.mark.parametrize(("height", "width", "window", "stride"), GEOMETRIES)
+def test_rows_from_the_top_have_the_bits_of_the_scene_in_memory(
+    height: int, width: int, window: int, stride: int, step: int
+) -> None:
+    image = random_image(height, width)
+    whole = sliding_window_probs(random_conv(3), image, window=window, stride=stride)
+    by_row = blender(image, window, stride, max_rows=step)
+    rows = [by_row.rows(min(top + step, height)) for top in range(0, height, step)]
+    assert torch.equal(torch.cat(rows, dim=1), whole)
+
+
+@pytest.mark.parametrize("first_row", [1, 8, 16, 17, 40, 46])
+def test_rows_have_the_same_bits_wherever_the_work_begins(first_row: int) -> None:
+    image = random_image(47, 21)
+    whole = sliding_window_probs(random_conv(3), image, window=16, stride=5)
+    part = blender(image, 16, 5, first_row=first_row, max_rows=47)
+    assert torch.equal(part.rows(47), whole[:, first_row:])
+
+
+def test_windows_without_data_are_not_predicted_and_change_no_pixel_that_holds_data() -> None:
+    image = random_image(48, 40)
+    valid = torch.zeros(48, 40, dtype=torch.bool)
+    valid[:20, 25:] = True
+    done: list[int] = []
+    forward = random_conv(3)
+    seen: list[Tensor] = []
+    by_row = RowBlender(
+        recorded(lambda crops: forward(crops).softmax(1), seen),
+        lambda top, bottom: (image[:, top:bottom], valid[top:bottom]),
+        height=48,
+        width=40,
+        num_labels=5,
+        window=16,
+        stride=8,
+        batch_size=3,
+        max_rows=48,
+        on_windows=done.append,
+    )
+    probs = by_row.rows(48)
+    whole = sliding_window_probs(forward, image, window=16, stride=8)
+    torch.testing.assert_close(probs[:, valid], whole[:, valid], rtol=1e-5, atol=1e-6)
+    # of 5 x 4 windows those that begin above row 20 and end right of column 25
+    assert sum(len(crops) for crops in seen) == 3 * 2 and sum(done) == 5 * 4
+
+
+def test_rows_are_asked_for_in_order_and_a_few_at_a_time() -> None:
+    by_row = blender(random_image(40, 20), 16, 8, max_rows=10)
+    by_row.rows(10)
+    with pytest.raises(ValueError, match="rows go on from 10, to 20 at most; asked for those up to 21"):
+        by_row.rows(21)
+    with pytest.raises(ValueError, match="asked for those up to 10"):
+        by_row.rows(10)

@@ -1,7 +1,11 @@
-"""Class probabilities of a scene of any size from a network that sees one window at a time."""
+"""Class probabilities of a scene of any size from a network that sees one window at a time.
+
+`sliding_window_probs` blends the windows of an image in memory; `RowBlender` those of a scene that is read, and handed
+on, from top to bottom.
+"""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 
 import torch
 from torch import Tensor
@@ -90,6 +94,110 @@ def sliding_window_probs(
     total /= _summed(taper, tops, total.shape[1])[:, None]
     total /= _summed(taper, lefts, total.shape[2])
     return total[:, :height, :width].contiguous()
+
+
+class RowBlender:
+    """Blend overlapping windows from the top of a scene to its bottom, in memory that the height does not touch.
+
+    Holds the sums of one row of windows, K x (window + max_rows) x width float32. Every pixel adds up its windows in
+    raster order wherever the work begins, so parts of a scene that are blended apart have the bits of the whole.
+
+    Args:
+        predict: (B, C, window, window) -> B probabilities (K, window, window), one after the other or in one tensor; B
+            is at most `batch_size`. The bits of the result depend on the batch size only if those of `predict` do.
+        read_rows: (top, bottom) -> pixels (C, bottom - top, width) of any type, and (bottom - top, width) bool, True
+            where they hold data. A window without any data is not predicted.
+        height, width: of the scene in pixels. One smaller than the window is reflected as in `sliding_window_probs`.
+        num_labels: K.
+        window: window size in pixels.
+        stride: distance between windows, 1..window.
+        batch_size: windows per call of `predict`, all of one row of windows.
+        first_row: where `rows` will begin.
+        max_rows: the most that one call of `rows` may ask for.
+        device: where the windows are added up.
+        on_windows: called with the number of windows that were just done or found empty.
+    """
+
+    def __init__(
+        self,
+        predict: Callable[[Tensor], Iterable[Tensor]],
+        read_rows: Callable[[int, int], tuple[Tensor, Tensor]],
+        *,
+        height: int,
+        width: int,
+        num_labels: int,
+        window: int,
+        stride: int,
+        batch_size: int = 1,
+        first_row: int = 0,
+        max_rows: int = 32,
+        device: torch.device | None = None,
+        on_windows: Callable[[int], object] = lambda count: None,
+    ) -> None:
+        self.tops, self.lefts = window_starts(height, window, stride), window_starts(width, window, stride)
+        self._predict, self._read_rows, self._on_windows = predict, read_rows, on_windows
+        self._height, self._width, self._window, self._batch_size = height, width, window, batch_size
+        taper = blend_weights(window).to(device)
+        self._weights = torch.outer(taper, taper)
+        self._row_sums = _summed(taper, self.tops, max(height, window))
+        self._column_sums = _summed(taper, self.lefts, max(width, window))
+        self._next_row = first_row
+        self._next_window = next(i for i, top in enumerate(self.tops) if top + window > first_row)
+        # row y of the scene lies at y % the ring's length, and is cleared when it is handed on
+        self._ring = torch.zeros(num_labels, window + max_rows, max(width, window), device=device)
+        self._weighted = torch.empty(num_labels, window, window, device=device)
+
+    @torch.no_grad()
+    def rows(self, bottom: int) -> Tensor:
+        """Return the rows from where the last call ended to `bottom`; (K, rows, width) float32, sums to 1 over K.
+
+        Where a pixel holds no data the result has no meaning.
+        """
+        top = self._next_row
+        last = min(self._height, top + self._ring.shape[1] - self._window)
+        if not top < bottom <= last:
+            raise ValueError(f"rows go on from {top}, to {last} at most; asked for those up to {bottom}")
+        while self._next_window < len(self.tops) and self.tops[self._next_window] < bottom:
+            self._add_windows(self.tops[self._next_window])
+            self._next_window += 1
+        probs = self._ring.new_empty(self._ring.shape[0], bottom - top, self._width)
+        for rows, ring_rows in self._ring_segments(top, bottom):
+            sums = self._ring[:, ring_rows, : self._width]
+            torch.div(sums, self._row_sums[rows, None], out=probs[:, rows.start - top : rows.stop - top])
+            self._ring[:, ring_rows] = 0
+        probs /= self._column_sums[: self._width]
+        self._next_row = bottom
+        return probs
+
+    def _add_windows(self, top: int) -> None:
+        pixels, has_data = self._read_rows(top, min(top + self._window, self._height))
+        if min(pixels.shape[1:]) < self._window:
+            pixels = _extend(pixels, self._window)
+        has_column = has_data.any(dim=0)
+        lefts = [left for left in self.lefts if has_column[left : left + self._window].any()]
+        self._on_windows(len(self.lefts) - len(lefts))
+        for first in range(0, len(lefts), self._batch_size):
+            batch = lefts[first : first + self._batch_size]
+            crops = torch.stack([pixels[:, :, left : left + self._window] for left in batch])
+            for left, probs in zip(batch, self._predict(crops), strict=True):
+                self._add(probs.to(self._ring.device), top, left)
+            self._on_windows(len(batch))
+
+    def _add(self, probs: Tensor, top: int, left: int) -> None:
+        # product and sum are rounded apart: a fused one may round differently where threads share the work differently
+        weighted = torch.mul(probs, self._weights, out=self._weighted)
+        first = max(top, self._next_row)  # rows above were handed on, or belong to the part above this one
+        for rows, ring_rows in self._ring_segments(first, top + self._window):
+            source = slice(rows.start - top, rows.stop - top)
+            self._ring[:, ring_rows, left : left + self._window] += weighted[:, source]
+
+    def _ring_segments(self, top: int, bottom: int) -> Iterator[tuple[slice, slice]]:
+        """Yield rows of the scene and the contiguous places that they have in the ring."""
+        length = self._ring.shape[1]
+        while top < bottom:
+            count = min(bottom - top, length - top % length)
+            yield slice(top, top + count), slice(top % length, top % length + count)
+            top += count
 
 
 def _checked_logits(logits: Tensor, crops: Tensor) -> Tensor:

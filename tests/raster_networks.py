@@ -1,0 +1,68 @@
+"""Networks whose maps are known, and scenes for them."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import rasterio
+import torch
+from conftest import make_scene
+from rasterio.transform import Affine
+from torch import Tensor, nn
+
+from hf_seg.data.transforms import to_pixel_values
+from hf_seg.inference.map_job import MapSummary
+from hf_seg.inference.raster import predict_raster
+from hf_seg.labels import NUM_LABELS
+from hf_seg.models import build_model
+
+ROTATED = Affine.translation(400_000, 4_000_000) * Affine.rotation(-33) * Affine.scale(0.5, -0.5)
+
+
+class Constant(nn.Module):
+    """The same logits everywhere; class 0 would win if it were let."""
+
+    def forward(self, images: Tensor) -> Tensor:
+        logits = torch.zeros(len(images), NUM_LABELS, *images.shape[2:])
+        logits[:, 0], logits[:, 6] = 9, 3
+        return logits
+
+
+def pointwise(seed: int = 1) -> nn.Module:
+    """A 1x1 convolution, which knows no windows."""
+    generator = torch.Generator().manual_seed(seed)
+    network = nn.Conv2d(3, NUM_LABELS, 1).requires_grad_(False)
+    for parameter in network.parameters():
+        parameter.normal_(generator=generator)
+    return network
+
+
+def contextual() -> nn.Module:
+    """A toy network whose every pixel looks far around."""
+    torch.manual_seed(0)
+    return build_model("toy-segformer", crop_size=64, from_scratch=True)
+
+
+def speckled(height: int, width: int, seed: int = 0) -> np.ndarray:
+    """Draw blocks of different brightness under speckle, without zeros; (height, width) uint8."""
+    image, _ = make_scene(np.random.default_rng(seed), max(height, width))
+    return image[:height, :width]
+
+
+def predict(network: Any, source: Path, destination: Path, **settings: Any) -> MapSummary:
+    """Map a scene with small windows and without a progress bar."""
+    settings = {"window": 32, "show_progress": False} | settings
+    return predict_raster(network, source, destination, **settings)
+
+
+def read(path: Path) -> np.ndarray:
+    """Return the bands of a raster, or the only one."""
+    with rasterio.open(path) as file:
+        bands: np.ndarray = file.read()
+    return bands[0] if len(bands) == 1 else bands
+
+
+def probs_of(network: nn.Module, image: np.ndarray) -> np.ndarray:
+    """Return the class probabilities of one pass over a whole image."""
+    with torch.no_grad():
+        return network(to_pixel_values(image)[None])[0].softmax(0).numpy()

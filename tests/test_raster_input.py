@@ -1,0 +1,194 @@
+"""What the networks see of a raster: values, nodata, and the collar of zeros."""
+
+import logging
+import re
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import rasterio
+from conftest import write_tiff
+from rasterio.enums import ColorInterp
+from scipy.ndimage import label as label_components
+
+from hf_seg.arguments import UserError
+from hf_seg.inference.raster_input import READ_ROWS, SAR_LEVELS, Scene
+from hf_seg.inference.zero_collar import ZeroCollar
+
+
+def speckle(rng: np.random.Generator, *shape: int) -> np.ndarray:
+    """Draw amplitudes around 1."""
+    return np.sqrt(rng.gamma(4, 1 / 4, shape)).astype(np.float32)
+
+
+def read(path: Path, **settings: Any) -> tuple[np.ndarray, np.ndarray]:
+    with Scene(path, **settings) as scene:
+        return scene.rows(0, scene.height)
+
+
+def test_uint8_stays_as_it_is_and_rows_do_not_depend_on_how_they_are_read(tmp_path: Path) -> None:
+    image = np.random.default_rng(0).integers(1, 256, (2 * READ_ROWS + 70, 40), dtype=np.uint8)
+    write_tiff(tmp_path / "a.tif", image)
+    with Scene(tmp_path / "a.tif") as scene:
+        assert scene.stretch is None and scene.bands == [1]
+        for top, bottom in [(0, 582), (0, 1), (255, 257), (200, 560), (581, 582), (3, 4)]:
+            pixels, valid = scene.rows(top, bottom)
+            assert np.array_equal(pixels, image[None, top:bottom]) and valid.all() and valid.shape == (bottom - top, 40)
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_the_collar_is_every_zero_from_which_the_border_can_be_reached(seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    height, width = rng.integers(1, 40, 2)
+    zeros = rng.random((height, width)) < rng.uniform(0.3, 0.8)
+    labels = label_components(zeros)[0]
+    on_border = np.unique(np.concatenate([labels[0], labels[-1], labels[:, 0], labels[:, -1]]))
+    expected = np.isin(labels, on_border[on_border > 0])
+    rows = int(rng.integers(1, 9))
+    bands = [zeros[top : top + rows] for top in range(0, height, rows)]
+    collar = ZeroCollar(bands)
+    assert np.array_equal(np.concatenate([collar.mask(i, band) for i, band in enumerate(bands)]), expected)
+
+
+def test_the_collar_follows_a_spiral_across_bands() -> None:
+    image = np.ones((2 * READ_ROWS, 9), np.uint8)
+    image[:, 1] = image[-2, 1:8] = image[2:-1, 7] = image[2, 3:8] = image[2:-4, 3] = 0  # reaches the top border only
+    collar = ZeroCollar(band == 0 for band in np.split(image, 4))
+    found = np.concatenate([collar.mask(i, band == 0) for i, band in enumerate(np.split(image, 4))])
+    assert np.array_equal(found, image == 0)
+
+
+def test_zeros_inside_the_swath_hold_data_and_the_search_can_be_left_out(tmp_path: Path) -> None:
+    image = np.full((30, 30), 9, np.uint8)
+    image[:, :5] = 0
+    image[10:14, 10:14] = 0
+    write_tiff(tmp_path / "a.tif", image)
+    pixels, valid = read(tmp_path / "a.tif")
+    assert np.array_equal(valid, np.arange(30)[None, :].repeat(30, 0) >= 5) and np.array_equal(pixels[0], image)
+    assert read(tmp_path / "a.tif", zero_collar=False)[1].all()
+
+
+@pytest.mark.parametrize("nodata", [0, 77])
+def test_a_scene_that_declares_nodata_is_believed(tmp_path: Path, nodata: int) -> None:
+    image = np.full((30, 30), 9, np.uint8)
+    image[:, :5], image[10:14, 10:14], image[20:, 20:] = 0, 0, 77
+    write_tiff(tmp_path / "a.tif", image, nodata=nodata)
+    pixels, valid = read(tmp_path / "a.tif")
+    assert np.array_equal(valid, image != nodata)
+    assert np.array_equal(pixels[0], np.where(image == nodata, 0, image))
+
+
+def test_of_whole_numbers_all_bands_are_nodata_and_of_floats_one_suffices(tmp_path: Path) -> None:
+    image = np.random.default_rng(0).integers(1, 255, (3, 20, 20), dtype=np.uint8)
+    image[0, :10], image[:, :5] = 0, 0
+    write_tiff(tmp_path / "byte.tif", image, nodata=0)
+    assert np.array_equal(read(tmp_path / "byte.tif")[1], image.any(axis=0))
+    floats = np.where(image == 0, np.float32(-9999), image.astype(np.float32))
+    floats[1, 15, 3], floats[2, 16, 3] = np.nan, np.inf
+    write_tiff(tmp_path / "float.tif", floats, nodata=-9999)
+    expected = image[0] > 0
+    expected[15:17, 3] = False
+    assert np.array_equal(read(tmp_path / "float.tif")[1], expected)
+
+
+@pytest.mark.parametrize("kind", ["mask", "alpha"])
+def test_masks_and_alpha_say_what_is_nodata(tmp_path: Path, kind: str) -> None:
+    image = np.random.default_rng(0).integers(1, 255, (4, 20, 20), dtype=np.uint8)
+    image[:3, 12:15] = 0  # black, and valid
+    image[3] = 255
+    image[3, :8] = 0
+    if kind == "mask":
+        write_tiff(tmp_path / "a.tif", image[:3], photometric="rgb")
+        with rasterio.Env(GDAL_TIFF_INTERNAL_MASK=True), rasterio.open(tmp_path / "a.tif", "r+") as file:
+            file.write_mask(image[3])
+    else:
+        write_tiff(tmp_path / "a.tif", image, photometric="rgb", alpha="yes")
+    pixels, valid = read(tmp_path / "a.tif")
+    assert pixels.shape == (3, 20, 20) and np.array_equal(valid, image[3] > 0) and not pixels[:, :8].any()
+
+
+def test_decibels_and_power_give_what_the_amplitude_gives(tmp_path: Path) -> None:
+    amplitude = speckle(np.random.default_rng(0), 300, 200) * 0.1
+    write_tiff(tmp_path / "linear.tif", amplitude)
+    write_tiff(tmp_path / "power.tif", amplitude**2)
+    write_tiff(tmp_path / "db.tif", 20 * np.log10(amplitude))
+    expected = read(tmp_path / "linear.tif", stretch=(0, 0.4))[0].astype(int)
+    assert np.array_equal(expected[0], np.clip(np.rint(amplitude / 0.4 * 255), 1, 255))
+    for units in ("power", "db"):
+        pixels = read(tmp_path / f"{units}.tif", units=units, stretch=(0, 0.4))[0].astype(int)
+        assert abs(pixels - expected).max() <= 1 and (pixels != expected).mean() < 0.01
+
+
+def test_the_stretch_found_brings_the_scene_to_where_training_was_and_can_be_repeated(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO)
+    image = speckle(np.random.default_rng(0), 400, 300) * 700
+    image[:, :100] = 0  # a collar must not count
+    for dtype in (np.uint16, np.float32):
+        write_tiff(tmp_path / "a.tif", image.astype(dtype))
+        pixels, valid = read(tmp_path / "a.tif")
+        assert np.array_equal(valid, image > 0) and pixels[0, valid].min() >= 1 and not pixels[0, ~valid].any()
+        assert abs(np.percentile(pixels[0, valid], (5, 95)) - SAR_LEVELS).max() <= 1
+        found = re.search(r"--stretch (\S+) (\S+) is used", caplog.records[-1].message)
+        assert found is not None
+        low, high = (float(number) for number in found.groups())
+        assert np.array_equal(read(tmp_path / "a.tif", stretch=(low, high))[0], pixels)
+
+
+def test_the_scale_of_a_band_is_applied(tmp_path: Path) -> None:
+    decibels = np.random.default_rng(0).normal(-12, 3, (50, 50)).astype(np.float32)
+    write_tiff(tmp_path / "float.tif", decibels)
+    write_tiff(tmp_path / "short.tif", np.rint(decibels * 100).astype(np.int16))
+    with rasterio.open(tmp_path / "short.tif", "r+") as file:
+        file.scales = (0.01,)
+    float_pixels, short_pixels = (
+        read(tmp_path / name, units="db", stretch=(0, 1))[0].astype(int) for name in ("float.tif", "short.tif")
+    )
+    assert abs(float_pixels - short_pixels).max() <= 1 and float_pixels.std() > 10
+
+
+def test_bands_are_chosen_by_number_or_by_colour(tmp_path: Path) -> None:
+    image = np.random.default_rng(0).integers(1, 255, (4, 20, 20), dtype=np.uint8)
+    write_tiff(tmp_path / "a.tif", image)
+    with rasterio.open(tmp_path / "a.tif", "r+") as file:
+        file.colorinterp = [ColorInterp.blue, ColorInterp.green, ColorInterp.red, ColorInterp.undefined]
+    assert np.array_equal(read(tmp_path / "a.tif")[0], image[[2, 1, 0]])
+    assert np.array_equal(read(tmp_path / "a.tif", bands=[4])[0], image[[3]])
+    assert np.array_equal(read(tmp_path / "a.tif", bands=[4, 1, 1])[0], image[[3, 0, 0]])
+
+
+def test_a_damaged_row_is_named_when_it_is_read(tmp_path: Path) -> None:
+    image = np.random.default_rng(0).integers(1, 255, (600, 50), dtype=np.uint8)
+    write_tiff(tmp_path / "a.tif", image, tiled=True, blockxsize=64, blockysize=64, compress="deflate")
+    content = (tmp_path / "a.tif").read_bytes()
+    (tmp_path / "a.tif").write_bytes(content[: len(content) * 3 // 4])
+    with Scene(tmp_path / "a.tif", zero_collar=False) as scene:
+        assert np.array_equal(scene.rows(0, 200)[0][0], image[:200])
+        with pytest.raises(UserError, match=r"a\.tif: rows 256 to 511 cannot be read; it is damaged or cut short"):
+            scene.rows(256, 300)
+    with pytest.raises(UserError, match="rows 256 to 511 cannot be read"):
+        Scene(tmp_path / "a.tif")
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"units": "dB"}, "unknown units 'dB'; choose one of linear, power, db"),
+        ({"stretch": (3, 3)}, "stretch must be two ascending numbers, for 0 and 255; got [3, 3]"),
+        ({"stretch": (0, float("nan"))}, "stretch must be two ascending numbers, for 0 and 255; got [0, nan]"),
+        ({"bands": [2]}, "{path} has bands 1 to 1; there is no band 2"),
+        ({"bands": [0]}, "{path} has bands 1 to 1; there is no band 0"),
+        (
+            {"bands": [1, 1]},
+            "{path}: a network takes one band (SAR) or three (optical), 2 were chosen; choose with --bands",
+        ),
+    ],
+)
+def test_impossible_settings_are_named(tmp_path: Path, settings: dict[str, Any], message: str) -> None:
+    path = tmp_path / "a.tif"
+    write_tiff(path, np.ones((5, 5), np.uint8))
+    with pytest.raises(UserError) as error:
+        Scene(path, **settings)
+    assert str(error.value) == message.format(path=path)
