@@ -284,7 +284,7 @@ class EnsembleForSemanticSegmentation(
         batch_size: int,
     ) -> None:
         """Let one member vote on some images; its memory is free again when this returns."""
-        network, window = self._network(index), self.members[index].crop
+        network, window = self.network(index), self.members[index].crop
 
         def forward(windows: Tensor) -> Tensor:
             return network(windows.to(self.dtype)).logits
@@ -297,9 +297,9 @@ class EnsembleForSemanticSegmentation(
             votes.add(average_views(predict, to_pixel_values(image).to(self.device), views), self.shares[index])
 
     def _probs(self, index: int, pixel_values: Tensor) -> Tensor:
-        return self._network(index)(pixel_values.to(self.dtype)).logits.float().softmax(dim=1)
+        return self.network(index)(pixel_values.to(self.dtype)).logits.float().softmax(dim=1)
 
-    def _network(self, index: int) -> nn.Module:
+    def network(self, index: int) -> nn.Module:
         """Return a member; with `low_memory` it lives for as long as the caller holds it."""
         if not self.low_memory:
             return self.networks[index]

@@ -25,12 +25,13 @@ LAYERS = [
         report.label_audit report.label_audit_figures report.label_audit_page""",
         """models data.dataloaders data.label_shards data.toy_world.fields data.toy_world.parcels
         inference.raster_input inference.raster_options""",
-        """hub.cards hub.export training.optimization training.checkpoints training.run_log
+        """hub.cards hub.export hub.ensemble_folder training.optimization training.checkpoints training.run_log
         data.toy_world.ground data.toy_world.noise data.toy_world.statistics
         inference.predictor inference.raster_output inference.map_figure""",
-        """training.evaluation training.setup training.teacher_student hub.ensemble_folder
+        """training.evaluation training.setup training.teacher_student
         data.toy_world.optical data.toy_world.sar inference.map_job""",
-        "data.toy_world ensemble inference.raster",
+        "data.toy_world ensemble",
+        "inference.raster",
         "inference.predict",
     )
 ]

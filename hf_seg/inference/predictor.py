@@ -8,7 +8,6 @@ import contextlib
 import dataclasses
 import functools
 import hashlib
-import json
 import logging
 import time
 from collections.abc import Callable, Iterable, Sequence
@@ -17,8 +16,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub import hf_hub_download, snapshot_download
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 from torch import Tensor, nn
 from transformers import (
     AutoImageProcessor,
@@ -29,6 +26,7 @@ from transformers import (
 
 from hf_seg.arguments import UserError
 from hf_seg.data.transforms import IMAGE_MEAN, IMAGE_STD
+from hf_seg.hub.ensemble_folder import CONFIG_FILE, find_folder, read_ensemble
 from hf_seg.inference.sliding_window import sliding_window_probs
 from hf_seg.inference.views import VIEW_PRESETS, average_views
 from hf_seg.labels import NUM_LABELS
@@ -62,8 +60,7 @@ def load_members(model: str | Path | nn.Module | Sequence[Member], *, window: in
     """Return the networks that a model consists of.
 
     Args:
-        model: folder or Hub id of a trained network, or of an ensemble (a folder with `ensemble.json` and one network
-            each in `member_0`, `member_1`, ...); or a network in memory; or members.
+        model: folder or Hub id of a trained network, or of an ensemble (hf_seg/hub/ensemble_folder.py); or a network in memory; or members.
         window: replaces the crop that the networks were trained at. A network in memory needs it, and gets our
             normalisation, unless it came from a folder or the Hub with its image processor.
 
@@ -75,11 +72,7 @@ def load_members(model: str | Path | nn.Module | Sequence[Member], *, window: in
     if isinstance(model, nn.Module):
         members = [_wrap(model, window)]
     elif isinstance(model, str | Path):
-        folder, weights = _find_ensemble(str(model))
-        names = [str(Path(folder, f"member_{i}")) for i in range(len(weights))] if weights else [str(model)]
-        members = [_with_processor(load_trained(name)[0], name) for name in names]
-        for member, weight in zip(members, weights or [1.0], strict=True):
-            member.weight = weight
+        members = _load_ensemble(str(model)) or [_with_processor(load_trained(str(model))[0], str(model))]
     else:
         members = list(model)
     return members if window is None else [dataclasses.replace(member, window=window) for member in members]
@@ -110,25 +103,17 @@ def _with_processor(model: PreTrainedModel, name: str) -> Member:
     )
 
 
-def _find_ensemble(name: str) -> tuple[str, list[float]]:
-    """Return the local folder and the weights of an ensemble; no weights if it is a single network."""
-    folder = Path(name)
-    if not folder.exists():
-        try:
-            hf_hub_download(name, "ensemble.json")
-            folder = Path(snapshot_download(name))
-        except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError):
-            return name, []  # a single network, or none at all, which its loader says better
-    if not (folder / "ensemble.json").exists():
-        return name, []
+def _load_ensemble(name: str) -> list[Member]:
+    """Load the networks of an ensemble; none if the name is of a single network, or of nothing."""
     try:
-        entries = json.loads((folder / "ensemble.json").read_text(encoding="utf-8"))["members"]
-        weights = [float(entry.get("weight", 1.0)) for entry in entries]
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UserError(f"{folder / 'ensemble.json'} has no list of members ({error}); export it again") from None
-    if not weights or min(weights) < 0 or not sum(weights):
-        raise UserError(f"{folder / 'ensemble.json'}: weights must not be negative, and one above 0; found {weights}")
-    return str(folder), weights
+        folder, _ = find_folder(name, (CONFIG_FILE, "member_*/*"))
+    except UserError:  # the loader of a single network says better what is wrong
+        return []
+    if not (folder / CONFIG_FILE).exists():
+        return []
+    members, folders = read_ensemble(folder, name)
+    networks = [_with_processor(load_trained(str(place))[0], str(place)) for place in folders]
+    return [dataclasses.replace(n, weight=m.weight) for n, m in zip(networks, members, strict=True)]
 
 
 class Predictor:

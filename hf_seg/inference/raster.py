@@ -16,6 +16,7 @@ import rasterio
 import torch
 from torch import nn
 
+from hf_seg.ensemble import EnsembleForSemanticSegmentation
 from hf_seg.inference.map_job import MapJob, MapSummary
 from hf_seg.inference.predictor import Member, Predictor, load_members
 from hf_seg.inference.raster_options import RasterOptions
@@ -53,6 +54,8 @@ def predict_raster(
         UserError: a model, scene, target or option that cannot be; the message names it and the way out.
     """
     chosen = RasterOptions(**options)
+    if isinstance(model, EnsembleForSemanticSegmentation):
+        model = [Member(model.network(i), crop, model.shares[i]) for i, crop in enumerate(model.crops)]
     members = load_members(model, window=window)
     if device is None and not isinstance(model, str | Path):
         device = next((weight.device for m in members for weight in m.network.parameters()), torch.device("cpu"))
