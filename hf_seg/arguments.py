@@ -69,7 +69,22 @@ class Settings:
 
 
 @dataclass(kw_only=True)
-class RecipeArguments(Settings):
+class HubSettings(Settings):
+    """Where on the Hub the finished output folder of a recipe goes, if anywhere."""
+
+    push_to_hub: bool = setting(False, "upload the finished output folder to hub_model_id")
+    hub_model_id: str | None = setting(None, "repository on the Hub: user/name")
+    hub_private_repo: bool = setting(False, "make the repository private")
+    hub_revision: str | None = setting(None, "branch to push to, made if it is new; without it, main")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        is_name = self.hub_model_id is not None and re.fullmatch(r"[\w.-]+/[\w.-]+", self.hub_model_id) is not None
+        self.require("hub_model_id", is_name or not self.push_to_hub, "user/name to push to")
+
+
+@dataclass(kw_only=True)
+class RecipeArguments(HubSettings):
     """What every training recipe needs; each recipe adds its own fields."""
 
     # data
@@ -190,7 +205,7 @@ class Stage1Arguments(RecipeArguments):
 
 
 @dataclass(kw_only=True)
-class PseudoLabelArguments(Settings):
+class PseudoLabelArguments(HubSettings):
     """Settings of `recipes/pseudo_label.py`: label optical tiles with one or more stage-1 networks."""
 
     model: list[str] = dataclasses.field(
@@ -213,19 +228,15 @@ class PseudoLabelArguments(Settings):
     ignore_sar_nodata: bool = setting(False, "ignore pixels beyond the SAR swath: exact zeros joined to the border")
     # dataset
     tiles_per_shard: int = setting(16, "tiles a Parquet file, and tiles whose probabilities are in memory at once")
-    push_to_hub: bool = setting(False, "upload the finished dataset to hub_model_id")
-    hub_model_id: str | None = setting(None, "dataset repository on the Hub: user/name")
-    hub_private_repo: bool = setting(False, "make the repository private if it is new")
 
     def __post_init__(self) -> None:
         super().__post_init__()
         self.require("model", len(self.model) > 0, "one folder or Hub id, or more")
         self.require("combine", self.combine == "average" or len(self.model) > 1, "average for a single model")
-        self.require("hub_model_id", not self.push_to_hub or self.hub_model_id is not None, "user/name to push to")
 
 
 @dataclass(kw_only=True)
-class EnsembleArguments(Settings):
+class EnsembleArguments(HubSettings):
     """Settings of `recipes/ensemble.py`: several SAR networks as one."""
 
     members: list[str] = dataclasses.field(
@@ -251,7 +262,8 @@ class EnsembleArguments(Settings):
 
 
 # What belongs to one launch and not to the recipe.
-_LAUNCH_ONLY = ("config", "resume_from_checkpoint")
+HUB_SETTINGS = frozenset(field.name for field in dataclasses.fields(HubSettings)) - {"config"}
+_LAUNCH_ONLY = {"config", "resume_from_checkpoint", *HUB_SETTINGS}
 
 Arguments = TypeVar("Arguments", bound=Settings)
 
@@ -358,7 +370,7 @@ FREE_ON_RESUME = frozenset(
         *("data_dir", "source_dir", "output_dir", "max_train_steps", "eval_steps", "eval_batch_size", "report_to"),
         *("checkpointing_steps", "save_total_limit", "logging_steps", "panel_steps", "dataloader_num_workers"),
         # pseudo-labels: models are told apart by what they are, not by where they lie
-        *("gradient_checkpointing", "model", "batch_size", "push_to_hub", "hub_model_id", "hub_private_repo"),
+        *("gradient_checkpointing", "model", "batch_size", *HUB_SETTINGS),
     )
 )
 

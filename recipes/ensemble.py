@@ -31,12 +31,14 @@ from hf_seg.arguments import EnsembleArguments, UserError, dump_recipe, one_line
 from hf_seg.data.dataloaders import LabelledImages, UnlabelledImages
 from hf_seg.data.open_earth_map import DatasetError, load_open_earth_map_sar
 from hf_seg.hub.ensemble_folder import CONFIG_FILE, read_ensemble
+from hf_seg.hub.push import publish
 from hf_seg.inference.weighted_votes import WeightedVotes
 from hf_seg.labels import NUM_LABELS
 from hf_seg.metrics import ConfusionMatrix
 from hf_seg.report.member_scores import plot_member_scores
 from hf_seg.report.plots import plot_confusion_matrix, plot_panel
 from hf_seg.training.evaluation import predict_probs
+from hf_seg.training.setup import require_login
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -47,6 +49,7 @@ def main(argv: list[str] | None = None) -> None:
     accelerator = Accelerator(cpu=not torch.accelerator.is_available(), mixed_precision=args.mixed_precision)
     logging.basicConfig(level=logging.INFO if accelerator.is_main_process else logging.ERROR, format="%(message)s")
     disable_progress_bar()
+    require_login(args, accelerator)
     output_dir = Path(args.output_dir)
     with accelerator.main_process_first():  # the first process fetches and indexes, the others find it done
         ensemble = EnsembleForSemanticSegmentation.from_members(args.members, args.weights)
@@ -68,6 +71,8 @@ def main(argv: list[str] | None = None) -> None:
         print(f"ensemble: {output_dir}")
     accelerator.wait_for_everyone()
     accelerator.end_training()
+    if accelerator.is_main_process:  # nobody waits for the Hub
+        publish(output_dir, args)
 
 
 def load_images(args: EnsembleArguments) -> LabelledImages:

@@ -24,7 +24,7 @@ import datasets
 import numpy as np
 import torch
 from accelerate import Accelerator, InitProcessGroupKwargs
-from huggingface_hub import HfApi, snapshot_download
+from huggingface_hub import snapshot_download
 from tqdm import tqdm
 from transformers.utils.logging import disable_progress_bar
 
@@ -53,11 +53,13 @@ from hf_seg.data.label_shards import (
 )
 from hf_seg.data.open_earth_map import DatasetError, load_open_earth_map_sar
 from hf_seg.hub.cards import write_pseudo_label_card
+from hf_seg.hub.push import publish
 from hf_seg.inference.views import Votes
 from hf_seg.labels import IGNORE_INDEX, NUM_LABELS
 from hf_seg.models import SegmentationNetwork, load_trained
 from hf_seg.report.plots import plot_panel
 from hf_seg.training.evaluation import predict_probs
+from hf_seg.training.setup import require_login
 
 CARD_TEMPLATE = Path(__file__).parents[1] / "model_cards" / "pseudo_labels.md"
 
@@ -83,6 +85,7 @@ def main(argv: list[str] | None = None) -> None:
     )
     logging.basicConfig(level=logging.INFO if accelerator.is_main_process else logging.ERROR, format="%(message)s")
     disable_progress_bar()
+    require_login(args, accelerator)
     output_dir = Path(args.output_dir)
     with accelerator.main_process_first():  # the first process fetches and indexes, the others find it done
         rows = load_open_earth_map_sar(args.data_dir, args.split)
@@ -116,9 +119,9 @@ def main(argv: list[str] | None = None) -> None:
             draw_figures(rows, shards, output_dir / "figures")
         describe_dataset(shards, inputs, args)
         print(f"pseudo-labels, card and figures: {output_dir}")
-        if args.push_to_hub and args.hub_model_id is not None:
-            push(output_dir, args.hub_model_id, args.hub_private_repo)
     accelerator.end_training()
+    if accelerator.is_main_process:
+        publish(output_dir, args)
 
 
 def find_network(name: str, network: str) -> TrainedNetwork:
@@ -228,21 +231,6 @@ def describe_dataset(shards: dict[Path, range], inputs: dict[str, Any], args: Ps
     }
     write_pseudo_label_card(CARD_TEMPLATE, Path(args.output_dir, "README.md"), summary)
     write_manifest(Path(args.output_dir), summary)
-
-
-def push(folder: Path, repository: str, private: bool) -> None:
-    """Upload the finished dataset to the Hub; if that fails, say how to try again."""
-    place: dict[str, Any] = {"repo_id": repository, "repo_type": "dataset"}
-    try:
-        HfApi().create_repo(**place, private=private or None, exist_ok=True)
-        commit = HfApi().upload_folder(**place, folder_path=folder, ignore_patterns=["*.partial", ".*", "*/.*"])
-    except Exception as error:  # network, login, name: of many kinds
-        reason = " ".join(str(error).split())[:300]
-        raise UserError(
-            f"{folder} is whole, but not on the Hub ({reason}); launch the same command again, or: "
-            f"hf upload {repository} {folder} --repo-type dataset"
-        ) from None
-    print(f"on the Hub: {commit.commit_url}")
 
 
 if __name__ == "__main__":

@@ -7,9 +7,8 @@ Source images are aligned in resolution (RAA) now and then. The teacher, an aver
 half of each source image's classes are pasted onto a target image, and the student learns both. `--method source_only`
 and `--raa_prob 0` are the baselines. A killed run goes on with `--resume_from_checkpoint latest`.
 
-The teacher is the network at the root of the output folder, the student lies in `student/`. Both are scored on the
-source's validation split, and on the target's where its images and labels exist; `best/` is the best teacher by the
-target's score where there is one, else by the source's.
+The teacher is at the root of the output folder, the student in `student/`. Both are scored on the source's validation
+split, and then on the target's if it has images and labels; `best/` is the best teacher by the last of these.
 """
 
 import contextlib
@@ -45,6 +44,7 @@ from hf_seg.data.open_earth_map import (
     scan_open_earth_map_sar,
 )
 from hf_seg.data.transforms import ResolutionAlignment, optical_transform
+from hf_seg.hub.push import publish
 from hf_seg.labels import CLASS_NAMES, IGNORE_INDEX
 from hf_seg.losses import cross_entropy
 from hf_seg.models import SegmentationLogits
@@ -92,8 +92,7 @@ def main(argv: list[str] | None = None) -> None:
 
     scores: dict[str, Any] | None = None
     stop = StopSignal(accelerator)
-    log = RunLog(accelerator, args, progress.step)
-    watch = CollapseWatch()
+    log, watch = RunLog(accelerator, args, progress.step), CollapseWatch()
     network.train()
     for source, target in zip(source_loader, target_loader, strict=False):
         schedule.step_update(progress.step)
@@ -185,6 +184,8 @@ def main(argv: list[str] | None = None) -> None:
         print(f"teacher, student, results and figures: {output_dir}")
     accelerator.wait_for_everyone()
     accelerator.end_training()
+    if accelerator.is_main_process:  # nobody waits for the Hub
+        publish(output_dir, args)
 
 
 def load_images(

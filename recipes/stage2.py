@@ -24,6 +24,7 @@ from hf_seg.data.dataloaders import AugmentedStream, LabelledImages, load_pseudo
 from hf_seg.data.open_earth_map import DatasetError, load_open_earth_map_sar
 from hf_seg.data.transforms import sar_transform
 from hf_seg.hub.export import export_model
+from hf_seg.hub.push import publish
 from hf_seg.losses import noise_robust_loss
 from hf_seg.models import SegmentationLogits
 from hf_seg.report.plots import plot_curves
@@ -124,6 +125,8 @@ def main(argv: list[str] | None = None) -> None:
         print(f"model, results and figures: {output_dir}")
     accelerator.wait_for_everyone()
     accelerator.end_training()
+    if accelerator.is_main_process:  # nobody waits for the Hub
+        publish(output_dir, args)
 
 
 def load_images(args: Stage2Arguments, accelerator: Accelerator) -> tuple[LabelledImages, LabelledImages | None]:

@@ -10,6 +10,7 @@ import pytest
 
 from hf_seg.arguments import (
     FREE_ON_RESUME,
+    HUB_SETTINGS,
     PseudoLabelArguments,
     RecipeArguments,
     Stage1Arguments,
@@ -232,7 +233,7 @@ def other_value(name: str) -> Any:
 NAMES = [field.name for field in dataclasses.fields(Stage2Arguments)]
 
 
-@pytest.mark.parametrize("name", sorted({*NAMES} - {"config", "resume_from_checkpoint"}))
+@pytest.mark.parametrize("name", sorted({*NAMES} - {"config", "resume_from_checkpoint", *HUB_SETTINGS}))
 def test_a_dumped_recipe_repeats_the_settings(tmp_path: Path, name: str) -> None:
     args = dataclasses.replace(Stage2Arguments(), **{name: other_value(name)})
     path = tmp_path / "recipe.yaml"
@@ -250,7 +251,9 @@ def test_a_dumped_recipe_repeats_text_that_looks_like_something_else(tmp_path: P
 
 
 def test_a_dumped_recipe_leaves_out_what_belongs_to_one_launch() -> None:
-    text = dump_recipe(Stage2Arguments(config="a.yaml", resume_from_checkpoint="latest"))
+    hub: dict[str, Any] = {"push_to_hub": True, "hub_model_id": "me/x", "hub_private_repo": True, "hub_revision": "new"}
+    assert {*hub} == HUB_SETTINGS
+    text = dump_recipe(Stage2Arguments(config="a.yaml", resume_from_checkpoint="latest", **hub))
     assert text == dump_recipe(Stage2Arguments())
 
 
@@ -263,7 +266,7 @@ def refusal(args: Stage2Arguments, recipe: Path) -> str:
     return ""
 
 
-@pytest.mark.parametrize("name", sorted({*NAMES} - {"config"}))
+@pytest.mark.parametrize("name", sorted({*NAMES} - {"config", *HUB_SETTINGS}))
 def test_a_resumed_run_may_change_what_is_free_and_nothing_else(tmp_path: Path, name: str) -> None:
     (tmp_path / "recipe.yaml").write_text(dump_recipe(Stage2Arguments()))
     args = dataclasses.replace(Stage2Arguments(), **{name: other_value(name)})
@@ -314,3 +317,10 @@ def test_a_recipe_states_every_setting_that_makes_the_result(settings: type[Reci
 def test_plain_launch_is_the_headline_recipe(settings: type[RecipeArguments], stage: str) -> None:
     with_config = parse_arguments(settings, ["--config", str(CONFIGS / stage / "segformer_b5.yaml")])
     assert dump_recipe(with_config) == dump_recipe(parse_arguments(settings, []))
+
+
+@pytest.mark.parametrize("name", [None, "name", "user/", "user/name/more", "user/na me"])
+def test_a_push_needs_the_name_of_a_repository(name: str | None) -> None:
+    with pytest.raises(UserError, match=f"^hub_model_id must be user/name to push to; it is {name!r}$"):
+        Stage2Arguments(push_to_hub=True, hub_model_id=name)
+    assert Stage2Arguments(hub_model_id=name).push_to_hub is False

@@ -28,7 +28,7 @@ LAYERS = [
         """hub.cards hub.export hub.ensemble_folder training.optimization training.checkpoints training.run_log
         data.toy_world.ground data.toy_world.noise data.toy_world.statistics
         inference.predictor inference.raster_output inference.map_figure""",
-        """training.evaluation training.setup training.teacher_student
+        """training.evaluation training.setup training.teacher_student hub.push
         data.toy_world.optical data.toy_world.sar inference.map_job""",
         "data.toy_world ensemble",
         "inference.raster",

@@ -1,6 +1,5 @@
 """Pseudo-labels as a dataset: what is in it, who made it, and that neither kills nor processes change a byte."""
 
-import base64
 import dataclasses
 import hashlib
 import json
@@ -13,10 +12,8 @@ import socket
 import sys
 import typing
 from collections.abc import Callable
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from threading import Thread
-from typing import ClassVar, NamedTuple
+from typing import NamedTuple
 
 import datasets
 import huggingface_hub
@@ -440,70 +437,6 @@ def test_mistake_gives_one_line_and_writes_nothing(
     result = launch(*settings(world, stage1[:1], tmp_path / "labels", *more), log=tmp_path / "log")
     check_mistake(result, message)
     assert not (tmp_path / "labels").exists()
-
-
-class LocalHub(BaseHTTPRequestHandler):
-    """As much of the Hub as a push needs; what arrives is kept in `received`."""
-
-    received: ClassVar[dict[str, object]] = {}
-
-    def do_POST(self) -> None:
-        body = self.rfile.read(int(self.headers["Content-Length"]))
-        answer: dict[str, object] = {}
-        if self.path == "/api/repos/create":
-            self.received |= {"created": json.loads(body), "token": self.headers["Authorization"]}
-            answer = {"url": f"http://{self.headers['Host']}/datasets/me/labels"}
-        elif "/preupload/" in self.path:
-            names = [file["path"] for file in json.loads(body)["files"]]
-            answer = {"files": [{"path": name, "uploadMode": "regular", "shouldIgnore": False} for name in names]}
-        elif "/commit/" in self.path:
-            lines = [json.loads(line) for line in body.splitlines()]
-            files = [line["value"] for line in lines if line["key"] == "file"]
-            self.received["files"] = {file["path"]: base64.b64decode(file["content"]) for file in files}
-            answer = {"commitUrl": f"http://{self.headers['Host']}/datasets/me/labels/commit/0", "commitOid": "0" * 40}
-        content = json.dumps(answer).encode()
-        self.send_response(200)
-        self.send_header("Content-Length", str(len(content)))
-        self.end_headers()
-        self.wfile.write(content)
-
-    def log_message(self, *_: object) -> None:
-        """Say nothing."""
-
-
-def test_push_sends_every_file_and_tells_nobody_the_token(
-    whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
-) -> None:
-    labels = copy_of(whole, tmp_path / "labels")
-    (labels / "data" / "left.parquet.partial").write_bytes(b"of a launch that was killed")
-    server = ThreadingHTTPServer(("127.0.0.1", 0), LocalHub)
-    Thread(target=server.serve_forever, daemon=True).start()
-    monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", f"http://127.0.0.1:{server.server_port}")
-    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
-    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_DISABLE_XET", True)  # it talks to hosts of its own
-    monkeypatch.setenv("HF_TOKEN", "hf_secret")
-    try:
-        pseudo_label.push(labels, "me/labels", private=True)
-    finally:
-        server.shutdown()
-        server.server_close()
-    created = LocalHub.received["created"]
-    assert created["type"] == "dataset"
-    assert created.get("visibility") == "private" or created.get("private")  # the client's version 2, or 1
-    files = {path.relative_to(whole).as_posix(): path.read_bytes() for path in whole.rglob("*") if path.is_file()}
-    assert LocalHub.received["files"] == files
-    assert LocalHub.received["token"] == "Bearer hf_secret"
-    output = "".join(capfd.readouterr())
-    assert "on the Hub" in output and "hf_secret" not in output
-
-
-def test_a_failed_push_loses_nothing_and_says_how_to_try_again(
-    whole: Path, world: Path, stage1: list[Path], tmp_path: Path
-) -> None:
-    labels = copy_of(whole, tmp_path / "labels")
-    argv = settings(world, stage1[:1], labels, "--push_to_hub", "--hub_model_id", "me/labels")
-    check_mistake(launch(*argv, log=tmp_path / "log"), f"or: hf upload me/labels {labels} --repo-type dataset")
-    assert result_of(labels) == result_of(whole)
 
 
 def test_a_network_of_the_hub_is_known_by_its_commit(stage1: list[Path]) -> None:

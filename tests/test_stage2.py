@@ -57,9 +57,9 @@ def whole_run(oem_sar: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_run_leaves_a_whole_folder(whole_run: Path) -> None:
-    wanted = "config.json model.safetensors preprocessor_config.json recipe.yaml eval_results.json metrics.jsonl"
-    for folder, names in ((whole_run, wanted), (whole_run / "best", wanted.removesuffix(" metrics.jsonl"))):
-        assert {path.name for path in folder.iterdir() if path.is_file()} == set(names.split())
+    model = {"config.json", "model.safetensors", "preprocessor_config.json", "recipe.yaml", "eval_results.json"}
+    for folder, wanted in ((whole_run, model | {"README.md", "metrics.jsonl"}), (whole_run / "best", model)):
+        assert {path.name for path in folder.iterdir() if path.is_file()} == wanted
     assert {path.name for path in (whole_run / "figures").iterdir()} == {
         "curves.png",
         "confusion_matrix.png",

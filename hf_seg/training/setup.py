@@ -5,12 +5,14 @@ from pathlib import Path
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import broadcast_object_list
 from timm.scheduler import PolyLRScheduler
 from torch import nn
 from transformers import PreTrainedModel, UperNetForSemanticSegmentation
 from transformers.utils.logging import disable_progress_bar
 
-from hf_seg.arguments import RecipeArguments, check_same_recipe, dump_recipe
+from hf_seg.arguments import HubSettings, RecipeArguments, UserError, check_same_recipe, dump_recipe
+from hf_seg.hub.push import check_login
 from hf_seg.models import SegmentationNetwork, build_model
 from hf_seg.training.checkpoints import find_checkpoint
 from hf_seg.training.optimization import build_optimizer, build_schedule
@@ -37,6 +39,7 @@ def open_run(args: RecipeArguments) -> tuple[Accelerator, Path | None]:
     logging.basicConfig(level=logging.INFO if accelerator.is_main_process else logging.ERROR, format="%(message)s")
     logging.getLogger("accelerate").setLevel(logging.WARNING)
     disable_progress_bar()
+    require_login(args, accelerator)
 
     checkpoint = find_checkpoint(output_dir, args.resume_from_checkpoint)
     if checkpoint is not None:
@@ -46,6 +49,27 @@ def open_run(args: RecipeArguments) -> tuple[Accelerator, Path | None]:
         output_dir.mkdir(parents=True, exist_ok=True)
         (output_dir / "recipe.yaml").write_text(dump_recipe(args), encoding="utf-8")
     return accelerator, checkpoint
+
+
+def require_login(args: HubSettings, accelerator: Accelerator) -> None:
+    """Make sure that what a recipe makes can be pushed, if it is to be; only the main process asks the Hub.
+
+    Raises:
+        UserError: in every process, so that none waits for another.
+    """
+    if not args.push_to_hub or args.hub_model_id is None:
+        return
+    for client in ("httpx", "httpx2"):  # of the Hub, by its version
+        logging.getLogger(client).setLevel(logging.WARNING)  # or each request is a line
+    problem: list[str | None] = [None]
+    if accelerator.is_main_process:
+        try:
+            check_login(args.hub_model_id)
+        except UserError as error:
+            problem = [str(error)]
+    broadcast_object_list(problem)
+    if problem[0] is not None:
+        raise UserError(problem[0])
 
 
 def build_network(args: RecipeArguments, accelerator: Accelerator) -> SegmentationNetwork:

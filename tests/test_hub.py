@@ -1,0 +1,527 @@
+"""There and back over real HTTP: what is pushed opens anywhere with stock classes; what goes wrong loses nothing."""
+
+import hashlib
+import json
+import multiprocessing
+import os
+import re
+import shutil
+import socket
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import huggingface_hub
+import numpy as np
+import pytest
+import torch
+from hub_folders import make_ensemble, make_pseudo_labels, make_stage1, make_stage2
+from hub_server import Fault, Hub, serve_hub
+from PIL import Image
+from safetensors.torch import load_file
+from transformers import AutoImageProcessor, AutoModelForSemanticSegmentation
+
+from hf_seg import EnsembleForSemanticSegmentation
+from hf_seg.arguments import UserError, one_line_errors
+from hf_seg.hub.push import check_login, check_whole, push
+from hf_seg.labels import LABEL2ID
+
+PROJECT = Path(__file__).parents[1]
+TOKEN = "hf_markerMARKERmarker"
+NETWORKS = ("segformer", "convnextv2", "swinv2")
+_context = multiprocessing.get_context("forkserver")
+_context.set_forkserver_preload(["hf_seg.training.evaluation", "hf_seg.training.optimization", "hf_seg.hub.export"])
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """A finished output folder of every kind."""
+    root = tmp_path_factory.mktemp("runs")
+    found = {name: make_stage2(root / name, f"toy-{name}", seed) for seed, name in enumerate(NETWORKS)}
+    found |= {"stage1": make_stage1(root / "stage1"), "ensemble": make_ensemble(root / "ensemble", [*found.values()])}
+    return found | {"labels": make_pseudo_labels(root / "labels")}
+
+
+def go_online(url: str, token: str | None) -> None:
+    """Lead this process's Hub client to a server of ours."""
+    constants = huggingface_hub.constants
+    constants.ENDPOINT, constants.HF_HUB_OFFLINE = url, False
+    constants.HF_HUB_DISABLE_XET = True  # it talks to hosts of its own
+    os.environ.pop("HF_TOKEN", None)
+    if token is not None:
+        os.environ["HF_TOKEN"] = token
+
+
+@pytest.fixture
+def hub(monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
+    """A Hub that this process is logged in to, and whose client does not wait between attempts."""
+    for name in ("ENDPOINT", "HF_HUB_OFFLINE", "HF_HUB_DISABLE_XET"):
+        monkeypatch.setattr(huggingface_hub.constants, name, getattr(huggingface_hub.constants, name))  # restored
+    monkeypatch.setenv("HF_TOKEN", TOKEN)
+    monkeypatch.setattr("time.sleep", lambda _: None)
+    with serve_hub({TOKEN}) as hub:
+        go_online(hub.url, TOKEN)
+        yield hub
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def sha256(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest()
+
+
+# There and back
+
+PULL = '''
+import json, os, re, sys, time
+import numpy as np, torch
+from PIL import Image
+from datasets import load_dataset
+from huggingface_hub import hf_hub_download
+from transformers import AutoImageProcessor, AutoModelForSemanticSegmentation, pipeline
+from hf_seg import EnsembleForSemanticSegmentation
+from hf_seg.arguments import UserError
+from hf_seg.models import load_trained
+
+def weights(model):
+    return {name: value.numpy() for name, value in model.state_dict().items()}
+
+def use_card(name, kind="model", revision=None):
+    """Run the card's own lines, and return what they define."""
+    card = open(hf_hub_download(name, "README.md", repo_type=kind, revision=revision), encoding="utf-8").read()
+    found = {}
+    exec(re.search("```python\\n(.*?)```", card, re.DOTALL)[1], found)
+    return found
+
+def draw(segments):
+    label_map = np.zeros((64, 64), np.uint8)
+    for segment in segments:
+        label_map[np.asarray(segment["mask"]) > 0] = label2id[segment["label"]]
+    return label_map
+
+time.sleep = lambda _: None  # between the attempts of the client
+label2id, refusals, arrays = json.loads(sys.argv[1]), {}, {}
+image = Image.open("scene.png")
+token = os.environ.pop("HF_TOKEN")
+try:
+    load_trained("me/convnextv2")
+except UserError as error:
+    refusals["private"] = str(error)
+os.environ["HF_TOKEN"] = token
+for reason, name in (("revision", "me/segformer@nowhere"), ("cut", "me/halves")):
+    try:
+        load_trained(name)
+    except UserError as error:
+        refusals[reason] = str(error)
+for name in ("me/segformer", "me/convnextv2", "org/swinv2@dev", "me/stage1"):
+    repository, _, revision = name.partition("@")
+    place = {"revision": revision} if revision else {}
+    for subfolder in ("", "student") if name == "me/stage1" else ("",):
+        model = AutoModelForSemanticSegmentation.from_pretrained(repository, subfolder=subfolder, **place).eval()
+        processor = AutoImageProcessor.from_pretrained(repository, subfolder=subfolder, **place)
+        ours, crop = load_trained(name, subfolder=subfolder)
+        assert crop == 64
+        assert all(torch.equal(value, ours.state_dict()[key]) for key, value in model.state_dict().items())
+        with torch.no_grad():
+            logits = model(**processor(image.convert("RGB"), return_tensors="pt")).logits
+        arrays[f"{repository}/{subfolder}"] = logits.numpy()
+    stock = pipeline("image-segmentation", model=repository, **place)(image, subtask="semantic")
+    arrays[f"{repository}/map"] = draw(stock)
+    assert (draw(use_card(repository, **place)["segments"]) == draw(stock)).all()
+ensemble = EnsembleForSemanticSegmentation.from_pretrained("me/ensemble")
+arrays["me/ensemble/map"] = ensemble.predict("scene.png")[0].label_map
+assert (use_card("me/ensemble")["result"].label_map == arrays["me/ensemble/map"]).all()
+member = AutoModelForSemanticSegmentation.from_pretrained("me/ensemble", subfolder="member_1")
+arrays |= {f"member/{key}": value for key, value in weights(member).items()}
+rows = load_dataset("me/labels", split="train")
+assert use_card("me/labels", "dataset")["rows"]["image_id"] == rows["image_id"]
+arrays |= {f"label/{row['image_id']}": np.array(row["pseudo_label"]) for row in rows}
+np.savez("pulled.npz", **arrays)
+print(json.dumps(refusals))
+'''
+
+
+class Pulled(NamedTuple):
+    """What a fresh process with an empty cache got from the Hub."""
+
+    hub: Hub
+    arrays: dict[str, np.ndarray]
+    refusals: dict[str, str]
+
+
+@pytest.fixture(scope="module")
+def pulled(folders: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Iterator[Pulled]:
+    """Push a folder of every kind, then pull all of them, one download cut short on the way."""
+    root = tmp_path_factory.mktemp("elsewhere")
+    pixels = np.random.default_rng(0).integers(0, 256, (64, 64), np.uint8)
+    Image.fromarray(pixels).save(root / "scene.png")
+    with pytest.MonkeyPatch.context() as patch, serve_hub({TOKEN}) as hub:
+        for name in ("ENDPOINT", "HF_HUB_OFFLINE", "HF_HUB_DISABLE_XET"):
+            patch.setattr(huggingface_hub.constants, name, getattr(huggingface_hub.constants, name))
+        patch.setenv("HF_TOKEN", TOKEN)
+        go_online(hub.url, TOKEN)
+        push(folders["segformer"], "me/segformer")
+        push(folders["convnextv2"], "me/convnextv2", private=True)
+        push(folders["swinv2"], "org/swinv2", revision="dev")
+        for name in ("stage1", "ensemble", "labels"):
+            push(folders[name], f"me/{name}")
+        push(folders["segformer"], "me/halves")
+        hub.faults = [Fault("GET", f"me/segformer/resolve/{hub.head('me/segformer')}/model.safetensors")]
+        hub.faults += [Fault("GET", f"me/halves/resolve/{hub.head('me/halves')}/model.safetensors", times=99)]
+        environment = {key: value for key, value in os.environ.items() if not key.startswith("HF_")}
+        environment |= {"HF_ENDPOINT": hub.url, "HF_HUB_DISABLE_XET": "1", "HF_HOME": str(root / "empty")}
+        environment |= {"HF_TOKEN": TOKEN, "PYTHONPATH": str(PROJECT), "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
+        command = [sys.executable, "-c", PULL, json.dumps(LABEL2ID)]
+        done = subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True, timeout=240)
+        assert done.returncode == 0, done.stdout + done.stderr
+        with np.load(root / "pulled.npz") as arrays:
+            yield Pulled(hub, dict(arrays), json.loads(done.stdout.splitlines()[-1]))
+
+
+PLACES = {"segformer": "me/segformer", "convnextv2": "me/convnextv2", "swinv2": "org/swinv2", "stage1": "me/stage1"}
+
+
+@pytest.mark.parametrize("name", PLACES)
+def test_a_network_predicts_elsewhere_what_it_predicts_here(
+    name: str, folders: dict[str, Path], pulled: Pulled
+) -> None:
+    image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (64, 64), np.uint8)).convert("RGB")
+    for subfolder in ("", "student") if name == "stage1" else ("",):
+        model = AutoModelForSemanticSegmentation.from_pretrained(folders[name] / subfolder).eval()
+        processor = AutoImageProcessor.from_pretrained(folders[name] / subfolder)
+        with torch.no_grad():
+            logits = model(**processor(image, return_tensors="pt")).logits
+        np.testing.assert_array_equal(pulled.arrays[f"{PLACES[name]}/{subfolder}"], logits.numpy())
+    assert len(np.unique(pulled.arrays[f"{PLACES[name]}/map"])) > 1
+
+
+def test_weights_arrive_to_the_bit(folders: dict[str, Path], pulled: Pulled) -> None:
+    for name, place in PLACES.items():
+        files = pulled.hub.repositories[f"models/{place}"].files("dev" if name == "swinv2" else "main")
+        assert files["model.safetensors"] == (folders[name] / "model.safetensors").read_bytes()
+    member = load_file(folders["ensemble"] / "member_1" / "model.safetensors")
+    assert {key for key in pulled.arrays if key.startswith("member/")} == {f"member/{key}" for key in member}
+    for key, value in member.items():
+        np.testing.assert_array_equal(pulled.arrays[f"member/{key}"], value.numpy())
+
+
+def test_the_ensemble_maps_elsewhere_what_it_maps_here(folders: dict[str, Path], pulled: Pulled) -> None:
+    pixels = np.random.default_rng(0).integers(0, 256, (64, 64), np.uint8)
+    (here,) = EnsembleForSemanticSegmentation.from_pretrained(folders["ensemble"]).predict(pixels)
+    np.testing.assert_array_equal(pulled.arrays["me/ensemble/map"], here.label_map)
+
+
+def test_pseudo_labels_arrive_to_the_bit(folders: dict[str, Path], pulled: Pulled) -> None:
+    rng = np.random.default_rng(0)  # as the folder was made
+    for number in range(3):
+        label = rng.integers(1, len(LABEL2ID), (32, 32)).astype(np.uint8)
+        np.testing.assert_array_equal(pulled.arrays[f"label/TrainArea_{number:03d}"], label)
+    files = pulled.hub.repositories["datasets/me/labels"].files()
+    assert json.loads(files["manifest.json"])["files"]["README.md"] == sha256(files["README.md"])
+    here = contents(folders["labels"])
+    assert {name for name in here if files[name] != here[name]} == {"README.md", "manifest.json"}
+
+
+def test_a_download_that_was_cut_goes_on(pulled: Pulled) -> None:
+    path = f"GET /me/segformer/resolve/{pulled.hub.head('me/segformer')}/model.safetensors"
+    assert (pulled.hub.requests.count(path), pulled.hub.faults[0].times) == (2, 0)
+
+
+def test_a_download_that_is_always_cut_is_one_clear_error(pulled: Pulled) -> None:
+    assert "me/halves: no whole weights in safetensors format" in pulled.refusals["cut"]
+    assert "\n" not in pulled.refusals["cut"]
+    assert pulled.hub.faults[1].times < 98
+
+
+def test_a_private_network_without_a_token_is_one_clear_error(pulled: Pulled) -> None:
+    assert "me/convnextv2" in pulled.refusals["private"] and "\n" not in pulled.refusals["private"]
+    assert "is neither a folder with a config.json nor to be had from the Hub now" in pulled.refusals["private"]
+
+
+def test_a_revision_that_is_not_there_is_one_clear_error(pulled: Pulled) -> None:
+    assert "nowhere is not a valid git identifier" in pulled.refusals["revision"]
+
+
+def test_a_branch_takes_the_push_and_main_stays(pulled: Pulled) -> None:
+    repository = pulled.hub.repositories["models/org/swinv2"]
+    assert repository.files("main") == {}
+    card = repository.files("dev")["README.md"].decode()
+    assert 'model="org/swinv2", revision="dev")' in card and '--model "org/swinv2@dev"' in card
+    assert pulled.hub.repositories["models/me/convnextv2"].private
+
+
+def test_what_is_sent_is_the_folder_without_what_stays_here(folders: dict[str, Path], pulled: Pulled) -> None:
+    model = {"config.json", "model.safetensors", "preprocessor_config.json", "recipe.yaml", "eval_results.json"}
+    figures = {"figures/curves.png", "figures/confusion_matrix.png", "figures/panel.png"}
+    sent = {*pulled.hub.repositories["models/me/segformer"].files()}
+    assert sent == model | figures | {"README.md", "metrics.jsonl"}
+    sent = {*pulled.hub.repositories["models/me/stage1"].files()}
+    figures = {"figures/curves.png", "figures/source/panel.png", "figures/target/panel.png"}
+    assert sent == model | {f"student/{name}" for name in model} | figures | {"README.md"}
+
+
+def test_the_commit_says_step_and_score(folders: dict[str, Path], pulled: Pulled) -> None:
+    results = json.loads((folders["segformer"] / "eval_results.json").read_text())
+    messages = {name: repository.messages for name, repository in pulled.hub.repositories.items()}
+    assert messages["models/me/segformer"] == [f"Model of step 500, mIoU {results['mean_iou']:.4f}"]
+    assert re.fullmatch(r"Ensemble, mIoU 0\.\d{4}", messages["models/me/ensemble"][0])
+    assert re.fullmatch(r"Pseudo-labels of 3 tiles, [0-9a-f]{12}", messages["datasets/me/labels"][0])
+
+
+# What goes wrong
+
+
+def test_a_second_push_takes_away_what_the_first_one_left_and_nothing_else(hub: Hub, tmp_path: Path) -> None:
+    push(make_pseudo_labels(tmp_path / "three", 3), "me/labels")
+    repository = hub.repositories["datasets/me/labels"]
+    push(make_pseudo_labels(tmp_path / "two", 2), "me/labels")
+    shards = {name for name in repository.files() if name.endswith(".parquet")}
+    assert shards == {f"data/train-0000{number}-of-00002.parquet" for number in range(2)}
+    commit = repository.commits[repository.refs["main"]]
+    commit["notes.txt"] = commit["recipe.yaml"]
+    push(make_pseudo_labels(tmp_path / "one", 1), "me/labels")
+    assert "notes.txt" in repository.files()
+
+
+def test_a_large_file_that_is_there_is_not_sent_again(hub: Hub, folders: dict[str, Path]) -> None:
+    push(folders["segformer"], "me/x")
+    hub.requests.clear()
+    push(folders["segformer"], "me/x")
+    assert not [request for request in hub.requests if request.startswith("PUT")]
+
+
+@pytest.mark.parametrize(
+    ("fault", "attempts"),
+    [
+        (Fault("PUT", "/lfs/"), 2),
+        (Fault("PUT", "/lfs/", times=2, status=503), 3),
+        (Fault("PUT", "/lfs/", status=500), 2),
+    ],
+    ids=["cut", "503 twice", "500"],
+)
+def test_an_upload_that_fails_is_tried_again(fault: Fault, attempts: int, hub: Hub, folders: dict[str, Path]) -> None:
+    hub.faults = [fault]
+    push(folders["segformer"], "me/x")
+    assert sum(request.startswith("PUT") for request in hub.requests) == attempts
+    sent = hub.repositories["models/me/x"].files()["model.safetensors"]
+    assert sent == (folders["segformer"] / "model.safetensors").read_bytes()
+
+
+@pytest.mark.parametrize(
+    "fault",
+    [
+        Fault("POST", "/repos/create", times=99),
+        Fault("POST", "/preupload/", times=99, status=503),
+        Fault("PUT", "/lfs/", times=99),
+        Fault("PUT", "/lfs/", times=99, status=500),
+        Fault("POST", "/commit/", times=99),
+        Fault("POST", "/commit/", times=99, status=502),
+        Fault("POST", "/commit/", times=99, status=403),
+    ],
+    ids=lambda fault: f"{fault.part.strip('/')} {fault.status or 'cut'}",
+)
+def test_a_failed_push_loses_nothing_and_the_command_that_it_names_works(
+    fault: Fault, hub: Hub, folders: dict[str, Path]
+) -> None:
+    folder = folders["segformer"]
+    before = contents(folder)
+    hub.faults = [fault]
+    with pytest.raises(UserError, match="is whole and stays as it is, but is not on the Hub") as raised:
+        push(folder, "me/x", private=True, revision="new")
+    command = f"try again: python scripts/push_to_hub.py {folder} me/x --private --revision new"
+    assert str(raised.value).endswith(command) and "\n" not in str(raised.value)
+    assert TOKEN not in str(raised.value)
+    assert contents(folder) == before
+    assert hub.repositories.get("models/me/x") is None or hub.repositories["models/me/x"].messages == []
+    hub.faults = []
+    push(folder, "me/x", private=True, revision="new")
+    assert "model.safetensors" in hub.repositories["models/me/x"].files("new")
+
+
+def test_a_server_that_repeats_the_token_does_not_make_us_say_it(hub: Hub, folders: dict[str, Path]) -> None:
+    hub.faults = [Fault("GET", "whoami", status=403), Fault("POST", "/repos/create", status=403)]
+    for ask in (lambda: check_login("me/x"), lambda: push(folders["segformer"], "me/x")):
+        with pytest.raises(UserError, match=r"refused Bearer \.\.\.") as raised:
+            ask()
+        assert TOKEN not in str(raised.value)
+
+
+def test_a_public_repository_is_not_taken_for_a_private_one(hub: Hub, folders: dict[str, Path]) -> None:
+    push(folders["segformer"], "me/x")
+    with pytest.raises(UserError, match="the repository is there already, and public"):
+        push(folders["stage1"], "me/x", private=True)
+    assert len(hub.repositories["models/me/x"].messages) == 1
+
+
+def test_login_is_checked_by_asking(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
+    check_login("me/x")
+    check_login("org/x")
+    with pytest.raises(UserError, match="me cannot push to you/x: you is none of me, org"):
+        check_login("you/x")
+    hub.role = "read"
+    with pytest.raises(UserError, match="the token of me may only read"):
+        check_login("me/x")
+    monkeypatch.setenv("HF_TOKEN", "hf_wrong")
+    with pytest.raises(UserError, match="the Hub does not accept the token") as raised:
+        check_login("me/x")
+    assert "hf_wrong" not in str(raised.value)
+    asked = len(hub.requests)
+    monkeypatch.delenv("HF_TOKEN")
+    with pytest.raises(UserError, match=r"a push to me/x needs a token: `hf auth login`, or .* HF_TOKEN"):
+        check_login("me/x")
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    with pytest.raises(UserError, match="HF_HUB_OFFLINE is set"):
+        check_login("me/x")
+    assert len(hub.requests) == asked
+
+
+def cut(path: Path) -> None:
+    os.truncate(path, path.stat().st_size // 2)
+
+
+def rename_class(path: Path) -> None:
+    path.write_text(path.read_text().replace("building", "house"))
+
+
+def flip_bit(path: Path) -> None:
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
+
+
+DAMAGES: list[tuple[str, str, Any, str]] = [
+    ("segformer", "model.safetensors", cut, "no whole weights in safetensors format"),
+    ("segformer", "model.safetensors", Path.unlink, "no whole weights in safetensors format"),
+    ("segformer", "config.json", rename_class, "is no segmentation model of the 9 land-cover classes"),
+    ("segformer", "config.json", Path.unlink, "holds neither a model, nor an ensemble, nor pseudo-labels"),
+    ("segformer", "preprocessor_config.json", Path.unlink, "has no preprocessor_config.json"),
+    ("segformer", "recipe.yaml", Path.unlink, "is not whole: it has no recipe.yaml"),
+    ("segformer", "README.md", Path.unlink, "is not whole: it has no README.md"),
+    ("segformer", "README.md", lambda path: path.write_text("# Mine"), "README.md has no header"),
+    ("segformer", "figures/panel.png", Path.unlink, "its card shows figures/panel.png, which is not there"),
+    ("stage1", "student/model.safetensors", cut, "no whole weights in safetensors format"),
+    ("ensemble", "member_2/model.safetensors", cut, "no whole weights in safetensors format"),
+    ("ensemble", "member_0/config.json", Path.unlink, "member_0 has no config.json"),
+    ("labels", "data/train-00001-of-00003.parquet", flip_bit, "is not what manifest.json says"),
+    ("labels", "data/train-00001-of-00003.parquet", Path.unlink, "of its manifest.json is not there"),
+    ("labels", "manifest.json", Path.unlink, "has no manifest.json yet: launch its recipe again"),
+]
+
+
+@pytest.mark.parametrize(("kind", "file", "damage", "message"), DAMAGES, ids=[f"{d[0]} {d[1]} {d[3]}" for d in DAMAGES])
+def test_what_is_not_whole_is_named_and_not_sent(
+    kind: str, file: str, damage: Any, message: str, folders: dict[str, Path], hub: Hub, tmp_path: Path
+) -> None:
+    folder = Path(shutil.copytree(folders[kind], tmp_path / kind))
+    check_whole(folder)
+    damage(folder / file)
+    with pytest.raises(UserError, match=re.escape(message)):
+        push(folder, "me/x")
+    assert hub.requests == []
+
+
+# Recipes and the script, as a user runs them
+
+
+def launch(argv: list[str], log: Path, url: str, token: str | None, processes: int = 1) -> tuple[list[int | None], str]:
+    """Run stage 2 with a command line, on processes that talk over gloo; return exit codes and what was printed."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    arguments = (argv, log, url, token, processes, port)
+    started = [_context.Process(target=_run, args=(rank, *arguments)) for rank in range(processes)]
+    for process in started:
+        process.start()
+    for process in started:
+        process.join(120)
+        if process.is_alive():
+            process.kill()
+            process.join()
+    return [process.exitcode for process in started], log.read_text()
+
+
+def _run(rank: int, argv: list[str], log: Path, url: str, token: str | None, processes: int, port: int) -> None:
+    descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    os.dup2(descriptor, 1)
+    os.dup2(descriptor, 2)
+    torch.set_num_threads(1)
+    sys.path.insert(0, str(PROJECT / "recipes"))
+    import stage2
+
+    go_online(url, token)
+    if processes > 1:
+        os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(processes))
+        os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    with one_line_errors(OSError):
+        stage2.main(argv)
+
+
+def command_line(oem_sar: Path, output_dir: Path) -> list[str]:
+    """Return the command line of one step of the toy, to be pushed."""
+    text = f"""--data_dir {oem_sar} --output_dir {output_dir} --model_name_or_path toy-segformer --from_scratch true
+        --crop_size 32 --max_train_steps 1 --warmup_steps 0 --per_device_train_batch_size 2 --eval_steps 1
+        --report_to none --mixed_precision no --dataloader_num_workers 0 --checkpointing_steps 0
+        --push_to_hub --hub_model_id me/run --hub_private_repo --hub_revision first"""
+    return text.split()
+
+
+def test_a_recipe_pushes_once_and_tells_nobody_the_token(oem_sar: Path, tmp_path: Path) -> None:
+    with serve_hub({TOKEN}) as hub:
+        codes, output = launch(command_line(oem_sar, tmp_path / "run"), tmp_path / "log", hub.url, TOKEN, processes=2)
+    assert codes == [0, 0], output
+    repository = hub.repositories["models/me/run"]
+    (message,) = repository.messages
+    results = json.loads((tmp_path / "run" / "eval_results.json").read_text())
+    assert message == f"Model of step 1, mIoU {results['mean_iou']:.4f}"
+    assert f"on the Hub: {hub.url}/me/run/commit/" in output
+    assert hub.requests.count("GET /api/whoami-v2") == 1 and repository.private
+    sent = repository.files("first")
+    assert sent["model.safetensors"] == (tmp_path / "run" / "model.safetensors").read_bytes()
+    assert {"README.md", "recipe.yaml", "eval_results.json", "figures/panel.png", "figures/curves.png"} <= {*sent}
+    for content in (*contents(tmp_path).values(), *sent.values()):
+        assert TOKEN.encode() not in content
+    assert b"hub" not in sent["recipe.yaml"]  # whoever repeats the run does not push
+
+
+def test_a_recipe_whose_push_fails_has_saved_all_and_nobody_hangs(oem_sar: Path, tmp_path: Path) -> None:
+    with serve_hub({TOKEN}) as hub:
+        hub.faults = [Fault("POST", "/commit/", times=99, status=403)]
+        codes, output = launch(command_line(oem_sar, tmp_path / "run"), tmp_path / "log", hub.url, TOKEN, processes=2)
+    assert codes == [2, 0], output
+    (error,) = [line for line in output.splitlines() if line.startswith("error: ")]
+    assert error.endswith(f"python scripts/push_to_hub.py {tmp_path / 'run'} me/run --private --revision first")
+    assert "Traceback" not in output and TOKEN not in output and "HTTP Request" not in output
+    check_whole(tmp_path / "run")
+    assert (tmp_path / "run" / "checkpoints").is_dir()
+
+
+@pytest.mark.parametrize(("token", "message"), [(None, "needs a token"), ("hf_wrong", "does not accept the token")])
+def test_without_a_token_nothing_begins(token: str | None, message: str, oem_sar: Path, tmp_path: Path) -> None:
+    with serve_hub({TOKEN}) as hub:
+        codes, output = launch(command_line(oem_sar, tmp_path / "run"), tmp_path / "log", hub.url, token, processes=2)
+    assert codes == [2, 2], output
+    errors = [line for line in output.splitlines() if line.startswith("error: ")]
+    assert len(errors) == 2 and all(message in error for error in errors)
+    assert not (tmp_path / "run").exists()
+
+
+def test_the_script_sends_a_folder_and_makes_the_card_that_is_missing(folders: dict[str, Path], tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(folders["swinv2"], tmp_path / "run"))
+    (folder / "README.md").unlink()
+    environment = {key: value for key, value in os.environ.items() if not key.startswith("HF_")}
+    environment |= {"HF_HUB_DISABLE_XET": "1", "HF_HOME": str(tmp_path / "home"), "HF_TOKEN": TOKEN}
+    command = [sys.executable, PROJECT / "scripts" / "push_to_hub.py", folder, "me/x", "--private"]
+    with serve_hub({TOKEN}) as hub:
+        environment |= {"HF_ENDPOINT": hub.url, "PYTHONPATH": str(PROJECT)}
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    card, sent = done.stdout.splitlines()
+    assert card == f"card: {folder / 'README.md'}"
+    assert sent.startswith(f"on the Hub: {hub.url}/me/x/commit/")
+    assert hub.repositories["models/me/x"].private
+    for content in (done.stdout.encode(), done.stderr.encode(), *contents(tmp_path).values()):
+        assert TOKEN.encode() not in content
