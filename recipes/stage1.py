@@ -56,7 +56,6 @@ from hf_seg.training.run_log import RunLog
 from hf_seg.training.setup import build_network, build_optimization, open_run, window_settings
 from hf_seg.training.teacher_student import evaluate_both, export_both, mean_ious
 
-logger = logging.getLogger(__name__)
 SOURCE_STREAM, TARGET_STREAM, MIX_STREAM = 0, 1, 2  # of randomness, none follows another
 
 
@@ -73,7 +72,7 @@ def main(argv: list[str] | None = None) -> None:
     teacher = MeanTeacher(network, args.ema_decay)  # before the student is wrapped
     network, optimizer = accelerator.prepare(network, optimizer)
     teacher = accelerator.prepare_model(teacher, evaluation_mode=True)
-    student = accelerator.unwrap_model(network)
+    networks = {"student": accelerator.unwrap_model(network), "teacher": teacher.model}
     set_seed(args.seed, device_specific=True)  # dropout differs between processes
     progress = Progress() if checkpoint is None else load_checkpoint(accelerator, checkpoint)
 
@@ -139,7 +138,7 @@ def main(argv: list[str] | None = None) -> None:
         if not accelerator.sync_gradients:
             continue
 
-        teacher.update(student)
+        teacher.update(networks["student"])
         if accelerator.num_processes > 1:  # running statistics are each process's own; those of the first count
             broadcast(list(teacher.model.buffers()))
         progress.step += 1
@@ -147,7 +146,7 @@ def main(argv: list[str] | None = None) -> None:
         if means is not None and target is not None:
             shares = [means[f"pseudo_share_{name}"] for name in CLASS_NAMES]
             if (warning := watch.update(shares, means["mean_weight"])) is not None:
-                logger.warning("step %d: %s", progress.step, warning)
+                logging.warning("step %d: %s", progress.step, warning)
         if target is not None and args.panel_steps and progress.step % args.panel_steps == 0:
             path = output_dir / "figures" / "mixes" / f"step_{progress.step:08d}.png"
             if accelerator.is_main_process:
@@ -155,12 +154,12 @@ def main(argv: list[str] | None = None) -> None:
         is_last = progress.step == args.max_train_steps
         scores = None
         if val_images and (is_last or progress.step % args.eval_steps == 0):
-            scores = evaluate_both(student, teacher, val_images, accelerator, args)
+            scores = evaluate_both(networks, val_images, accelerator, args)
             log.write({"step": progress.step, **mean_ious(scores)})
             mean_iou = scores["teacher"][list(val_images)[-1]]["mean_iou"]
             if progress.best_mean_iou is None or mean_iou > progress.best_mean_iou:
                 progress.best_mean_iou = mean_iou
-                export_both(student, teacher, output_dir / "best", scores, args, progress.step, accelerator)
+                export_both(networks, output_dir / "best", scores, args, progress.step, accelerator)
             log.restart_clock()
         signal = stop.received()
         if signal or is_last or (args.checkpointing_steps and progress.step % args.checkpointing_steps == 0):
@@ -174,13 +173,14 @@ def main(argv: list[str] | None = None) -> None:
     log.close()
 
     if scores is None and val_images:  # resumed after the last step
-        scores = evaluate_both(student, teacher, val_images, accelerator, args)
-    export_both(student, teacher, output_dir, scores, args, progress.step, accelerator)
+        scores = evaluate_both(networks, val_images, accelerator, args)
+    export_both(networks, output_dir, scores, args, progress.step, accelerator)
     if accelerator.is_main_process:
         plot_curves(output_dir / "metrics.jsonl", output_dir / "figures" / "curves.png")
         for domain, results in ({} if scores is None else scores["teacher"]).items():
             figures = output_dir / "figures" / domain
-            draw_results(teacher.model, val_images[domain], results, figures, accelerator, **window_settings(args))
+            settings = {**window_settings(args), "image_title": "optical"}
+            draw_results(teacher.model, val_images[domain], results, figures, accelerator, **settings)
         print(f"teacher, student, results and figures: {output_dir}")
     accelerator.wait_for_everyone()
     accelerator.end_training()

@@ -60,7 +60,8 @@ def load_members(model: str | Path | nn.Module | Sequence[Member], *, window: in
     """Return the networks that a model consists of.
 
     Args:
-        model: folder or Hub id of a trained network, or of an ensemble (hf_seg/hub/ensemble_folder.py); or a network in memory; or members.
+        model: folder or Hub id (`id@revision` pins it) of a trained network, or of an ensemble as in
+            hf_seg/hub/ensemble_folder.py; or a network in memory; or members.
         window: replaces the crop that the networks were trained at. A network in memory needs it, and gets our
             normalisation, unless it came from a folder or the Hub with its image processor.
 

@@ -34,6 +34,7 @@ class RunLog:
     def __init__(self, accelerator: Accelerator, args: RecipeArguments, step: int) -> None:
         self.accelerator = accelerator
         self.logging_steps = args.logging_steps
+        self.last_step = args.max_train_steps
         self.path = Path(args.output_dir) / "metrics.jsonl"
         self._sums: dict[str, Tensor] = {}
         self._count = 0
@@ -75,7 +76,7 @@ class RunLog:
     def end_step(self, step: int, learning_rate: float) -> dict[str, float] | None:
         """Advance the bar; every `logging_steps` steps, and after the last, write the means since, and return them."""
         self.bar.update()
-        if step % self.logging_steps and step < self.bar.total:
+        if step % self.logging_steps and step < self.last_step:
             return None
         means = {
             name: float(self.accelerator.reduce(total / self._count, "mean")) for name, total in self._sums.items()

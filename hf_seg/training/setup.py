@@ -2,6 +2,7 @@
 
 import logging
 from pathlib import Path
+from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -97,7 +98,7 @@ def build_optimization(model: PreTrainedModel, args: RecipeArguments) -> tuple[t
     return optimizer, build_schedule(optimizer, **steps, power=args.lr_power)
 
 
-def window_settings(args: RecipeArguments) -> dict[str, int]:
+def window_settings(args: RecipeArguments) -> dict[str, Any]:
     """Return the sliding window that fits the crop."""
     stride = max(1, round(args.eval_stride * args.crop_size))
     return {"window": args.crop_size, "stride": stride, "batch_size": args.eval_batch_size}

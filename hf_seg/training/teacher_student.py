@@ -4,30 +4,28 @@ from pathlib import Path
 from typing import Any
 
 from accelerate import Accelerator
-from torch import nn
 
-from hf_seg.adaptation.mean_teacher import MeanTeacher
 from hf_seg.arguments import RecipeArguments, dump_recipe
 from hf_seg.data.dataloaders import LabelledImages
 from hf_seg.hub.export import export_model
+from hf_seg.models import SegmentationNetwork
 from hf_seg.training.evaluation import evaluate_network
 from hf_seg.training.setup import window_settings
 
+Networks = dict[str, SegmentationNetwork]  # "student" and "teacher"
 Scores = dict[str, dict[str, dict[str, Any]]]  # "student" | "teacher" -> domain -> results of `evaluate_network`
 
 
 def evaluate_both(
-    student: nn.Module,
-    teacher: MeanTeacher,
-    val_images: dict[str, LabelledImages],
-    accelerator: Accelerator,
-    args: RecipeArguments,
+    networks: Networks, val_images: dict[str, LabelledImages], accelerator: Accelerator, args: RecipeArguments
 ) -> Scores:
     """Score both networks on the images of each domain."""
-    scores: Scores = {"student": {}, "teacher": {}}
-    for name, network in (("student", student), ("teacher", teacher.model)):
-        for domain, images in val_images.items():
-            scores[name][domain] = evaluate_network(network, images, accelerator, **window_settings(args))
+    scores: Scores = {}
+    for name, network in networks.items():
+        scores[name] = {
+            domain: evaluate_network(network, images, accelerator, **window_settings(args))
+            for domain, images in val_images.items()
+        }
     accelerator.print("\nmIoU", ", ".join(f"{key} {value:.4f}" for key, value in mean_ious(scores).items()))
     return scores
 
@@ -42,13 +40,7 @@ def mean_ious(scores: Scores) -> dict[str, float]:
 
 
 def export_both(
-    student: nn.Module,
-    teacher: MeanTeacher,
-    folder: Path,
-    scores: Scores | None,
-    args: RecipeArguments,
-    step: int,
-    accelerator: Accelerator,
+    networks: Networks, folder: Path, scores: Scores | None, args: RecipeArguments, step: int, accelerator: Accelerator
 ) -> None:
     """Write the teacher to a folder and the student to `student/` in it; to be called by every process.
 
@@ -56,6 +48,9 @@ def export_both(
     """
     if not accelerator.is_main_process:
         return
-    for name, network, place in (("student", student, folder / "student"), ("teacher", teacher.model, folder)):
-        results = scores and {**scores[name]["source"], "target": scores[name].get("target"), "step": step}
-        export_model(network.model, place, crop_size=args.crop_size, recipe=dump_recipe(args), results=results)
+    for name, place in (("student", folder / "student"), ("teacher", folder)):
+        results: dict[str, Any] | None = None
+        if scores is not None:
+            results = {**scores[name]["source"], "target": scores[name].get("target"), "step": step}
+        model = networks[name].model
+        export_model(model, place, crop_size=args.crop_size, recipe=dump_recipe(args), results=results)
