@@ -28,22 +28,27 @@ $(BIN)/installed: setup.cfg pyproject.toml constraints.txt scripts/repair_torchv
 # The pipeline on a generated world with toy networks. Run again, it goes on where it stopped.
 QUICKSTART := runs/quickstart
 WORLD := $(QUICKSTART)/world
+LAUNCH := $(BIN)/accelerate launch -q
+TOY := recipes/configs/toy
 quickstart: $(WORLD)
-	$(BIN)/accelerate launch -q recipes/stage1.py --config recipes/configs/toy/stage1_segformer.yaml \
+	$(LAUNCH) recipes/stage1.py --config $(TOY)/stage1_segformer.yaml --max_train_steps 300 --eval_steps 300 \
 		--source_dir $(WORLD)/OpenEarthMap_wo_xBD --data_dir $(WORLD)/dfc25_track1 \
 		--output_dir $(QUICKSTART)/stage1 --resume_from_checkpoint latest
-	$(BIN)/accelerate launch -q recipes/pseudo_label.py --model $(QUICKSTART)/stage1 --tta flips \
+	$(LAUNCH) recipes/pseudo_label.py --model $(QUICKSTART)/stage1 --tta flips \
 		--data_dir $(WORLD)/dfc25_track1 --output_dir $(QUICKSTART)/labels
 	$(BIN)/python scripts/audit_labels.py $(WORLD)/dfc25_track1/train/labels $(QUICKSTART)/labels \
 		--truth $(WORLD)/dfc25_track1_extra/train_clean_labels --output $(QUICKSTART)/audit
-	$(BIN)/accelerate launch -q recipes/stage2.py --config recipes/configs/toy/stage2_segformer.yaml \
-		--data_dir $(WORLD)/dfc25_track1 --pseudo_labels $(QUICKSTART)/labels \
-		--output_dir $(QUICKSTART)/stage2 --resume_from_checkpoint latest
-	$(BIN)/python scripts/evaluate.py --model $(QUICKSTART)/stage2 --data_dir $(WORLD)/dfc25_track1 --split test \
-		--output $(QUICKSTART)/test.json
+	for member in segformer:250 upernet_convnextv2:150 upernet_swinv2:100; do \
+		$(LAUNCH) recipes/stage2.py --config $(TOY)/stage2_$${member%:*}.yaml --max_train_steps $${member#*:} \
+			--eval_steps $${member#*:} --data_dir $(WORLD)/dfc25_track1 --pseudo_labels $(QUICKSTART)/labels \
+			--output_dir $(QUICKSTART)/$${member%:*} --resume_from_checkpoint latest || exit 1; done
+	$(LAUNCH) recipes/ensemble.py --data_dir $(WORLD)/dfc25_track1 --split test --output_dir $(QUICKSTART)/ensemble \
+		--members $(QUICKSTART)/segformer $(QUICKSTART)/upernet_convnextv2 $(QUICKSTART)/upernet_swinv2
+	$(BIN)/hf-seg-predict $(WORLD)/scene.tif $(QUICKSTART)/map.tif --model $(QUICKSTART)/ensemble --preview --overwrite
 
 $(WORLD): | install
-	$(BIN)/python scripts/make_toy_world.py --output $@ --seed 0 --source 48 --train 48 --val 8 --test 8 --size 256
+	$(BIN)/python scripts/make_toy_world.py --output $@ --seed 0 --source 48 --train 48 --val 8 --test 8 --size 256 \
+		--scene 2048
 
 test: install
 	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n auto --dist loadfile

@@ -3,8 +3,8 @@
     python scripts/make_toy_world.py --output data/toy --seed 0 --source 24 --train 48 --val 12 --test 4 --size 256
 
 writes data/toy/OpenEarthMap_wo_xBD and data/toy/dfc25_track1, ready for every recipe, and data/toy/dfc25_track1_extra,
-which no recipe reads: the clean labels of train, and the optical images of val and test. What the world is like, and
-how hard: the docstring of hf_seg/data/toy_world.
+which no recipe reads: the clean labels of train. With `--scene PX` also data/toy/scene.tif, one large SAR scene to map.
+What the world is like, and how hard: the docstring of hf_seg/data/toy_world.
 """
 
 import argparse
@@ -23,6 +23,9 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--val", metavar="N", type=int, default=12, help="SAR scenes, clean labels (%(default)s)")
     parser.add_argument("--test", metavar="N", type=int, default=0, help="the same, for the end (%(default)s)")
     parser.add_argument("--size", metavar="PX", type=int, default=256, help="side of a tile (%(default)s)")
+    parser.add_argument(
+        "--scene", metavar="PX", type=int, default=0, help="side of one large SAR scene (%(default)s)"
+    )
     parser.add_argument("--num_workers", metavar="W", type=int, default=os.cpu_count() or 1, help="processes")
     options = parser.parse_args(arguments)
 

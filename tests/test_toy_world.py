@@ -213,7 +213,22 @@ def test_smooth_noise_is_standard_normal_over_the_ensemble(scale: float) -> None
     assert to_uniform(fields).mean() == pytest.approx(0.5, abs=0.02)
 
 
-@pytest.mark.parametrize(("name", "value"), [("size", 32), ("train", 0), ("val", 0), ("source", 1), ("num_workers", 0)])
+def test_a_large_scene_comes_beside_the_tiles_and_changes_none(tmp_path: Path) -> None:
+    sizes = {"source": 2, "train": 1, "val": 1, "size": 64}
+    make_toy_world(tmp_path / "without", **sizes)
+    make_toy_world(tmp_path / "with", **sizes, scene=200)
+    files = files_of(tmp_path / "with")
+    scene = files.pop("scene.tif")
+    others = files_of(tmp_path / "without")
+    assert scene and files.keys() == others.keys()
+    assert all(content == others[name] for name, content in files.items() if name != "toy_world.json")
+    with rasterio.open(tmp_path / "with" / "scene.tif") as file:
+        assert (file.shape, file.count, file.dtypes[0]) == ((200, 200), 1, "uint8") and file.crs is not None
+
+
+@pytest.mark.parametrize(
+    ("name", "value"), [("size", 32), ("scene", 10), ("train", 0), ("val", 0), ("source", 1), ("num_workers", 0)]
+)
 def test_too_small_a_number_is_refused_by_its_name(tmp_path: Path, name: str, value: int) -> None:
     with pytest.raises(ToyWorldError, match=rf"--{name} {value} is too small; it must be at least"):
         make_toy_world(tmp_path / "world", **{name: value})

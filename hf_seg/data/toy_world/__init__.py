@@ -45,7 +45,7 @@ from hf_seg.data.toy_world.sar import render_sar
 MIN_SIZE = 64  # pixels: below, a scene holds no street
 SOURCE_FOLDER, TARGET_FOLDER, EXTRA_FOLDER = "OpenEarthMap_wo_xBD", "dfc25_track1", "dfc25_track1_extra"
 GAIN_SPREAD = 0.28  # scenes are up to e^0.28 brighter or darker than the middle one
-KINDS = ("source", "train", "val", "test")
+KINDS = ("source", "train", "val", "test", "scene")  # never in another order: seeds and places hang on it
 
 
 class ToyWorldError(ValueError):
@@ -130,6 +130,7 @@ def make_toy_world(
     val: int = 12,
     test: int = 0,
     size: int = 256,
+    scene: int = 0,
     num_workers: int = 1,
 ) -> Path:
     """Write a world; it appears whole or not at all.
@@ -143,6 +144,7 @@ def make_toy_world(
         train: optical/SAR pairs with noisy labels.
         val, test: SAR scenes with clean labels.
         size: side of every tile in pixels.
+        scene: side of one large SAR scene, `scene.tif`, to map; 0: none. It takes 400 bytes of memory a pixel.
         num_workers: processes.
 
     Raises:
@@ -150,15 +152,17 @@ def make_toy_world(
     """
     output = Path(output)
     counts = {"source": source, "train": train, "val": val, "test": test}
-    _check(output, seed, counts, size, num_workers)
+    _check(output, seed, counts, size, scene, num_workers)
     scenes = [Scene(seed, kind, index, size) for kind, count in counts.items() for index in range(count)]
     output.parent.mkdir(parents=True, exist_ok=True)
     aside = Path(tempfile.mkdtemp(prefix=f".{output.name}.", dir=output.parent))
     try:
         for _ in tqdm(_write_all(scenes, aside, num_workers), total=len(scenes), desc="toy world", unit="scene"):
             pass
+        if scene:
+            _write_large_scene(Scene(seed, "scene", 0, scene), aside / "scene.tif")
         _write_lists(aside / SOURCE_FOLDER, [scene for scene in scenes if scene.kind == "source"])
-        settings = {"seed": seed, **counts, "size": size}
+        settings = {"seed": seed, **counts, "size": size, "scene": scene}
         (aside / "toy_world.json").write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
         aside.chmod(0o755)  # mkdtemp's folder is private
         aside.rename(output)
@@ -168,12 +172,13 @@ def make_toy_world(
     return output
 
 
-def _check(output: Path, seed: int, counts: dict[str, int], size: int, num_workers: int) -> None:
+def _check(output: Path, seed: int, counts: dict[str, int], size: int, scene: int, num_workers: int) -> None:
     if output.exists():
         raise ToyWorldError(f"--output {output} exists; remove it or name a new folder")
     least = {"source": 2, "train": 1, "val": 1, "test": 0}
-    limits = [(name, counts[name], least[name]) for name in KINDS]
-    for name, value, low in [*limits, ("size", size, MIN_SIZE), ("seed", seed, 0), ("num_workers", num_workers, 1)]:
+    limits = [(name, counts[name], low) for name, low in least.items()]
+    limits += [("size", size, MIN_SIZE), ("scene", scene, MIN_SIZE if scene else 0)]
+    for name, value, low in [*limits, ("seed", seed, 0), ("num_workers", num_workers, 1)]:
         if value < low:
             raise ToyWorldError(f"--{name} {value} is too small; it must be at least {low}")
 
@@ -209,6 +214,13 @@ def _write_scene(scene: Scene, root: Path) -> None:
             images[folder / "labels"] = label
     for parent, image in images.items():
         _write_tiff(parent / f"{scene.name}.tif", image, scene, ground.gsd)
+
+
+def _write_large_scene(scene: Scene, path: Path) -> None:
+    """Write a SAR scene alone."""
+    ground_rng, _, sar_rng, _ = scene.generators()
+    ground = scene.make_ground(ground_rng)
+    _write_tiff(path, render_sar(sar_rng, ground, scene.gain), scene, ground.gsd)
 
 
 def _write_tiff(path: Path, image: np.ndarray, scene: Scene, gsd: float) -> None:
