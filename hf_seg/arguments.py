@@ -10,38 +10,17 @@ import dataclasses
 import difflib
 import re
 import sys
-import types
 import typing
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, NoReturn, TypeVar, Union, cast
+from typing import Any, Literal, NoReturn, TypeVar, cast
 
 import yaml
 from transformers.hf_argparser import HfArgumentParser
 
-
-class UserError(ValueError):
-    """A mistake of the user: recipes and scripts show it as one line, without a traceback."""
-
-
-@contextmanager
-def one_line_errors(*also: type[Exception]) -> Iterator[None]:
-    """End the program with `error: ...` on stderr and exit code 2 where the user made a mistake.
-
-    Args:
-        also: exception types that are the user's, beside `UserError`.
-    """
-    users: tuple[type[Exception], ...] = (UserError, *also)
-    try:
-        yield
-    except users as error:
-        message = str(error)
-        if "Original Traceback" in message:  # of a loader's worker: the last line is the error itself
-            message = message.strip().splitlines()[-1].partition(": ")[2]
-        print(f"error: {message}", file=sys.stderr, flush=True)
-        raise SystemExit(2) from None
+from hf_seg.errors import UserError
+from hf_seg.strict_yaml import StrictDumper, StrictLoader, has_type
 
 
 def setting(default: Any, help: str) -> Any:
@@ -300,38 +279,10 @@ def nearest(key: str, known: Iterable[str], prefix: str = "") -> str:
     return f"; did you mean '{prefix}{matches[0]}'?" if matches else ""
 
 
-class _StrictLoader(yaml.SafeLoader):
-    """Safe YAML in which `6e-5` is a number and a key that stands twice is an error."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
-        for key in keys:
-            if keys.count(key) > 1:
-                raise UserError(f"setting {key!r} stands twice")
-        return super().construct_mapping(node, deep)
-
-
-# In YAML 1.1 `no` and `off` are booleans and `6e-5` is text; here a boolean is `true` or `false`, a float a float.
-_StrictLoader.yaml_implicit_resolvers = {
-    first: [(tag, pattern) for tag, pattern in resolvers if tag != "tag:yaml.org,2002:bool"]
-    for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
-}
-_StrictLoader.add_implicit_resolver("tag:yaml.org,2002:bool", re.compile(r"(true|false)$", re.IGNORECASE), list("tTfF"))
-_EXPONENT = ("tag:yaml.org,2002:float", re.compile(r"[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"), list("-+.0123456789"))
-_StrictLoader.add_implicit_resolver(*_EXPONENT)
-
-
-class _StrictDumper(yaml.SafeDumper):
-    """Safe YAML that also quotes text like `1e-4`, which the loader would take for a number."""
-
-
-_StrictDumper.add_implicit_resolver(*_EXPONENT)
-
-
 def _read_yaml(path: Path, settings: type[Settings]) -> dict[str, Any]:
     """Return the settings in a flat YAML file, each of the type that its field declares."""
     try:
-        values = yaml.load(path.read_text(encoding="utf-8"), _StrictLoader)  # noqa: S506 (a SafeLoader)
+        values = yaml.load(path.read_text(encoding="utf-8"), StrictLoader)  # noqa: S506 (a SafeLoader)
         values = {} if values is None else values  # an empty file
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{path}: cannot be read as settings: {error}") from None
@@ -343,25 +294,13 @@ def _read_yaml(path: Path, settings: type[Settings]) -> dict[str, Any]:
     for key, value in values.items():
         if key not in hints or key == "config":
             raise UserError(f"{path}: unknown setting {key!r}{nearest(str(key), hints.keys() - {'config'})}")
-        if not _has_type(value, hints[key]):
+        if not has_type(value, hints[key]):
             choices = typing.get_origin(hints[key]) is Literal and f"one of {typing.get_args(hints[key])}"
             wanted = choices or f"of type {getattr(hints[key], '__name__', hints[key])}"
             raise UserError(f"{path}: {key} must be {wanted}; it is {value!r} ({type(value).__name__})")
         if float in (hints[key], *typing.get_args(hints[key])) and value is not None:
             values[key] = float(value)
     return values
-
-
-def _has_type(value: Any, hint: Any) -> bool:
-    if typing.get_origin(hint) in (Union, types.UnionType):
-        return any(_has_type(value, option) for option in typing.get_args(hint))
-    if typing.get_origin(hint) is Literal:
-        return value in typing.get_args(hint)
-    if typing.get_origin(hint) is list:
-        return isinstance(value, list) and all(_has_type(item, *typing.get_args(hint)) for item in value)
-    if hint is float:
-        return isinstance(value, int | float) and not isinstance(value, bool)
-    return type(value) is hint
 
 
 # What may differ when a run is resumed: where things lie, what is logged and kept, how long it goes on.
@@ -378,7 +317,7 @@ FREE_ON_RESUME = frozenset(
 def dump_recipe(args: Settings) -> str:
     """Return the resolved settings as YAML; as `--config` they repeat the run."""
     values = {key: value for key, value in dataclasses.asdict(args).items() if key not in _LAUNCH_ONLY}
-    return yaml.dump(values, Dumper=_StrictDumper, sort_keys=False, allow_unicode=True)
+    return yaml.dump(values, Dumper=StrictDumper, sort_keys=False, allow_unicode=True)
 
 
 def check_same_recipe(args: Settings, recipe: Path) -> None:

@@ -17,8 +17,8 @@ from huggingface_hub import ModelHubMixin
 from torch import Tensor, nn
 from transformers.modeling_outputs import SemanticSegmenterOutput
 
-from hf_seg.arguments import UserError
 from hf_seg.data.transforms import to_pixel_values
+from hf_seg.errors import UserError
 from hf_seg.hub.ensemble_folder import (
     CONFIG_FILE,
     MODEL_FILES,

@@ -30,7 +30,7 @@ from transformers import (
     UperNetForSemanticSegmentation,
 )
 
-from hf_seg.arguments import UserError
+from hf_seg.errors import UserError
 from hf_seg.labels import ID2LABEL, IGNORE_INDEX, LABEL2ID
 
 logger = logging.getLogger(__name__)

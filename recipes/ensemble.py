@@ -27,9 +27,10 @@ from tqdm import tqdm
 from transformers.utils.logging import disable_progress_bar
 
 from hf_seg import EnsembleForSemanticSegmentation
-from hf_seg.arguments import EnsembleArguments, UserError, dump_recipe, one_line_errors, parse_arguments
+from hf_seg.arguments import EnsembleArguments, dump_recipe, parse_arguments
 from hf_seg.data.dataloaders import LabelledImages, UnlabelledImages
 from hf_seg.data.open_earth_map import DatasetError, load_open_earth_map_sar
+from hf_seg.errors import UserError, one_line_errors
 from hf_seg.hub.ensemble_folder import CONFIG_FILE, read_ensemble
 from hf_seg.hub.push import publish
 from hf_seg.inference.weighted_votes import WeightedVotes

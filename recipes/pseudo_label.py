@@ -28,15 +28,7 @@ from huggingface_hub import snapshot_download
 from tqdm import tqdm
 from transformers.utils.logging import disable_progress_bar
 
-from hf_seg.arguments import (
-    FREE_ON_RESUME,
-    PseudoLabelArguments,
-    UserError,
-    check_same_recipe,
-    dump_recipe,
-    one_line_errors,
-    parse_arguments,
-)
+from hf_seg.arguments import FREE_ON_RESUME, PseudoLabelArguments, check_same_recipe, dump_recipe, parse_arguments
 from hf_seg.data.dataloaders import Sample, UnlabelledImages
 from hf_seg.data.label_shards import (
     LabelledTile,
@@ -52,6 +44,7 @@ from hf_seg.data.label_shards import (
     write_whole,
 )
 from hf_seg.data.open_earth_map import DatasetError, load_open_earth_map_sar
+from hf_seg.errors import UserError, one_line_errors
 from hf_seg.hub.cards import write_pseudo_label_card
 from hf_seg.hub.push import publish
 from hf_seg.inference.views import Votes

@@ -3,9 +3,9 @@
     accelerate launch recipes/stage1.py --config recipes/configs/stage1/segformer_b3.yaml \\
         --source_dir data/OpenEarthMap_wo_xBD --data_dir data/dfc25_track1 --output_dir runs/stage1_b3
 
-Source images are aligned in resolution (RAA) now and then. The teacher, an average of the student, labels the target;
-half of each source image's classes are pasted onto a target image, and the student learns both. `--method source_only`
-and `--raa_prob 0` are the baselines. A killed run goes on with `--resume_from_checkpoint latest`.
+Some source images are aligned in resolution (RAA). The teacher, an average of the student, labels the target; half of
+each source image's classes are pasted onto a target image, and the student learns both. `--method source_only` and
+`--raa_prob 0` are the baselines. A killed run goes on with `--resume_from_checkpoint latest`.
 
 The teacher is at the root of the output folder, the student in `student/`. Both are scored on the source's validation
 split, and then on the target's if it has images and labels; `best/` is the best teacher by the last of these.
@@ -28,7 +28,7 @@ from hf_seg.adaptation.class_mix import mix_domains, sample_class_mask
 from hf_seg.adaptation.mean_teacher import MeanTeacher
 from hf_seg.adaptation.pseudo_labels import CollapseWatch, describe_pseudo_labels, weigh_pseudo_labels
 from hf_seg.adaptation.strong_augmentation import strong_augment
-from hf_seg.arguments import Stage1Arguments, one_line_errors, parse_arguments
+from hf_seg.arguments import Stage1Arguments, parse_arguments
 from hf_seg.data.dataloaders import (
     AugmentedStream,
     LabelledImages,
@@ -44,6 +44,7 @@ from hf_seg.data.open_earth_map import (
     scan_open_earth_map_sar,
 )
 from hf_seg.data.transforms import ResolutionAlignment, optical_transform
+from hf_seg.errors import one_line_errors
 from hf_seg.hub.push import publish
 from hf_seg.labels import CLASS_NAMES, IGNORE_INDEX
 from hf_seg.losses import cross_entropy

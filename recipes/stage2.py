@@ -19,10 +19,11 @@ from accelerate import Accelerator
 from accelerate.utils import set_seed
 from torch import Tensor, nn
 
-from hf_seg.arguments import Stage2Arguments, dump_recipe, one_line_errors, parse_arguments
+from hf_seg.arguments import Stage2Arguments, dump_recipe, parse_arguments
 from hf_seg.data.dataloaders import AugmentedStream, LabelledImages, load_pseudo_labels, train_dataloader
 from hf_seg.data.open_earth_map import DatasetError, load_open_earth_map_sar
 from hf_seg.data.transforms import sar_transform
+from hf_seg.errors import one_line_errors
 from hf_seg.hub.export import export_model
 from hf_seg.hub.push import publish
 from hf_seg.losses import noise_robust_loss

@@ -25,8 +25,8 @@ import rasterio
 from rasterio.errors import NotGeoreferencedWarning, RasterioError
 from tqdm import tqdm
 
-from hf_seg.arguments import UserError, one_line_errors
 from hf_seg.data.open_earth_map import DatasetError
+from hf_seg.errors import UserError, one_line_errors
 from hf_seg.labels import BACKGROUND, IGNORE_INDEX, NUM_LABELS
 from hf_seg.report.label_audit import calibrate, count_confidence, count_pixels, summarize
 from hf_seg.report.label_audit_figures import GalleryRow, plot_gallery, plot_transitions

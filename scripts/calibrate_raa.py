@@ -30,8 +30,8 @@ from matplotlib.ticker import MaxNLocator
 from rasterio.errors import NotGeoreferencedWarning, RasterioError
 from tqdm import tqdm
 
-from hf_seg.arguments import UserError, one_line_errors
 from hf_seg.data.transforms import align_resolution
+from hf_seg.errors import UserError, one_line_errors
 from hf_seg.report import power_spectra as spectra
 from hf_seg.report.plots import DPI, save_figure, style_axes
 from hf_seg.report.power_spectra import Mixture, Spectra

@@ -23,9 +23,9 @@ from accelerate import Accelerator
 from accelerate.utils import gather_object
 from transformers.utils.logging import disable_progress_bar
 
-from hf_seg.arguments import UserError, one_line_errors
 from hf_seg.data.dataloaders import LabelledImages
 from hf_seg.data.open_earth_map import SPLITS, DatasetError, load_open_earth_map_sar
+from hf_seg.errors import UserError, one_line_errors
 from hf_seg.metrics import LandCoverIoU
 from hf_seg.models import SegmentationNetwork, load_trained
 from hf_seg.training.evaluation import draw_results, evaluate_network

@@ -21,8 +21,8 @@ import rasterio
 from PIL import Image
 from rasterio.errors import NotGeoreferencedWarning, RasterioError
 
-from hf_seg.arguments import UserError, one_line_errors
 from hf_seg.data.open_earth_map import DatasetError, scan_open_earth_map_sar
+from hf_seg.errors import UserError, one_line_errors
 from hf_seg.inference.raster_input import Scene
 from hf_seg.labels import BACKGROUND, NUM_LABELS
 

@@ -23,9 +23,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--val", metavar="N", type=int, default=12, help="SAR scenes, clean labels (%(default)s)")
     parser.add_argument("--test", metavar="N", type=int, default=0, help="the same, for the end (%(default)s)")
     parser.add_argument("--size", metavar="PX", type=int, default=256, help="side of a tile (%(default)s)")
-    parser.add_argument(
-        "--scene", metavar="PX", type=int, default=0, help="side of one large SAR scene (%(default)s)"
-    )
+    parser.add_argument("--scene", metavar="PX", type=int, default=0, help="side of one large SAR scene (%(default)s)")
     parser.add_argument("--num_workers", metavar="W", type=int, default=os.cpu_count() or 1, help="processes")
     options = parser.parse_args(arguments)
 

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from transformers.utils.logging import disable_progress_bar
 
-from hf_seg.arguments import UserError, one_line_errors
+from hf_seg.errors import UserError, one_line_errors
 from hf_seg.hub.cards import write_model_card
 from hf_seg.hub.push import check_login, find_kind, push
 

@@ -23,8 +23,8 @@ import stage1
 import stage2
 
 from hf_seg.adaptation.mean_teacher import MeanTeacher
-from hf_seg.arguments import one_line_errors
 from hf_seg.data.open_earth_map import DatasetError
+from hf_seg.errors import one_line_errors
 from hf_seg.training import teacher_student
 
 _context = multiprocessing.get_context("forkserver")

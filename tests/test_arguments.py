@@ -15,12 +15,11 @@ from hf_seg.arguments import (
     RecipeArguments,
     Stage1Arguments,
     Stage2Arguments,
-    UserError,
     check_same_recipe,
     dump_recipe,
-    one_line_errors,
     parse_arguments,
 )
+from hf_seg.errors import UserError, one_line_errors
 
 CONFIGS = Path(__file__).parents[1] / "recipes/configs"
 STAGE2_CONFIGS = sorted([*CONFIGS.glob("stage2/*.yaml"), *CONFIGS.glob("toy/stage2*.yaml")])

@@ -15,9 +15,9 @@ import pytest
 from conftest import write_tiff
 from PIL import Image
 
-from hf_seg.arguments import UserError
 from hf_seg.data.open_earth_map import DatasetError
 from hf_seg.data.toy_world import make_toy_world
+from hf_seg.errors import UserError
 from hf_seg.labels import IGNORE_INDEX, LABEL2ID, NUM_LABELS
 from hf_seg.metrics import ConfusionMatrix
 from hf_seg.report import label_audit, label_audit_figures

@@ -14,9 +14,10 @@ import yaml
 from conftest import write_tiff
 from PIL import Image
 
-from hf_seg.arguments import Stage1Arguments, UserError
+from hf_seg.arguments import Stage1Arguments
 from hf_seg.data.toy_world import SOURCE_FOLDER, TARGET_FOLDER, make_toy_world
 from hf_seg.data.transforms import align_resolution
+from hf_seg.errors import UserError
 from hf_seg.report import power_spectra
 from hf_seg.report.power_spectra import N_RINGS, PATCH, RATIOS, RING_EDGES, Mixture, Spectra
 

@@ -12,7 +12,7 @@ from hub_folders import make_ensemble, make_results, make_stage1, make_stage2
 from huggingface_hub import ModelCard
 from PIL import Image
 
-from hf_seg.arguments import UserError
+from hf_seg.errors import UserError
 from hf_seg.hub.cards import write_model_card
 from hf_seg.labels import CLASS_NAMES, PALETTE
 

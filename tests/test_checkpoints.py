@@ -16,7 +16,7 @@ from accelerate import Accelerator
 from accelerate.utils import set_seed
 from torch import Tensor, nn
 
-from hf_seg.arguments import UserError
+from hf_seg.errors import UserError
 from hf_seg.training.checkpoints import Progress, StopSignal, find_checkpoint, load_checkpoint, save_checkpoint
 
 

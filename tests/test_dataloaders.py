@@ -12,7 +12,6 @@ import pytest
 import torch
 from PIL import Image
 
-from hf_seg.arguments import UserError
 from hf_seg.data.dataloaders import (
     AugmentedStream,
     LabelledImages,
@@ -25,6 +24,7 @@ from hf_seg.data.dataloaders import (
 )
 from hf_seg.data.open_earth_map import DatasetError, load_open_earth_map_sar
 from hf_seg.data.transforms import sar_transform, to_pixel_values
+from hf_seg.errors import UserError
 from hf_seg.labels import IGNORE_INDEX
 
 Batch = dict[str, Any]

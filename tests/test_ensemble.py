@@ -18,10 +18,10 @@ from torch import Tensor
 from transformers import AutoImageProcessor, AutoModelForSemanticSegmentation, PreTrainedModel
 
 import hf_seg
-from hf_seg.arguments import UserError
 from hf_seg.data.transforms import to_pixel_values
 from hf_seg.ensemble import EnsembleForSemanticSegmentation as Ensemble
 from hf_seg.ensemble import Prediction
+from hf_seg.errors import UserError
 from hf_seg.hub import ensemble_folder
 from hf_seg.hub.export import export_model
 from hf_seg.inference.sliding_window import sliding_window_probs

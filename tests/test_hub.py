@@ -24,7 +24,7 @@ from safetensors.torch import load_file
 from transformers import AutoImageProcessor, AutoModelForSemanticSegmentation
 
 from hf_seg import EnsembleForSemanticSegmentation
-from hf_seg.arguments import UserError, one_line_errors
+from hf_seg.errors import UserError, one_line_errors
 from hf_seg.hub.push import check_login, check_whole, push
 from hf_seg.labels import LABEL2ID
 
@@ -84,7 +84,7 @@ from datasets import load_dataset
 from huggingface_hub import hf_hub_download
 from transformers import AutoImageProcessor, AutoModelForSemanticSegmentation, pipeline
 from hf_seg import EnsembleForSemanticSegmentation
-from hf_seg.arguments import UserError
+from hf_seg.errors import UserError
 from hf_seg.models import load_trained
 
 def weights(model):

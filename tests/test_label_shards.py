@@ -6,7 +6,6 @@ import numpy as np
 import pytest
 import torch
 
-from hf_seg.arguments import UserError
 from hf_seg.data.label_shards import (
     LabelledTile,
     beyond_swath,
@@ -17,6 +16,7 @@ from hf_seg.data.label_shards import (
     summarize,
     write_shard,
 )
+from hf_seg.errors import UserError
 from hf_seg.labels import IGNORE_INDEX, NUM_LABELS
 
 

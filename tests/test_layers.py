@@ -16,7 +16,7 @@ LEAVES = sorted([*PROJECT.glob("recipes/*.py"), *PROJECT.glob("scripts/*.py")])
 LAYERS = [
     [f"hf_seg.{name}" for name in layer.split()]
     for layer in (
-        "labels arguments data.open_earth_map",
+        "labels errors strict_yaml arguments data.open_earth_map",
         """losses metrics land_cover_iou data.transforms data.doctor data.download
         adaptation.class_mix adaptation.pseudo_labels adaptation.mean_teacher adaptation.strong_augmentation
         inference.sliding_window inference.views inference.weighted_votes inference.image_input inference.band_store

@@ -18,7 +18,7 @@ from conftest import write_tiff
 from raster_networks import pointwise, predict, speckled
 from torch import nn
 
-from hf_seg.arguments import UserError
+from hf_seg.errors import UserError
 from hf_seg.inference.map_job import MapJob
 from hf_seg.inference.predictor import Predictor, load_members
 from hf_seg.inference.raster_options import RasterOptions

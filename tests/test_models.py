@@ -22,7 +22,7 @@ from transformers import (
     ViTConfig,
 )
 
-from hf_seg.arguments import UserError
+from hf_seg.errors import UserError
 from hf_seg.hub.export import image_processor
 from hf_seg.labels import ID2LABEL, IGNORE_INDEX, LABEL2ID, NUM_LABELS
 from hf_seg.models import PRESETS, SegmentationNetwork, build_model, encoder_and_heads, load_trained

@@ -12,9 +12,9 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoImageProcessor, AutoModelForSemanticSegmentation
 
-from hf_seg.arguments import UserError
 from hf_seg.data.transforms import to_pixel_values
 from hf_seg.ensemble import EnsembleForSemanticSegmentation
+from hf_seg.errors import UserError
 from hf_seg.hub.export import export_model
 from hf_seg.inference.predictor import Member, Predictor, is_steady, load_members
 from hf_seg.inference.sliding_window import sliding_window_probs

@@ -28,10 +28,11 @@ from PIL import Image
 sys.path.insert(0, str(Path(__file__).parents[1] / "recipes"))
 import pseudo_label
 
-from hf_seg.arguments import FREE_ON_RESUME, PseudoLabelArguments, one_line_errors, parse_arguments
+from hf_seg.arguments import FREE_ON_RESUME, PseudoLabelArguments, parse_arguments
 from hf_seg.data.dataloaders import LabelledImages, load_pseudo_labels
 from hf_seg.data.label_shards import CONFIDENCE_STEP, LabelledTile, beyond_swath, summarize, write_shard
 from hf_seg.data.open_earth_map import DatasetError, load_open_earth_map_sar
+from hf_seg.errors import one_line_errors
 from hf_seg.hub.cards import write_pseudo_label_card
 from hf_seg.hub.export import export_model
 from hf_seg.inference.views import VIEW_PRESETS

@@ -18,7 +18,7 @@ from rasterio.transform import from_origin
 from torch import Tensor, nn
 
 import hf_seg.inference.polygons
-from hf_seg.arguments import UserError
+from hf_seg.errors import UserError
 from hf_seg.inference.predictor import Member
 from hf_seg.inference.raster import predict_raster
 from hf_seg.labels import CLASS_NAMES, NUM_LABELS, PALETTE

@@ -12,7 +12,7 @@ from conftest import write_tiff
 from rasterio.enums import ColorInterp
 from scipy.ndimage import label as label_components
 
-from hf_seg.arguments import UserError
+from hf_seg.errors import UserError
 from hf_seg.inference.raster_input import READ_ROWS, SAR_LEVELS, Scene
 from hf_seg.inference.zero_collar import ZeroCollar
 

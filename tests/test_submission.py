@@ -12,8 +12,8 @@ from conftest import write_tiff
 from PIL import Image
 from torch import nn
 
-from hf_seg.arguments import one_line_errors
 from hf_seg.data.open_earth_map import DatasetError
+from hf_seg.errors import one_line_errors
 from hf_seg.inference.raster import predict_raster
 from hf_seg.labels import NUM_LABELS
 

@@ -21,7 +21,7 @@ import pyarrow.parquet as pq
 from PIL import Image
 from scipy import ndimage
 
-from hf_seg.arguments import UserError
+from hf_seg.errors import UserError
 from hf_seg.labels import BACKGROUND, CLASS_NAMES
 
 CONFIDENCE_STEP = 5  # of 255; in finer steps a tile of 1024 pixels from a noisy network could exceed 1 MB

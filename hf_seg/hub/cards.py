@@ -14,8 +14,9 @@ import jinja2
 import yaml
 from huggingface_hub import DatasetCard, DatasetCardData, EvalResult, ModelCard, ModelCardData
 
-from hf_seg.arguments import FREE_ON_RESUME, UserError
+from hf_seg.arguments import FREE_ON_RESUME
 from hf_seg.data.label_shards import CONFIDENCE_STEP, write_whole
+from hf_seg.errors import UserError
 from hf_seg.labels import CLASS_NAMES, IGNORE_INDEX, LABEL2ID, PALETTE
 
 TEMPLATES = Path(__file__).parents[2] / "model_cards"  # beside the package: cards are made in a checkout

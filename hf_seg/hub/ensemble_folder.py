@@ -17,7 +17,7 @@ import numpy as np
 from huggingface_hub import snapshot_download
 from transformers import AutoImageProcessor
 
-from hf_seg.arguments import UserError
+from hf_seg.errors import UserError
 from hf_seg.hub.export import image_processor
 from hf_seg.labels import BACKGROUND
 from hf_seg.models import SegmentationNetwork, load_trained

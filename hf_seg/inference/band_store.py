@@ -13,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 
-from hf_seg.arguments import UserError
+from hf_seg.errors import UserError
 
 
 class BandStore:

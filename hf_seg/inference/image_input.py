@@ -5,7 +5,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from hf_seg.arguments import UserError
+from hf_seg.errors import UserError
 
 ImageInput = Image.Image | np.ndarray | str | Path
 

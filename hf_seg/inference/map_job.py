@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from hf_seg.arguments import UserError
+from hf_seg.errors import UserError
 from hf_seg.inference.band_store import BandStore
 from hf_seg.inference.map_figure import plot_map
 from hf_seg.inference.map_statistics import MapStatistics

@@ -10,7 +10,7 @@ import numpy as np
 import rasterio
 import rasterio.features
 
-from hf_seg.arguments import UserError
+from hf_seg.errors import UserError
 from hf_seg.labels import BACKGROUND, CLASS_NAMES
 
 DRIVERS = {".gpkg": "GPKG", ".geojson": "GeoJSON", ".fgb": "FlatGeobuf"}

@@ -25,7 +25,8 @@ import torch
 from accelerate import PartialState
 from transformers.utils.logging import disable_progress_bar
 
-from hf_seg.arguments import UserError, nearest, one_line_errors
+from hf_seg.arguments import nearest
+from hf_seg.errors import UserError, one_line_errors
 from hf_seg.inference.map_job import MapJob
 from hf_seg.inference.predictor import PRECISIONS, Predictor, load_members
 from hf_seg.inference.raster import GDAL_CACHE, map_scene

@@ -24,8 +24,8 @@ from transformers import (
     UperNetForSemanticSegmentation,
 )
 
-from hf_seg.arguments import UserError
 from hf_seg.data.transforms import IMAGE_MEAN, IMAGE_STD
+from hf_seg.errors import UserError
 from hf_seg.hub.ensemble_folder import CONFIG_FILE, find_folder, read_ensemble
 from hf_seg.inference.sliding_window import sliding_window_probs
 from hf_seg.inference.views import VIEW_PRESETS, average_views

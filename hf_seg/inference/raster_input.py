@@ -22,7 +22,7 @@ from rasterio.enums import ColorInterp, MaskFlags
 from rasterio.errors import NotGeoreferencedWarning, RasterioError
 from rasterio.windows import Window
 
-from hf_seg.arguments import UserError
+from hf_seg.errors import UserError
 from hf_seg.inference.zero_collar import ZeroCollar
 
 logger = logging.getLogger(__name__)

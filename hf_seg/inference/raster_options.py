@@ -4,7 +4,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from hf_seg.arguments import UserError, setting
+from hf_seg.arguments import setting
+from hf_seg.errors import UserError
 from hf_seg.inference.polygons import DRIVERS, check_polygon_target
 
 

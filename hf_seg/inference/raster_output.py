@@ -18,7 +18,7 @@ from rasterio.enums import Resampling
 from rasterio.errors import NotGeoreferencedWarning
 from rasterio.windows import Window
 
-from hf_seg.arguments import UserError
+from hf_seg.errors import UserError
 from hf_seg.inference.raster_input import GDAL_ERRORS
 from hf_seg.labels import BACKGROUND, CLASS_NAMES, PALETTE
 

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 
-from hf_seg.arguments import UserError
+from hf_seg.errors import UserError
 
 logger = logging.getLogger(__name__)
 

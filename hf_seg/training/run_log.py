@@ -14,7 +14,8 @@ from accelerate import Accelerator
 from torch import Tensor
 from tqdm import tqdm
 
-from hf_seg.arguments import RecipeArguments, UserError
+from hf_seg.arguments import RecipeArguments
+from hf_seg.errors import UserError
 
 
 def check_tracker(report_to: str) -> None:

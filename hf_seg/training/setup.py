@@ -12,7 +12,8 @@ from torch import nn
 from transformers import PreTrainedModel, UperNetForSemanticSegmentation
 from transformers.utils.logging import disable_progress_bar
 
-from hf_seg.arguments import HubSettings, RecipeArguments, UserError, check_same_recipe, dump_recipe
+from hf_seg.arguments import HubSettings, RecipeArguments, check_same_recipe, dump_recipe
+from hf_seg.errors import UserError
 from hf_seg.hub.push import check_login
 from hf_seg.models import SegmentationNetwork, build_model
 from hf_seg.training.checkpoints import find_checkpoint
