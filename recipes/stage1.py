@@ -194,9 +194,8 @@ def load_images(
 ) -> tuple[LabelledImages, UnlabelledImages, dict[str, LabelledImages]]:
     """Load labelled source images, target images, and what validates: source, and target if it has both."""
     with accelerator.main_process_first():  # the first process checks and indexes the files, the others find the index
-        source = LabelledImages(
-            load_open_earth_map(args.source_dir, "train"), "image", keep_background=args.keep_background
-        )
+        source_rows = load_open_earth_map(args.source_dir, "train")
+        source = LabelledImages(source_rows, "image", keep_background=args.keep_background)
         target = UnlabelledImages(load_open_earth_map_sar(args.data_dir, "train"), "optical")
         if not args.eval_steps:
             return source, target, {}
