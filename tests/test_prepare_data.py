@@ -69,7 +69,11 @@ def mirror(tmp_path: Path) -> Iterator[str]:
 def start(*arguments: object, url: str = "") -> "subprocess.Popen[str]":
     environment = os.environ | {"HF_SEG_ZENODO_URL": url, "no_proxy": "127.0.0.1", "HF_HUB_OFFLINE": "1"}
     command = [sys.executable, str(SCRIPT), *map(str, arguments)]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment)
+    pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    # a shell's background job ignores Ctrl-C, and so would what it starts
+    return subprocess.Popen(
+        command, **pipes, env=environment, preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)
+    )
 
 
 def run(*arguments: object, url: str = "") -> tuple[int, str, str]:

@@ -17,7 +17,7 @@ from hf_seg.errors import one_line_errors
 from hf_seg.inference.raster import predict_raster
 from hf_seg.labels import NUM_LABELS
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "scripts"))
+sys.path.append(str(Path(__file__).parents[1] / "scripts"))  # last: it holds an evaluate.py
 import make_submission
 
 
