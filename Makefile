@@ -31,16 +31,16 @@ WORLD := $(QUICKSTART)/world
 LAUNCH := $(BIN)/accelerate launch -q
 TOY := recipes/configs/toy
 quickstart: $(WORLD)
-	$(LAUNCH) recipes/stage1.py --config $(TOY)/stage1_segformer.yaml --max_train_steps 300 --eval_steps 300 \
+	$(LAUNCH) recipes/stage1.py --config $(TOY)/stage1_segformer.yaml --crop_size 64 --max_train_steps 500 --eval_steps 500 \
 		--source_dir $(WORLD)/OpenEarthMap_wo_xBD --data_dir $(WORLD)/dfc25_track1 \
 		--output_dir $(QUICKSTART)/stage1 --resume_from_checkpoint latest
 	$(LAUNCH) recipes/pseudo_label.py --model $(QUICKSTART)/stage1 --tta flips \
 		--data_dir $(WORLD)/dfc25_track1 --output_dir $(QUICKSTART)/labels
 	$(BIN)/python scripts/audit_labels.py $(WORLD)/dfc25_track1/train/labels $(QUICKSTART)/labels \
 		--truth $(WORLD)/dfc25_track1_extra/train_clean_labels --output $(QUICKSTART)/audit
-	for member in segformer:250 upernet_convnextv2:150 upernet_swinv2:100; do \
+	for member in segformer:300 upernet_convnextv2:150 upernet_swinv2:100; do \
 		$(LAUNCH) recipes/stage2.py --config $(TOY)/stage2_$${member%:*}.yaml --max_train_steps $${member#*:} \
-			--eval_steps $${member#*:} --data_dir $(WORLD)/dfc25_track1 --pseudo_labels $(QUICKSTART)/labels \
+			--eval_steps $${member#*:} --learning_rate 2e-3 --data_dir $(WORLD)/dfc25_track1 --pseudo_labels $(QUICKSTART)/labels \
 			--output_dir $(QUICKSTART)/$${member%:*} --resume_from_checkpoint latest || exit 1; done
 	$(LAUNCH) recipes/ensemble.py --data_dir $(WORLD)/dfc25_track1 --split test --output_dir $(QUICKSTART)/ensemble \
 		--members $(QUICKSTART)/segformer $(QUICKSTART)/upernet_convnextv2 $(QUICKSTART)/upernet_swinv2
