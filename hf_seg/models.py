@@ -164,7 +164,9 @@ def _find_config(name: str, from_scratch: bool, **place: str) -> PretrainedConfi
     try:
         return AutoConfig.from_pretrained(name, **place)
     except (OSError, ValueError) as error:
-        way_out = "fetch it where there is a network (`hf download`), give a local folder, or add --from_scratch true"
+        way_out = "fetch it where there is a network (`hf download`), or give a local folder"
+        if not place:  # it is to be trained
+            way_out += ", or add --from_scratch true"
         if from_scratch:
             way_out = f"sizes known without a download: {', '.join(PRESETS)}"
         raise UserError(

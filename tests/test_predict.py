@@ -242,14 +242,14 @@ MISTAKES: dict[str, tuple[Callable[[Path], Any], tuple[str, ...], str]] = {
         raster(),
         ("--model", "nobody/nothing"),
         "model 'nobody/nothing' is neither a folder with a config.json nor to be had from the Hub now; fetch it where "
-        "there is a network (`hf download`), give a local folder, or add --from_scratch true (We couldn't connect to "
+        "there is a network (`hf download`), or give a local folder (We couldn't connect to "
         "'https://huggingface.co' to load the files, and couldn't find them in the cached files.)",
     ),
     "model": (
         raster(),
         ("--model", "{dir}"),
         "model '{dir}' is neither a folder with a config.json nor to be had from the Hub now; fetch it where there is "
-        "a network (`hf download`), give a local folder, or add --from_scratch true (Unrecognized model in {dir}. "
+        "a network (`hf download`), or give a local folder (Unrecognized model in {dir}. "
         "Should have a `model_type` key in its config.json.)",
     ),
 }
