@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+import cv2
 import numpy as np
 import pytest
 import rasterio
@@ -187,6 +188,15 @@ def test_label_noise_is_no_salt_and_pepper(tiles: list[Tile]) -> None:
     neighbours = (wrong[:, 1:-1, :-2] + wrong[:, 1:-1, 2:] + wrong[:, :-2, 1:-1] + wrong[:, 2:, 1:-1]) > 0
     isolated = wrong[:, 1:-1, 1:-1] & ~neighbours
     assert isolated.sum() < 0.02 * wrong.sum()  # a third of them, were they independent
+
+
+def test_label_noise_follows_what_is_seen(tiles: list[Tile]) -> None:
+    """Wide places are mistaken more often than narrow ones, so a network learns the mistakes; chance does not."""
+    developed = LABEL2ID["developed space"]
+    where = [tile.label == developed for tile in tiles]
+    share = np.concatenate([cv2.blur(w.astype(np.float32), (31, 31))[w] for w in where])  # developed space around
+    wrong = np.concatenate([(tile.noisy != tile.label)[w] for tile, w in zip(tiles, where, strict=True)])
+    assert wrong[share > 0.95].mean() > 1.5 * wrong[(share > 0.4) & (share < 0.7)].mean()
 
 
 def test_single_pixels_and_windows_tell_little_on_unseen_scenes(tiles: list[Tile]) -> None:
