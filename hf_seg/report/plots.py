@@ -237,6 +237,13 @@ def _mark_best(axes: Axes, steps: np.ndarray, scores: np.ndarray) -> None:
 
 
 def draw_matrix(axes: Axes, percent: np.ndarray, shown: list[int], truth: np.ndarray) -> None:
+    """Draw a confusion matrix as a table of shaded numbers.
+
+    Args:
+        percent: (K, K), each row of the true pixels of its class; NaN rows are classes that do not occur.
+        shown: the K class ids.
+        truth: (K,) true pixels of each class.
+    """
     axes.set_facecolor(ABSENT_COLOR)  # shows where NaN leaves the rows of absent classes transparent
     axes.imshow(percent, cmap="Blues", vmin=0, vmax=100, aspect="auto")
     for (row, column), value in np.ndenumerate(percent):
@@ -321,6 +328,7 @@ def class_legend(ids: set[int]) -> list[Patch]:
 
 
 def style_axes(axes: Axes) -> None:
+    """Give a chart the project's plain looks: a pale grid behind it, no frame above and to the right."""
     axes.grid(color=GRID_COLOR, linewidth=0.8)
     axes.set_axisbelow(True)
     axes.spines[["top", "right"]].set_visible(False)
