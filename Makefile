@@ -47,7 +47,7 @@ quickstart: $(WORLD)
 	$(BIN)/hf-seg-predict $(WORLD)/scene.tif $(QUICKSTART)/map.tif --model $(QUICKSTART)/ensemble --preview --overwrite
 
 $(WORLD): | install
-	$(BIN)/python scripts/make_toy_world.py --output $@ --seed 0 --source 48 --train 48 --val 8 --test 8 --size 256 \
+	$(BIN)/python scripts/make_synthetic_dataset.py --output $@ --seed 0 --source 48 --train 48 --val 8 --test 8 --size 256 \
 		--scene 2048
 
 test: install

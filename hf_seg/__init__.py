@@ -12,7 +12,7 @@ def __getattr__(name: str) -> Any:  # so that `import hf_seg` needs no seconds o
 
         return EnsembleForSemanticSegmentation
     if name == "predict_raster":
-        from hf_seg.inference.raster import predict_raster
+        from hf_seg.mapping.raster import predict_raster
 
         return predict_raster
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -17,7 +17,6 @@ from huggingface_hub import ModelHubMixin
 from torch import Tensor, nn
 from transformers.modeling_outputs import SemanticSegmenterOutput
 
-from hf_seg.data.transforms import to_pixel_values
 from hf_seg.errors import UserError
 from hf_seg.hub.ensemble_folder import (
     CONFIG_FILE,
@@ -33,10 +32,11 @@ from hf_seg.hub.ensemble_folder import (
 )
 from hf_seg.inference.image_input import ImageInput, read_image
 from hf_seg.inference.sliding_window import sliding_window_probs
-from hf_seg.inference.views import average_views
-from hf_seg.inference.weighted_votes import WeightedVotes
+from hf_seg.inference.tta import average_views
+from hf_seg.inference.vote import WeightedVotes
 from hf_seg.labels import ID2LABEL, LABEL2ID
 from hf_seg.models import SegmentationNetwork
+from hf_seg.normalization import to_pixel_values
 
 IMAGES_PER_LOAD = 16  # with low_memory: so many running sums are held while a member is, 33 MB each at 1024 pixels
 
@@ -245,7 +245,7 @@ class EnsembleForSemanticSegmentation(
 
         Args:
             images: one or several of: file, PIL image, (H, W) or (H, W, 3) uint8 array.
-            views: one of `hf_seg.inference.views.VIEW_PRESETS`, over which probabilities are averaged.
+            views: one of `hf_seg.inference.tta.VIEW_PRESETS`, over which probabilities are averaged.
             stride: step of the window as a share of it, in (0, 1].
             batch_size: windows per forward pass.
             return_uncertainty: fill in `entropy` and `disagreement`.

@@ -6,22 +6,38 @@ from contextlib import contextmanager
 
 
 class UserError(ValueError):
-    """A mistake of the user: recipes and scripts show it as one line, without a traceback."""
+    """A mistake that the user can fix; the message names the value or file, and how to fix it."""
+
+
+class DatasetError(UserError):
+    """Data on disk that cannot be used; the message says which file, why, and how to fix it."""
+
+
+class FileError(UserError):
+    """A file or folder of the user's that cannot be read or written; the message names it and the reason."""
 
 
 @contextmanager
-def one_line_errors(*also: type[Exception]) -> Iterator[None]:
-    """End the program with `error: ...` on stderr and exit code 2 where the user made a mistake.
+def file_errors(path: object, action: str, hint: str = "") -> Iterator[None]:
+    """Turn an `OSError` into a `FileError` that names the file.
 
     Args:
-        also: exception types that are the user's, beside `UserError`.
+        path: file or folder, as the user knows it.
+        action: what failed, e.g. "cannot be read".
+        hint: how to fix it.
     """
-    users: tuple[type[Exception], ...] = (UserError, *also)
     try:
         yield
-    except users as error:
-        message = str(error)
-        if "Original Traceback" in message:  # of a loader's worker: the last line is the error itself
-            message = message.strip().splitlines()[-1].partition(": ")[2]
-        print(f"error: {message}", file=sys.stderr, flush=True)
+    except OSError as error:
+        reason = error.strerror or " ".join(str(error).split()) or type(error).__name__
+        raise FileError(f"{path} {action} ({reason}){hint and f'; {hint}'}") from error
+
+
+@contextmanager
+def one_line_errors() -> Iterator[None]:
+    """End the program with `error: ...` on stderr and exit code 2 on a `UserError`."""
+    try:
+        yield
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr, flush=True)
         raise SystemExit(2) from None

@@ -1,6 +1,6 @@
 """Scores of a whole set of label maps, from one confusion matrix: IoU per class, their mean, overall accuracy.
 
-`LandCoverIoU`, the same as an `evaluate.Metric`, is imported when first asked for, since evaluate is slow to import.
+`hf_seg.land_cover_iou.LandCoverIoU` offers the same as an `evaluate.Metric`.
 """
 
 from typing import Any, Self
@@ -110,11 +110,3 @@ def _as_integers(values: Tensor | np.ndarray, name: str) -> np.ndarray:
             f"{name} must be integer class ids, got {values.dtype}; take the argmax of probabilities first"
         )
     return values
-
-
-def __getattr__(name: str) -> Any:
-    if name == "LandCoverIoU":
-        from hf_seg.land_cover_iou import LandCoverIoU
-
-        return LandCoverIoU
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

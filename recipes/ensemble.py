@@ -29,11 +29,11 @@ from transformers.utils.logging import disable_progress_bar
 from hf_seg import EnsembleForSemanticSegmentation
 from hf_seg.arguments import EnsembleArguments, dump_recipe, parse_arguments
 from hf_seg.data.dataloaders import LabelledImages, UnlabelledImages
-from hf_seg.data.open_earth_map import DatasetError, load_open_earth_map_sar
-from hf_seg.errors import UserError, one_line_errors
+from hf_seg.data.open_earth_map import load_open_earth_map_sar
+from hf_seg.errors import DatasetError, UserError, one_line_errors
 from hf_seg.hub.ensemble_folder import CONFIG_FILE, read_ensemble
 from hf_seg.hub.push import publish
-from hf_seg.inference.weighted_votes import WeightedVotes
+from hf_seg.inference.vote import WeightedVotes
 from hf_seg.labels import NUM_LABELS
 from hf_seg.metrics import ConfusionMatrix
 from hf_seg.report.member_scores import plot_member_scores
@@ -214,5 +214,5 @@ def print_table(results: dict[str, Any]) -> None:
 
 
 if __name__ == "__main__":
-    with one_line_errors(DatasetError, OSError):
+    with one_line_errors():
         main()

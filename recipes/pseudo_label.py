@@ -30,7 +30,8 @@ from transformers.utils.logging import disable_progress_bar
 
 from hf_seg.arguments import FREE_ON_RESUME, PseudoLabelArguments, check_same_recipe, dump_recipe, parse_arguments
 from hf_seg.data.dataloaders import Sample, UnlabelledImages
-from hf_seg.data.label_shards import (
+from hf_seg.data.open_earth_map import load_open_earth_map_sar
+from hf_seg.data.pseudo_label_dataset import (
     LabelledTile,
     beyond_swath,
     check_inputs,
@@ -43,11 +44,10 @@ from hf_seg.data.label_shards import (
     write_shard,
     write_whole,
 )
-from hf_seg.data.open_earth_map import DatasetError, load_open_earth_map_sar
 from hf_seg.errors import UserError, one_line_errors
 from hf_seg.hub.cards import write_pseudo_label_card
 from hf_seg.hub.push import publish
-from hf_seg.inference.views import Votes
+from hf_seg.inference.tta import Votes
 from hf_seg.labels import IGNORE_INDEX, NUM_LABELS
 from hf_seg.models import SegmentationNetwork, load_trained
 from hf_seg.report.plots import plot_panel
@@ -227,5 +227,5 @@ def describe_dataset(shards: dict[Path, range], inputs: dict[str, Any], args: Ps
 
 
 if __name__ == "__main__":
-    with one_line_errors(DatasetError, OSError):
+    with one_line_errors():
         main()

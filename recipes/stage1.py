@@ -37,12 +37,7 @@ from hf_seg.data.dataloaders import (
     stream_seed,
     train_dataloader,
 )
-from hf_seg.data.open_earth_map import (
-    DatasetError,
-    load_open_earth_map,
-    load_open_earth_map_sar,
-    scan_open_earth_map_sar,
-)
+from hf_seg.data.open_earth_map import load_open_earth_map, load_open_earth_map_sar, scan_open_earth_map_sar
 from hf_seg.data.transforms import ResolutionAlignment, optical_transform
 from hf_seg.errors import one_line_errors
 from hf_seg.hub.push import publish
@@ -246,5 +241,5 @@ def segmentation_loss(
 
 
 if __name__ == "__main__":
-    with one_line_errors(DatasetError, OSError):
+    with one_line_errors():
         main()

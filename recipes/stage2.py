@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from hf_seg.arguments import Stage2Arguments, dump_recipe, parse_arguments
 from hf_seg.data.dataloaders import AugmentedStream, LabelledImages, load_pseudo_labels, train_dataloader
-from hf_seg.data.open_earth_map import DatasetError, load_open_earth_map_sar
+from hf_seg.data.open_earth_map import load_open_earth_map_sar
 from hf_seg.data.transforms import sar_transform
 from hf_seg.errors import one_line_errors
 from hf_seg.hub.export import export_model
@@ -166,5 +166,5 @@ def export(network: nn.Module, folder: Path, results: dict[str, Any] | None, arg
 
 
 if __name__ == "__main__":
-    with one_line_errors(DatasetError, OSError):
+    with one_line_errors():
         main()

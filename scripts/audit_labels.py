@@ -25,12 +25,11 @@ import rasterio
 from rasterio.errors import NotGeoreferencedWarning, RasterioError
 from tqdm import tqdm
 
-from hf_seg.data.open_earth_map import DatasetError
-from hf_seg.errors import UserError, one_line_errors
+from hf_seg.errors import DatasetError, UserError, one_line_errors
 from hf_seg.labels import BACKGROUND, IGNORE_INDEX, NUM_LABELS
-from hf_seg.report.label_audit import calibrate, count_confidence, count_pixels, summarize
-from hf_seg.report.label_audit_figures import GalleryRow, plot_gallery, plot_transitions
-from hf_seg.report.label_audit_page import GALLERY, NAMES, TRANSITIONS, judge, write_report
+from hf_seg.studies.label_audit import calibrate, count_confidence, count_pixels, summarize
+from hf_seg.studies.label_audit_figures import GalleryRow, plot_gallery, plot_transitions
+from hf_seg.studies.label_audit_page import GALLERY, NAMES, TRANSITIONS, judge, write_report
 
 FILES = {"audit.json", "audit.md", "index.html", TRANSITIONS, GALLERY}
 SUFFIXES = (".tif", ".tiff", ".png")
@@ -281,5 +280,5 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    with one_line_errors(DatasetError, OSError):
+    with one_line_errors():
         main()

@@ -22,8 +22,8 @@ import torch
 from rasterio.transform import from_origin
 from rasterio.windows import Window
 
-from hf_seg.inference.raster import predict_raster
 from hf_seg.labels import NUM_LABELS
+from hf_seg.mapping.raster import predict_raster
 from hf_seg.models import PRESETS, build_model
 
 STRIP = 500  # rows that are generated together; like the fields, out of step with windows and tiles

@@ -32,9 +32,9 @@ from tqdm import tqdm
 
 from hf_seg.data.transforms import align_resolution
 from hf_seg.errors import UserError, one_line_errors
-from hf_seg.report import power_spectra as spectra
 from hf_seg.report.plots import DPI, save_figure, style_axes
-from hf_seg.report.power_spectra import Mixture, Spectra
+from hf_seg.studies import power_spectra as spectra
+from hf_seg.studies.power_spectra import Mixture, Spectra
 
 SUFFIXES = (".tif", ".tiff", ".png", ".jpg", ".jpeg")
 UNALIGNED = Mixture(0.0, 0.5, 1.0)
@@ -310,5 +310,5 @@ def busiest(image: np.ndarray) -> tuple[slice, slice]:
 
 
 if __name__ == "__main__":
-    with one_line_errors(OSError):
+    with one_line_errors():
         main()

@@ -21,10 +21,10 @@ import rasterio
 from PIL import Image
 from rasterio.errors import NotGeoreferencedWarning, RasterioError
 
-from hf_seg.data.open_earth_map import DatasetError, scan_open_earth_map_sar
+from hf_seg.data.open_earth_map import scan_open_earth_map_sar
 from hf_seg.errors import UserError, one_line_errors
-from hf_seg.inference.raster_input import Scene
 from hf_seg.labels import BACKGROUND, NUM_LABELS
+from hf_seg.mapping.scene import Scene
 
 TILES = {"val": 210, "test": 490}
 
@@ -134,5 +134,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    with one_line_errors(DatasetError, OSError):
+    with one_line_errors():
         main()

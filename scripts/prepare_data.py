@@ -45,7 +45,7 @@ def run_check(options: argparse.Namespace) -> int:
     """Print what the doctor finds in a dataset folder; 0 healthy, 1 problems, 2 no dataset."""
     # Imported here, so that --help does not wait for datasets and rasterio.
     from hf_seg.data.doctor import examine
-    from hf_seg.data.open_earth_map import DatasetError
+    from hf_seg.errors import DatasetError
 
     try:
         report = examine(options.data_dir)

@@ -45,5 +45,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    with one_line_errors(OSError):
+    with one_line_errors():
         main()

@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 
 from hf_seg import EnsembleForSemanticSegmentation
 from hf_seg.arguments import EnsembleArguments, PseudoLabelArguments, Stage1Arguments, Stage2Arguments, dump_recipe
-from hf_seg.data.label_shards import LabelledTile, plan_shards, summarize, write_manifest, write_shard
+from hf_seg.data.pseudo_label_dataset import LabelledTile, plan_shards, summarize, write_manifest, write_shard
 from hf_seg.hub.cards import TEMPLATES, write_model_card, write_pseudo_label_card
 from hf_seg.hub.export import export_model
 from hf_seg.labels import CLASS_NAMES, NUM_LABELS

@@ -23,7 +23,6 @@ import stage1
 import stage2
 
 from hf_seg.adaptation.mean_teacher import MeanTeacher
-from hf_seg.data.open_earth_map import DatasetError
 from hf_seg.errors import one_line_errors
 from hf_seg.training import teacher_student
 
@@ -89,7 +88,7 @@ def _run(recipe: str, argv: tuple[str, ...], log: Path, rank: int, processes: in
     if disturb:
         event, _, number = disturb.partition(":")
         _DISTURBANCES[event](int(number or 0))
-    with one_line_errors(DatasetError, OSError):
+    with one_line_errors():
         _RECIPES[recipe].main(list(argv))
 
 

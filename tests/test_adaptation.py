@@ -12,9 +12,9 @@ from hf_seg.adaptation.class_mix import mix_domains, sample_class_mask
 from hf_seg.adaptation.mean_teacher import MeanTeacher
 from hf_seg.adaptation.pseudo_labels import CollapseWatch, describe_pseudo_labels, weigh_pseudo_labels
 from hf_seg.adaptation.strong_augmentation import strong_augment
-from hf_seg.data.transforms import to_pixel_values
 from hf_seg.labels import BACKGROUND, CLASS_NAMES, IGNORE_INDEX, NUM_LABELS
 from hf_seg.losses import cross_entropy
+from hf_seg.normalization import to_pixel_values
 
 
 def seeded(seed: int = 0) -> torch.Generator:

@@ -15,13 +15,12 @@ import pytest
 from conftest import write_tiff
 from PIL import Image
 
-from hf_seg.data.open_earth_map import DatasetError
-from hf_seg.data.toy_world import make_toy_world
-from hf_seg.errors import UserError
+from hf_seg.errors import DatasetError, UserError
 from hf_seg.labels import IGNORE_INDEX, LABEL2ID, NUM_LABELS
 from hf_seg.metrics import ConfusionMatrix
-from hf_seg.report import label_audit, label_audit_figures
-from hf_seg.report.label_audit_page import FEW_TILES, judge
+from hf_seg.studies import label_audit, label_audit_figures
+from hf_seg.studies.label_audit_page import FEW_TILES, judge
+from hf_seg.synthetic import make_synthetic_dataset
 
 SCRIPT = Path(__file__).parents[1] / "scripts/audit_labels.py"
 _spec = importlib.util.spec_from_file_location("audit_labels", SCRIPT)
@@ -527,7 +526,7 @@ def test_command_line_ends_with_one_line_and_status_two(
 
 
 def test_noisy_labels_of_the_generated_world_lose_against_the_clean_ones(tmp_path: Path) -> None:
-    make_toy_world(tmp_path / "world", seed=7, source=2, train=3, val=1, test=0, size=96, num_workers=1)
+    make_synthetic_dataset(tmp_path / "world", seed=7, source=2, train=3, val=1, test=0, size=96, num_workers=1)
     noisy, clean = tmp_path / "world/dfc25_track1/train", tmp_path / "world/dfc25_track1_extra/train_clean_labels"
     result = run(tmp_path / "audit", noisy / "labels", clean, "--truth", clean, "--images", noisy / "sar_images")
     assert result["verdict"].startswith("B is better by ") and result["truth"]["same_pixels"]["b"]["mean_iou"] == 1

@@ -15,11 +15,11 @@ from conftest import write_tiff
 from PIL import Image
 
 from hf_seg.arguments import Stage1Arguments
-from hf_seg.data.toy_world import SOURCE_FOLDER, TARGET_FOLDER, make_toy_world
 from hf_seg.data.transforms import align_resolution
 from hf_seg.errors import UserError
-from hf_seg.report import power_spectra
-from hf_seg.report.power_spectra import N_RINGS, PATCH, RATIOS, RING_EDGES, Mixture, Spectra
+from hf_seg.studies import power_spectra
+from hf_seg.studies.power_spectra import N_RINGS, PATCH, RATIOS, RING_EDGES, Mixture, Spectra
+from hf_seg.synthetic import SOURCE_FOLDER, TARGET_FOLDER, make_synthetic_dataset
 
 pytestmark = pytest.mark.filterwarnings("ignore::rasterio.errors.NotGeoreferencedWarning")
 SCRIPT = Path(__file__).parents[1] / "scripts/calibrate_raa.py"
@@ -37,7 +37,7 @@ def script() -> ModuleType:
 @pytest.fixture(scope="module")
 def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
     output: Path = tmp_path_factory.mktemp("raa") / "world"
-    make_toy_world(output=output, seed=7, source=24, train=8, val=1, size=256, num_workers=1)
+    make_synthetic_dataset(output=output, seed=7, source=24, train=8, val=1, size=256, num_workers=1)
     return output
 
 

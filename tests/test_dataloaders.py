@@ -22,10 +22,11 @@ from hf_seg.data.dataloaders import (
     seed_at,
     train_dataloader,
 )
-from hf_seg.data.open_earth_map import DatasetError, load_open_earth_map_sar
-from hf_seg.data.transforms import sar_transform, to_pixel_values
-from hf_seg.errors import UserError
+from hf_seg.data.open_earth_map import load_open_earth_map_sar
+from hf_seg.data.transforms import sar_transform
+from hf_seg.errors import DatasetError, UserError
 from hf_seg.labels import IGNORE_INDEX
+from hf_seg.normalization import to_pixel_values
 
 Batch = dict[str, Any]
 

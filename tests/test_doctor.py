@@ -10,7 +10,8 @@ import pytest
 from conftest import write_tiff
 
 from hf_seg.data.doctor import SHOWN, examine
-from hf_seg.data.open_earth_map import XBD_HINT, DatasetError
+from hf_seg.data.open_earth_map import XBD_HINT
+from hf_seg.errors import DatasetError
 from hf_seg.labels import CLASS_NAMES
 
 pytestmark = pytest.mark.filterwarnings("ignore::rasterio.errors.NotGeoreferencedWarning")

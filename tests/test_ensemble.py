@@ -18,16 +18,16 @@ from torch import Tensor
 from transformers import AutoImageProcessor, AutoModelForSemanticSegmentation, PreTrainedModel
 
 import hf_seg
-from hf_seg.data.transforms import to_pixel_values
 from hf_seg.ensemble import EnsembleForSemanticSegmentation as Ensemble
 from hf_seg.ensemble import Prediction
 from hf_seg.errors import UserError
 from hf_seg.hub import ensemble_folder
 from hf_seg.hub.export import export_model
 from hf_seg.inference.sliding_window import sliding_window_probs
-from hf_seg.inference.weighted_votes import WeightedVotes
+from hf_seg.inference.vote import WeightedVotes
 from hf_seg.labels import BACKGROUND, CLASS_NAMES, ID2LABEL, NUM_LABELS
 from hf_seg.models import build_model, load_trained
+from hf_seg.normalization import to_pixel_values
 
 CROPS = {"toy-segformer": 32, "toy-convnextv2": 64, "toy-swinv2": 32}
 LAND_COVER = slice(BACKGROUND + 1, None)

@@ -9,9 +9,9 @@ from accelerate import Accelerator
 
 from hf_seg.data.dataloaders import LabelledImages
 from hf_seg.data.open_earth_map import load_open_earth_map_sar
-from hf_seg.data.transforms import to_pixel_values
 from hf_seg.inference.sliding_window import sliding_window_probs
 from hf_seg.models import SegmentationNetwork, build_model
+from hf_seg.normalization import to_pixel_values
 from hf_seg.training.evaluation import draw_results, evaluate_network, predict_image, predict_probs
 
 WINDOW = {"window": 32, "stride": 16, "batch_size": 4}

@@ -456,7 +456,7 @@ def _run(rank: int, argv: list[str], log: Path, url: str, token: str | None, pro
     if processes > 1:
         os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(processes))
         os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
-    with one_line_errors(OSError):
+    with one_line_errors():
         stage2.main(argv)
 
 

@@ -3,14 +3,13 @@
 import numpy as np
 import pytest
 
-from hf_seg.data.open_earth_map import NUM_CLASSES
 from hf_seg.labels import BACKGROUND, CLASS_NAMES, ID2LABEL, IGNORE_INDEX, LABEL2ID, NUM_LABELS, PALETTE
 
 
 def test_ids_are_those_of_the_label_files() -> None:
     names = "background bareland rangeland developed_space road tree water agriculture_land building"
     assert tuple(names.replace("_", "-").split()) == tuple(name.replace(" ", "-") for name in CLASS_NAMES)
-    assert len(CLASS_NAMES) == NUM_LABELS == NUM_CLASSES == 9
+    assert len(CLASS_NAMES) == NUM_LABELS == 9
     assert CLASS_NAMES[BACKGROUND] == "background"
     assert IGNORE_INDEX not in range(NUM_LABELS)
     assert np.iinfo(np.uint8).max == IGNORE_INDEX  # fits a label file

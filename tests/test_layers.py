@@ -1,4 +1,4 @@
-"""Who may import whom: the layers of the house, read from the source without running it."""
+"""Who may import whom: folders are ranks, read from the source without running it."""
 
 import ast
 from pathlib import Path
@@ -6,41 +6,27 @@ from pathlib import Path
 import pytest
 
 PROJECT = Path(__file__).parents[1]
-MODULES = {
-    path.relative_to(PROJECT).with_suffix("").as_posix().replace("/", ".").removesuffix(".__init__"): path
-    for path in sorted(PROJECT.glob("hf_seg/**/*.py"))
-}
+MODULES = sorted(PROJECT.glob("hf_seg/**/*.py"))
 LEAVES = sorted([*PROJECT.glob("recipes/*.py"), *PROJECT.glob("scripts/*.py")])
 
-# A module may import its own layer and those above it in this list.
-LAYERS = [
-    [f"hf_seg.{name}" for name in layer.split()]
-    for layer in (
-        "labels errors strict_yaml arguments data.open_earth_map",
-        """losses metrics land_cover_iou data.transforms data.doctor data.download
-        adaptation.class_mix adaptation.pseudo_labels adaptation.mean_teacher adaptation.strong_augmentation
-        inference.sliding_window inference.views inference.weighted_votes inference.image_input inference.band_store
-        inference.map_statistics inference.polygons inference.zero_collar
-        report.plots report.mix_panel report.member_scores report.power_spectra
-        report.label_audit report.label_audit_figures report.label_audit_page""",
-        """models data.dataloaders data.label_shards data.toy_world.fields data.toy_world.parcels
-        inference.raster_input inference.raster_options""",
-        """hub.cards hub.export hub.ensemble_folder training.optimization training.checkpoints training.run_log
-        data.toy_world.ground data.toy_world.noise data.toy_world.statistics
-        inference.predictor inference.raster_output inference.map_figure""",
-        """training.evaluation training.setup training.teacher_student hub.push
-        data.toy_world.optical data.toy_world.sar inference.map_job""",
-        "data.toy_world ensemble",
-        "inference.raster",
-        "inference.predict",
-    )
-]
-PURE = [
-    *("hf_seg.labels", "hf_seg.losses", "hf_seg.metrics", "hf_seg.data.transforms", "hf_seg.inference.sliding_window"),
-    *("hf_seg.inference.views", "hf_seg.inference.weighted_votes", "hf_seg.inference.zero_collar"),
-    *(module for module in MODULES if module.startswith("hf_seg.adaptation.")),
-]
-PACKAGES = ["hf_seg", *(f"hf_seg.{name}" for name in ("adaptation", "data", "hub", "inference", "report", "training"))]
+# A folder (or a module at the top) imports itself and what stands above it in this list, nothing beside or below it.
+RANKS = (
+    "errors labels",
+    "files strict_yaml normalization",
+    "arguments losses metrics adaptation",
+    "data models land_cover_iou report",
+    "inference",
+    "hub synthetic",
+    "ensemble",
+    "training mapping studies",
+)
+RANK_OF = {name: rank for rank, names in enumerate(RANKS) for name in names.split()}
+PURE = ("labels", "normalization", "losses", "metrics", "adaptation")
+
+
+def name_of(path: Path) -> str:
+    """Return the folder below hf_seg that a module lies in, or its own name at the top."""
+    return path.relative_to(PROJECT / "hf_seg").with_suffix("").parts[0]
 
 
 def imports_of(path: Path) -> set[str]:
@@ -55,47 +41,46 @@ def imports_of(path: Path) -> set[str]:
     return found
 
 
-def test_every_module_has_a_layer() -> None:
-    assert sorted(MODULES) == sorted([*PACKAGES, *(module for layer in LAYERS for module in layer)])
+@pytest.mark.parametrize("path", MODULES, ids=lambda path: path.relative_to(PROJECT).as_posix())
+def test_nothing_imports_upwards(path: Path) -> None:
+    name = name_of(path)
+    if name == "__init__":  # what it offers is imported when it is first asked for
+        return
+    assert name in RANK_OF, f"{name} has no rank"
+    used = {imported.split(".")[1] for imported in imports_of(path) if imported.startswith("hf_seg.")} & RANK_OF.keys()
+    assert all(RANK_OF[each] < RANK_OF[name] for each in used - {name})
 
 
-@pytest.mark.parametrize("module", sorted(MODULES))
-def test_nothing_imports_upwards(module: str) -> None:
-    level_of = {name: level for level, layer in enumerate(LAYERS) for name in layer}
-    level_of |= dict.fromkeys(PACKAGES, -1)
-    above = {name for name in imports_of(MODULES[module]) if level_of.get(name, -1) > level_of[module]}
-    lazy = {
-        "hf_seg.metrics": {"hf_seg.land_cover_iou"},
-        "hf_seg": {"hf_seg.ensemble", "hf_seg.inference.raster"},
-    }
-    assert not above - lazy.get(module, set())
+def test_the_ranks_hold_what_exists_and_nothing_else() -> None:
+    assert {name_of(path) for path in MODULES} - {"__init__"} == RANK_OF.keys()
 
 
-@pytest.mark.parametrize("module", PURE)
-def test_pure_arithmetic_knows_no_framework(module: str) -> None:
-    roots = {name.split(".")[0] for name in imports_of(MODULES[module])}
-    assert not roots & {"transformers", "datasets", "accelerate", "evaluate", "timm", "huggingface_hub"}
-
-
-def test_the_datasheet_stands_alone() -> None:
-    roots = {name.split(".")[0] for name in imports_of(MODULES["hf_seg.data.open_earth_map"])}
-    assert "hf_seg" not in roots
+@pytest.mark.parametrize("name", PURE)
+def test_pure_arithmetic_knows_no_framework(name: str) -> None:
+    for path in MODULES:
+        if name_of(path) == name:
+            roots = {imported.split(".")[0] for imported in imports_of(path)}
+            assert not roots & {"transformers", "datasets", "accelerate", "evaluate", "timm", "huggingface_hub"}
 
 
 def test_accelerate_appears_where_processes_work_together_only() -> None:
-    users = {module for module, path in MODULES.items() if any(i.startswith("accelerate") for i in imports_of(path))}
-    assert "hf_seg.inference.predict" in users
-    assert all(module.startswith("hf_seg.training.") for module in users - {"hf_seg.inference.predict"})
+    users = {path for path in MODULES if any(name.startswith("accelerate") for name in imports_of(path))}
+    assert all(name_of(path) == "training" for path in users - {PROJECT / "hf_seg" / "mapping" / "cli.py"})
 
 
 @pytest.mark.parametrize("path", LEAVES, ids=lambda path: path.name)
 def test_recipes_and_scripts_are_leaves(path: Path) -> None:
     leaves = {leaf.stem for leaf in LEAVES} | {"recipes", "scripts"}
-    assert not {name.split(".")[0] for name in imports_of(path)} & leaves
+    assert not {name.split(".")[0] for name in imports_of(path)} & (leaves - {"evaluate"})
+
+
+def test_no_script_shadows_a_package() -> None:
+    packages = {"evaluate", "datasets", "accelerate", "transformers", "torch", "timm", "albumentations"}
+    assert not packages & {path.stem for path in LEAVES}
 
 
 def test_nothing_is_unpickled_and_no_remote_code_runs() -> None:
-    for path in [*MODULES.values(), *LEAVES]:
+    for path in [*MODULES, *LEAVES]:
         source = path.read_text(encoding="utf-8")
         assert "pickle" not in imports_of(path) and "torch.load" not in source, path
         assert "trust_remote_code" not in source, path

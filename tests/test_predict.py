@@ -1,347 +1,240 @@
-"""The command line: scenes and targets, processes that share them, and every mistake in one line."""
+"""Networks, loaded or at hand, as one function to class probabilities."""
 
-import configparser
-import multiprocessing
-import os
-import runpy
-import socket
-import sys
-from collections.abc import Callable
+import json
+import logging
+import shutil
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-import rasterio
 import torch
-from accelerate import PartialState
-from conftest import make_scene, write_tiff
+from torch import Tensor, nn
+from transformers import AutoImageProcessor, AutoModelForSemanticSegmentation
 
+from hf_seg.ensemble import EnsembleForSemanticSegmentation
+from hf_seg.errors import UserError
 from hf_seg.hub.export import export_model
-from hf_seg.inference import predict
-from hf_seg.inference.raster import predict_raster
-from hf_seg.models import build_model
+from hf_seg.inference.predict import Member, Predictor, is_steady, load_members
+from hf_seg.inference.sliding_window import sliding_window_probs
+from hf_seg.inference.tta import average_views
+from hf_seg.models import SegmentationNetwork, build_model
+from hf_seg.normalization import to_pixel_values
+
+CPU = torch.device("cpu")
 
 
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Return the folder of a toy network."""
-    folder = tmp_path_factory.mktemp("model") / "toy"
-    torch.manual_seed(0)
-    network = build_model("toy-segformer", crop_size=64, from_scratch=True)
-    export_model(network, folder, crop_size=64, recipe="", results=None)
+def export_toy(folder: Path, seed: int, preset: str = "toy-segformer", crop_size: int = 32) -> Path:
+    torch.manual_seed(seed)
+    model = build_model(preset, crop_size=crop_size, from_scratch=True)
+    export_model(model, folder, crop_size=crop_size, recipe="", results=None)
     return folder
 
 
-@pytest.fixture
-def scenes(tmp_path: Path) -> Path:
-    """Return a folder of three scenes and a file that is none."""
-    for number in range(3):
-        image, _ = make_scene(np.random.default_rng(number), 80)
-        write_tiff(tmp_path / "scenes" / f"s{number}.{('tif', 'TIF', 'tiff')[number]}", image)
-    (tmp_path / "scenes" / "notes.txt").write_text("no scene")
-    return tmp_path / "scenes"
+@pytest.fixture(scope="module")
+def toy(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return export_toy(tmp_path_factory.mktemp("models") / "toy", 0)
 
 
-def run_main(*argv: object) -> int:
-    """Run the command line in this process and return its exit code."""
-    try:
-        predict.main([str(argument) for argument in argv])
-    except SystemExit as end:
-        return end.code if isinstance(end.code, int) else 1
-    return 0
+def windows(count: int, bands: int = 1, size: int = 32) -> Tensor:
+    generator = torch.Generator().manual_seed(0)
+    return torch.randint(0, 256, (count, bands, size, size), generator=generator, dtype=torch.uint8)
 
 
-def test_one_scene_goes_to_one_file_and_the_summary_is_printed(
-    tmp_path: Path, scenes: Path, model: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    assert run_main(scenes / "s0.tif", tmp_path / "out" / "map.tif", "--model", model, "--confidence") == 0
-    predict_raster(model, scenes / "s0.tif", tmp_path / "other.tif", confidence=True)
-    assert (tmp_path / "out" / "map.tif").read_bytes() == (tmp_path / "other.tif").read_bytes()
-    printed = capsys.readouterr()
-    assert f"written: {tmp_path / 'out' / 'map_confidence.tif'}" in printed.out
-    assert "6,400 pixels" not in printed.out and "seam score" in printed.out and "in the networks" in printed.out
-    assert "tile/s" in printed.err
+def stack(probs: Any) -> Tensor:
+    return torch.stack(list(probs))
 
 
-def test_folders_patterns_and_files_go_to_a_folder_and_finished_maps_are_passed_over(
-    tmp_path: Path, scenes: Path, model: Path, capfd: pytest.CaptureFixture[str]
-) -> None:
-    write_tiff(tmp_path / "d.tif", make_scene(np.random.default_rng(9), 70)[0])
-    maps = tmp_path / "maps"
-    sources = (scenes, tmp_path / "*.tif", scenes / "s0.tif")
-    assert run_main(*sources, maps, "--model", model, "--preview") == 0
-    names = ["d.tif", "d_preview.png"] + [f"s{i}{end}" for i in range(3) for end in (".tif", "_preview.png")]
-    assert sorted(path.name for path in maps.iterdir()) == sorted(names)
-    before = {path: path.stat().st_mtime_ns for path in maps.iterdir()}
-    (maps / "s1.tif").unlink()
-    (maps / "s1_preview.png").unlink()
-    assert run_main(*sources, maps, "--model", model, "--preview") == 0
-    changed = [path.name for path in sorted(maps.iterdir()) if path.stat().st_mtime_ns != before[path]]
-    assert changed == ["s1.tif", "s1_preview.png"]
+@pytest.mark.parametrize("preset", ["toy-segformer", "toy-convnextv2", "toy-swinv2"])
+def test_a_loaded_network_says_what_the_trained_one_says(tmp_path: Path, preset: str) -> None:
+    folder = export_toy(tmp_path, 3, preset, 64)
+    member = load_members(folder)[0]
+    assert (member.window, member.weight) == (64, 1.0)
+    image = windows(1, 3, 64)
+    network = SegmentationNetwork(AutoModelForSemanticSegmentation.from_pretrained(folder)).eval()
+    with torch.no_grad():
+        expected = network(to_pixel_values(image[0].permute(1, 2, 0).numpy())[None]).logits.softmax(1)
+    assert torch.equal(stack(Predictor([member], device=CPU).probs(0, image)), expected)
 
 
-def test_a_scene_that_cannot_be_mapped_does_not_stop_the_others(
-    tmp_path: Path, scenes: Path, model: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    (scenes / "s0.tif").write_bytes(b"")
-    assert run_main(scenes, tmp_path / "maps", "--model", model) == 2
-    assert sorted(path.name for path in (tmp_path / "maps").iterdir()) == ["s1.tif", "s2.tif"]
-    errors = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
-    assert errors == [
-        f"error: {scenes / 's0.tif'} is empty (0 bytes); fetch it again",
-        "error: 1 of 3 scenes have no map, see above",
-    ]
+def test_the_processor_saved_with_the_model_decides_the_normalisation(tmp_path: Path, toy: Path) -> None:
+    folder = tmp_path / "other"
+    shutil.copytree(toy, folder)
+    image = windows(1, 3)
+    settings = json.loads((folder / "preprocessor_config.json").read_text())
+    seen: list[Tensor] = []
+    for change in ({}, {"image_mean": [0.1, 0.2, 0.3], "image_std": [0.5, 0.6, 0.7]}, {"do_normalize": False}):
+        (folder / "preprocessor_config.json").write_text(json.dumps(settings | change))
+        member = load_members(folder)[0]
+        member.network = nn.Sequential(Recorder(seen), nn.Conv2d(3, 9, 1))
+        list(Predictor([member], device=CPU).probs(0, image))
+        processor = AutoImageProcessor.from_pretrained(folder)
+        expected = processor(image[0].permute(1, 2, 0).numpy(), return_tensors="pt")["pixel_values"]
+        torch.testing.assert_close(seen[-1], expected, rtol=1e-6, atol=1e-7)
+        if not change:
+            assert torch.equal(seen[-1], expected)
+    assert len({float(values.mean()) for values in seen}) == 3
 
 
-def in_processes(count: int, argv: list[str], folder: Path) -> str:
-    """Run the command line in several forked processes that talk over gloo, and return what they printed."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    log = folder / "log.txt"
+class Recorder(nn.Module):
+    """Hands on what it gets and keeps it."""
 
-    def work(rank: int) -> None:
-        descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-        os.dup2(descriptor, 1)
-        os.dup2(descriptor, 2)
-        sys.stdout, sys.stderr = os.fdopen(1, "w", closefd=False), os.fdopen(2, "w", closefd=False)
-        os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(count))
-        os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), ACCELERATE_USE_CPU="true")
-        PartialState._reset_state()  # that of the test's own process, which this one was forked from
-        predict.main(argv)
-        assert PartialState().num_processes == count
-        torch.distributed.destroy_process_group()
+    def __init__(self, seen: list[Tensor]) -> None:
+        super().__init__()
+        self.seen = seen
 
-    context = multiprocessing.get_context("fork")
-    started = [context.Process(target=work, args=(rank,)) for rank in range(count)]
-    for process in started:
-        process.start()
-    for process in started:
-        process.join(120)
-    assert [process.exitcode for process in started] == [0] * count, log.read_text()
-    return log.read_text()
+    def forward(self, images: Tensor) -> Tensor:
+        self.seen.append(images.clone())
+        return images
 
 
-def test_processes_share_the_bands_of_one_scene_and_the_bytes_stay_the_same(tmp_path: Path, model: Path) -> None:
-    image, _ = make_scene(np.random.default_rng(0), 1300)
-    write_tiff(tmp_path / "a.tif", image[:, :70])
-    argv = [str(tmp_path / "a.tif"), str(tmp_path / "two.tif"), "--model", str(model), "--stride", "1"]
-    printed = in_processes(2, argv, tmp_path)
-    assert printed.count("written: ") == 1 and printed.count("seam score") == 1
-    predict_raster(model, tmp_path / "a.tif", tmp_path / "one.tif", stride=1.0)
-    assert (tmp_path / "one.tif").read_bytes() == (tmp_path / "two.tif").read_bytes()
+def test_one_band_is_replicated_to_three() -> None:
+    seen: list[Tensor] = []
+    network = nn.Sequential(Recorder(seen), nn.Conv2d(3, 9, 1))
+    image = windows(1)
+    list(Predictor(load_members(network, window=32), device=CPU).probs(0, image))
+    assert torch.equal(seen[0][0], to_pixel_values(image[0, 0].numpy()))
 
 
-def test_processes_share_the_scenes_where_there_are_enough(tmp_path: Path, scenes: Path, model: Path) -> None:
-    printed = in_processes(2, [str(scenes), str(tmp_path / "maps"), "--model", str(model)], tmp_path)
-    assert printed.count("written: ") == 3
-    predict_raster(model, scenes / "s1.TIF", tmp_path / "one.tif")
-    with rasterio.open(tmp_path / "one.tif") as one, rasterio.open(tmp_path / "maps" / "s1.tif") as other:
-        assert np.array_equal(one.read(), other.read())
+@pytest.mark.parametrize("views", ["none", "flips"])
+def test_windows_have_the_same_bits_in_any_batch(toy: Path, views: str) -> None:
+    predictor = Predictor(load_members(toy), device=CPU, views=views)
+    images = windows(5)
+    alone = torch.cat([stack(predictor.probs(0, image[None])) for image in images])
+    assert torch.equal(stack(predictor.probs(0, images)), alone)
+    assert torch.equal(torch.cat([stack(predictor.probs(0, part)) for part in images.split(2)]), alone)
 
 
-def html(path: Path) -> None:
-    path.write_text("<!DOCTYPE html>\n<html>Sign in</html>")
+def test_batches_are_used_only_where_they_keep_the_bits(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO)
+    images = windows(4)
+    for network, steady in ((nn.Conv2d(3, 9, 1), True), (BatchMean(), False)):
+        seen: list[Tensor] = []
+        predictor = Predictor(load_members(nn.Sequential(Recorder(seen), network), window=32), device=CPU)
+        alone = stack(predictor.probs(0, images))
+        assert is_steady(lambda batch, one=predictor: one._probs(0, batch), images) is steady
+        predictor.batches = True  # as on an accelerator
+        assert torch.equal(stack(predictor.probs(0, images)), alone)
+        assert len(seen[-1]) == (4 if steady else 1)
+        assert ("windows go one by one" in caplog.text) is not steady
 
 
-def truncated(path: Path) -> None:
-    write_tiff(path, np.full((50, 50), 3, np.uint8))
-    path.write_bytes(path.read_bytes()[:1500])
+class BatchMean(nn.Module):
+    """A network that no window sees alone."""
+
+    def forward(self, images: Tensor) -> Tensor:
+        return (images + images.mean(0)).repeat(1, 3, 1, 1)
 
 
-def raster(**settings: Any) -> Callable[[Path], None]:
-    """Return what writes a raster of such a shape, type and profile."""
-    shape, dtype = settings.pop("shape", (50, 50)), settings.pop("dtype", np.uint8)
-    value, colors = settings.pop("value", 1), settings.pop("colors", False)
+def test_views_are_averaged_over_each_window(toy: Path) -> None:
+    member = load_members(toy)[0]
+    image = windows(1, 3)
+    values = to_pixel_values(image[0].permute(1, 2, 0).numpy())
 
-    def write(path: Path) -> None:
-        write_tiff(path, np.full(shape, value, dtype), **settings)
-        if colors:
-            with rasterio.open(path, "r+") as file:
-                file.write_colormap(1, {1: (1, 2, 3, 255)})
+    def predict(view: Tensor) -> Tensor:
+        return sliding_window_probs(lambda x: member.network.eval()(x).logits, view, window=32, stride=16)
 
-    return write
-
-
-BANDS = "a network takes one band (SAR) or three (optical)"
-# name: what writes {a}, arguments after {a} {b} --model {model}, message; {a}, {b}, {dir} and {model} stand for paths
-MISTAKES: dict[str, tuple[Callable[[Path], Any], tuple[str, ...], str]] = {
-    "empty file": (Path.touch, (), "{a} is empty (0 bytes); fetch it again"),
-    "HTML": (html, (), "{a} is text (HTML, XML or JSON), no raster; did a download fail?"),
-    "folder as scene": (Path.mkdir, (), "{a} is a folder without .tif or .tiff files"),
-    "not there": (
-        lambda path: None,
-        (),
-        "{a} cannot be opened; no such file? ({a}: No such file or directory)",
-    ),
-    "junk": (
-        lambda path: path.write_bytes(b"junk" * 99),
-        (),
-        "{a} cannot be opened; is it whole, and a raster? ('{a}' not recognized as being in a supported file format.)",
-    ),
-    "truncated": (
-        truncated,
-        (),
-        "{a}: rows 0 to 49 cannot be read; it is damaged or cut short, fetch it again (a.tif, band 1: IReadBlock "
-        "failed at X offset 0, Y offset 0: TIFFReadEncodedStrip() failed.)",
-    ),
-    "complex": (
-        raster(dtype=np.complex64),
-        (),
-        "{a} is complex (complex64); its amplitude is DERIVED_SUBDATASET:AMPLITUDE:{a}",
-    ),
-    "colour table": (
-        raster(colors=True),
-        (),
-        "{a} has a colour table, so its values are no intensities; expand it with gdal_translate -expand rgb",
-    ),
-    "two bands": (raster(shape=(2, 50, 50)), (), "{a}: " + BANDS + ", it has 2; choose with --bands"),
-    "five bands": (raster(shape=(5, 50, 50)), (), "{a}: " + BANDS + ", it has 5; choose with --bands"),
-    "band 7": (raster(), ("--bands", "7"), "{a} has bands 1 to 1; there is no band 7"),
-    "two chosen": (raster(), ("--bands", "1,1"), "{a}: " + BANDS + ", 2 were chosen; choose with --bands"),
-    "no band": (
-        raster(),
-        ("--bands", "red"),
-        "argument --bands: bands are numbers joined by commas, as in 4,3,2; got 'red'; --help lists the settings",
-    ),
-    "only nodata": (raster(value=0), (), "{a}: none of its pixels holds data"),
-    "only NaN": (raster(dtype=np.float32, value=np.nan), (), "{a}: none of its pixels holds data"),
-    "flat float": (
-        raster(dtype=np.float32, value=5),
-        (),
-        "{a}: 5 nearly everywhere; if that is right, pass --stretch LOW HIGH",
-    ),
-    "stretch": (
-        raster(),
-        ("--stretch", "9", "1"),
-        "stretch must be two ascending numbers, for 0 and 255; got [9.0, 1.0]",
-    ),
-    "stride": (raster(), ("--stride", "1.5"), "stride must be above 0 and at most 1; it is 1.5"),
-    "batch": (raster(), ("--batch_size", "0"), "batch_size must be at least 1; it is 0"),
-    "abstain": (raster(), ("--abstain", "2"), "abstain must be in 0..1; it is 2.0"),
-    "window": (raster(), ("--window", "0"), "window must be at least 1 pixel; it is 0"),
-    "misspelt": (raster(), ("--confidense",), "unknown setting '--confidense'; did you mean '--confidence'?"),
-    "views": (
-        raster(),
-        ("--views", "all"),
-        "argument --views: invalid choice: 'all' (choose from 'none', 'flips', 'd4', 'paper'); "
-        "--help lists the settings",
-    ),
-    "disagreement": (
-        raster(),
-        ("--disagreement",),
-        "one network cannot disagree with itself: disagreement needs an ensemble",
-    ),
-    "polygons": (
-        raster(),
-        ("--polygons", "map.kml"),
-        "polygons go to a file that ends in .gpkg, .geojson, .fgb; not to map.kml",
-    ),
-    "no model": (
-        raster(),
-        ("--model", "nobody/nothing"),
-        "model 'nobody/nothing' is neither a folder with a config.json nor to be had from the Hub now; fetch it where "
-        "there is a network (`hf download`), or give a local folder (We couldn't connect to "
-        "'https://huggingface.co' to load the files, and couldn't find them in the cached files.)",
-    ),
-    "model": (
-        raster(),
-        ("--model", "{dir}"),
-        "model '{dir}' is neither a folder with a config.json nor to be had from the Hub now; fetch it where there is "
-        "a network (`hf download`), or give a local folder (Unrecognized model in {dir}. "
-        "Should have a `model_type` key in its config.json.)",
-    ),
-}
+    for views in ("d4", "paper"):
+        expected = average_views(predict, values, views)
+        found = stack(Predictor([member], device=CPU, views=views).probs(0, image))[0]
+        torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize("name", MISTAKES)
-def test_a_mistake_is_one_line_that_names_it_and_leaves_nothing(
-    name: str, tmp_path: Path, model: Path, capfd: pytest.CaptureFixture[str]
-) -> None:
-    write, arguments, message = MISTAKES[name]
-    paths = {"a": tmp_path / "a.tif", "b": tmp_path / "b.tif", "dir": tmp_path, "model": model}
-    write(paths["a"])
-    capfd.readouterr()
-    code = run_main(paths["a"], paths["b"], "--model", model, *(part.format(**paths) for part in arguments))
-    errors = [line for line in capfd.readouterr().err.splitlines() if line.startswith("error: ")]
-    assert (code, errors) == (2, ["error: " + message.format(**paths)])
-    assert {path.name for path in tmp_path.iterdir()} <= {"a.tif"}
+def test_logits_of_any_size_and_in_any_wrapping_are_accepted(toy: Path) -> None:
+    stock = AutoModelForSemanticSegmentation.from_pretrained(toy)
+    image = windows(2)
+    expected = stack(Predictor(load_members(toy), device=CPU).probs(0, image))
+    for network in (stock, Quarter(stock)):
+        found = stack(Predictor(load_members(network, window=32), device=CPU).probs(0, image))
+        torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-7)
 
 
-TARGETS = {
-    "scene itself": ("a.tif", "{dir}/a.tif is the scene itself; name another file for the map"),
-    "link to the scene": ("link.tif", "{dir}/link.tif is the scene itself; name another file for the map"),
-    "map there": ("old.tif", "{dir}/old.tif is already there; add --overwrite (overwrite=True), or name another file"),
-    "no GeoTIFF": ("b.png", "the map is a GeoTIFF: end its name in .tif, not 'b.png'"),
-    "in a file": (
-        "old.tif/b.tif",
-        "{dir}/old.tif/b.tif cannot be written (Not a directory); what is finished stays in "
-        "{dir}/old.tif/.b.tif.partial: make room or choose another target, and run it again",
-    ),
-}
+def test_a_stock_model_in_memory_brings_its_crop_and_its_normalisation(tmp_path: Path, toy: Path) -> None:
+    shutil.copytree(toy, tmp_path / "other")
+    file = tmp_path / "other" / "preprocessor_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"image_mean": [0.1, 0.2, 0.3]}))
+    stock = AutoModelForSemanticSegmentation.from_pretrained(tmp_path / "other")
+    member = load_members(stock)[0]
+    assert member.window == 32 and torch.equal(member.mean, 255 * torch.tensor([0.1, 0.2, 0.3]))
+    assert load_members(stock, window=48)[0].window == 48
 
 
-@pytest.mark.parametrize("name", TARGETS)
-def test_a_target_that_cannot_be_is_named_and_nothing_is_touched(
-    name: str, tmp_path: Path, model: Path, capfd: pytest.CaptureFixture[str]
-) -> None:
-    write_tiff(tmp_path / "a.tif", np.ones((50, 50), np.uint8))
-    (tmp_path / "link.tif").symlink_to(tmp_path / "a.tif")
-    (tmp_path / "old.tif").write_bytes(b"an old map")
-    before = (tmp_path / "a.tif").read_bytes()
-    target, message = TARGETS[name]
-    assert run_main(tmp_path / "a.tif", tmp_path / target, "--model", model) == 2
-    errors = [line for line in capfd.readouterr().err.splitlines() if line.startswith("error: ")]
-    assert errors == ["error: " + message.format(dir=tmp_path)]
-    assert (tmp_path / "a.tif").read_bytes() == before and (tmp_path / "old.tif").read_bytes() == b"an old map"
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["a.tif", "link.tif", "old.tif"]
+class Quarter(nn.Module):
+    """Bare logits at a quarter of the size."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.model(images).logits
 
 
-def test_sources_that_cannot_go_together_are_named(
-    tmp_path: Path, scenes: Path, model: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    write_tiff(tmp_path / "s0.tif", np.ones((50, 50), np.uint8))
-    cases = [
-        ((tmp_path / "*.jpg", "maps"), f"nothing matches {tmp_path / '*.jpg'}"),
-        ((scenes, "map.tif"), "3 scenes cannot go to one file, map.tif; name a folder"),
-        (
-            (scenes / "s0.tif", tmp_path / "s0.tif", tmp_path / "maps"),
-            f"{scenes / 's0.tif'} and {tmp_path / 's0.tif'} would both be mapped to {tmp_path / 'maps' / 's0.tif'}; "
-            "map them in two runs",
-        ),
-        (
-            (scenes, tmp_path / "maps", "--polygons", "x.gpkg"),
-            "--polygons x.gpkg is one file for 3 scenes; name the kind only: .gpkg",
-        ),
-        ((), "the following arguments are required: SOURCE, DESTINATION; --help lists the settings"),
-    ]
-    for arguments, message in cases:
-        code = run_main(*arguments, "--model", model)
-        errors = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
-        if "polygons" in message and errors and "pyogrio" in errors[0]:
-            continue  # the extra `vector` is not here, which is said first
-        assert (code, errors) == (2, [f"error: {message}"])
+def test_an_ensemble_is_its_members_and_their_weights_on_disk_and_in_memory(tmp_path: Path) -> None:
+    places = [tmp_path / "a", tmp_path / "b"]
+    for seed, place in enumerate(places):
+        export_toy(place, seed, crop_size=32 + 32 * seed)
+    ensemble = EnsembleForSemanticSegmentation.from_members(places, weights=[1, 3])
+    ensemble.save_pretrained(tmp_path / "ensemble")
+    predictor = Predictor(load_members(tmp_path / "ensemble"), device=CPU)
+    assert predictor.weights == [0.25, 0.75] and [member.window for member in predictor.members] == [32, 64]
+    for index, place in enumerate(places):
+        alone = Predictor(load_members(place), device=CPU)
+        assert torch.equal(stack(predictor.probs(index, windows(1))), stack(alone.probs(0, windows(1))))
+    assert [member.window for member in load_members(tmp_path / "ensemble", window=96)] == [96, 96]
 
 
-def test_overwrite_makes_the_map_anew(tmp_path: Path, scenes: Path, model: Path) -> None:
-    (tmp_path / "old.tif").write_bytes(b"an old map")
-    assert run_main(scenes / "s0.tif", tmp_path / "old.tif", "--model", model, "--overwrite") == 0
-    with rasterio.open(tmp_path / "old.tif") as result:
-        assert result.shape == (80, 80)
+def test_a_damaged_ensemble_is_named(tmp_path: Path) -> None:
+    (tmp_path / "ensemble.json").write_text("[1")
+    with pytest.raises(UserError) as error:
+        load_members(tmp_path)
+    assert str(error.value).startswith(str(tmp_path / "ensemble.json")) and "export it again" in str(error.value)
 
 
-def test_the_module_is_a_program_and_the_package_installs_it(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.setattr(sys, "argv", ["predict.py", "--help"])
-    with pytest.raises(SystemExit) as end:
-        runpy.run_module("hf_seg.inference.predict", run_name="__main__")
-    printed = capsys.readouterr().out
-    assert (
-        end.value.code == 0 and "hf-seg-predict scene.tif map.tif --model" in printed and "--no_zero_collar" in printed
+def test_the_fingerprint_follows_weights_and_settings_and_nothing_else(toy: Path, tmp_path: Path) -> None:
+    def fingerprint(model: Any, window: int | None = None, **settings: str) -> str:
+        return Predictor(load_members(model, window=window), device=CPU, **settings).fingerprint
+
+    first = fingerprint(toy)
+    shutil.copytree(toy, tmp_path / "copy")
+    assert fingerprint(tmp_path / "copy") == first
+    others = [fingerprint(toy, 64), fingerprint(toy, views="flips"), fingerprint(export_toy(tmp_path / "b", 7))]
+    assert len({first, *others, fingerprint(toy, mixed_precision="bf16")}) == 5
+    member = load_members(toy)[0]
+    with torch.no_grad():
+        member.network.get_parameter("model.decode_head.classifier.bias")[2] += 1e-3
+    assert fingerprint([member]) != first
+    assert fingerprint([Member(load_members(toy)[0].network, 32, std=torch.ones(3))]) != first
+
+
+def test_networks_and_settings_that_cannot_be_are_named() -> None:
+    network = nn.Conv2d(3, 5, 1)
+    for model in (network, build_model("toy-segformer", crop_size=32, from_scratch=True)):
+        with pytest.raises(UserError, match=r"does not tell the crop that it was trained at: pass window=\.\.\."):
+            load_members(model)
+    members = load_members(network, window=32)
+    with pytest.raises(UserError, match=r"returns \(1, 5, 32, 32\) for \(1, 3, 32, 32\); expected logits of 9 classes"):
+        list(Predictor(members, device=CPU).probs(0, windows(1)))
+    with pytest.raises(UserError, match="unknown views 'rotate'; choose one of none, flips, d4, paper"):
+        Predictor(members, device=CPU, views="rotate")
+    with pytest.raises(UserError, match="mixed_precision is 'fp16'; it must be no or bf16, or fp16 on an accelerator"):
+        Predictor(members, device=CPU, mixed_precision="fp16")
+
+
+def test_a_batch_that_does_not_fit_is_named() -> None:
+    class Huge(nn.Module):
+        def forward(self, images: Tensor) -> Tensor:
+            raise torch.OutOfMemoryError("tried to allocate 20 GiB")
+
+    with pytest.raises(UserError) as error:
+        list(Predictor(load_members(Huge(), window=32), device=CPU).probs(0, windows(1)))
+    assert str(error.value) == "1 windows of 32 pixels do not fit into the memory of cpu; lower --batch_size"
+
+
+def test_lower_precision_changes_little(toy: Path) -> None:
+    image = windows(1)
+    full, half = (
+        stack(Predictor(load_members(toy), device=CPU, mixed_precision=name).probs(0, image)) for name in ("no", "bf16")
     )
-    setup = configparser.ConfigParser()
-    setup.read(Path(__file__).parents[1] / "setup.cfg")
-    commands = setup["options.entry_points"]["console_scripts"].split("\n")
-    assert "hf-seg-predict = hf_seg.inference.predict:main" in commands
+    assert half.dtype == torch.float32 and not torch.equal(full, half)
+    assert np.allclose(full, half, atol=0.05)

@@ -30,12 +30,12 @@ import pseudo_label
 
 from hf_seg.arguments import FREE_ON_RESUME, PseudoLabelArguments, parse_arguments
 from hf_seg.data.dataloaders import LabelledImages, load_pseudo_labels
-from hf_seg.data.label_shards import CONFIDENCE_STEP, LabelledTile, beyond_swath, summarize, write_shard
-from hf_seg.data.open_earth_map import DatasetError, load_open_earth_map_sar
+from hf_seg.data.open_earth_map import load_open_earth_map_sar
+from hf_seg.data.pseudo_label_dataset import CONFIDENCE_STEP, LabelledTile, beyond_swath, summarize, write_shard
 from hf_seg.errors import one_line_errors
 from hf_seg.hub.cards import write_pseudo_label_card
 from hf_seg.hub.export import export_model
-from hf_seg.inference.views import VIEW_PRESETS
+from hf_seg.inference.tta import VIEW_PRESETS
 from hf_seg.labels import CLASS_NAMES, IGNORE_INDEX, LABEL2ID, NUM_LABELS
 from hf_seg.models import SegmentationNetwork, build_model, load_trained
 from hf_seg.training.evaluation import predict_probs
@@ -80,7 +80,7 @@ def _run(rank: int, argv: tuple[str, ...], log: Path, processes: int, port: int,
         os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
     if disturb:
         DISTURBANCES[disturb]()
-    with one_line_errors(DatasetError, OSError):
+    with one_line_errors():
         pseudo_label.main(list(argv))
 
 

@@ -19,11 +19,10 @@ from hf_seg.data.transforms import (
     align_resolution,
     optical_transform,
     sar_transform,
-    to_image,
-    to_pixel_values,
 )
 from hf_seg.hub.export import image_processor
 from hf_seg.labels import IGNORE_INDEX
+from hf_seg.normalization import to_image, to_pixel_values
 
 
 def position_image(height: int = 200, width: int = 200) -> np.ndarray:

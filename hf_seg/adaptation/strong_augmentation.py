@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torchvision.transforms.v2 import functional as F
 
-from hf_seg.data.transforms import IMAGE_MEAN, IMAGE_STD
+from hf_seg.normalization import IMAGE_MEAN, IMAGE_STD
 
 JITTER = 0.2  # brightness, contrast and saturation by 1 +- this; hue by +- this
 BLUR_SIGMA = (0.15, 1.15)  # pixels

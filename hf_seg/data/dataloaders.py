@@ -17,10 +17,9 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from hf_seg.data.open_earth_map import DatasetError
-from hf_seg.data.transforms import to_pixel_values
-from hf_seg.errors import UserError
+from hf_seg.errors import DatasetError, UserError
 from hf_seg.labels import BACKGROUND, IGNORE_INDEX, NUM_LABELS
+from hf_seg.normalization import to_pixel_values
 
 
 class Sample(NamedTuple):

@@ -19,7 +19,6 @@ from hf_seg.data.open_earth_map import (
     FROM_XBD,
     NO_LIST,
     XBD_HINT,
-    DatasetError,
     Row,
     Scan,
     check_sizes,
@@ -27,6 +26,7 @@ from hf_seg.data.open_earth_map import (
     scan_open_earth_map,
     scan_open_earth_map_sar,
 )
+from hf_seg.errors import DatasetError
 from hf_seg.labels import CLASS_NAMES, NUM_LABELS
 
 SHOWN = 20  # problems in the text; all of them are in `problems`

@@ -31,6 +31,7 @@ from zlib import error as ZlibError
 from tqdm import tqdm
 
 from hf_seg import __version__
+from hf_seg.errors import UserError
 
 ZENODO_URL = "https://zenodo.org"
 ZENODO_URL_VARIABLE = "HF_SEG_ZENODO_URL"
@@ -47,7 +48,7 @@ Result = TypeVar("Result")
 Place = Callable[[PurePosixPath], PurePosixPath]  # of a member of an archive -> of the file below the destination
 
 
-class DownloadError(RuntimeError):
+class DownloadError(UserError):
     """A dataset could not be fetched or unpacked; the message names the file and the way out."""
 
 

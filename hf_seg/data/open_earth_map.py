@@ -39,10 +39,12 @@ import rasterio
 from datasets.exceptions import DatasetGenerationError
 from rasterio.errors import NotGeoreferencedWarning, RasterioError
 
+from hf_seg.errors import DatasetError
+from hf_seg.labels import NUM_LABELS
+
 logger = logging.getLogger(__name__)
 
 SPLITS = ("train", "val", "test")
-NUM_CLASSES = 9  # restated, so that this file stands alone
 BANDS = {"image": 3, "optical": 3, "sar": 1, "label": 1}
 SAR_FOLDERS = {"optical": "rgb_images", "sar": "sar_images", "label": "labels"}
 NO_LIST = "split list not found"
@@ -51,10 +53,6 @@ XBD_HINT = "Get xBD at https://xview2.org and copy its images into <region>/imag
 DOWNLOAD_HINT = "Download it again; `python scripts/prepare_data.py check DIR` lists every such file."
 CONVERT_HINT = "Keep those bands and scale to 0..255, e.g. with gdal_translate -b 1 -ot Byte -scale."
 REWRITE_HINT = "Rewrite it, e.g. with gdal_translate -co COMPRESS=DEFLATE -colorinterp_1 gray (red for RGB)."
-
-
-class DatasetError(ValueError):
-    """The data on disk cannot be used; the message says which file, why, and the way out."""
 
 
 class Row(NamedTuple):
@@ -165,10 +163,8 @@ def read_tile(path: str, column: str) -> np.ndarray:
     if (len(pixels), pixels.dtype) != (BANDS[column], np.uint8):
         expected, found = f"{BANDS[column]} x uint8 ({column})", f"{len(pixels)} x {pixels.dtype}"
         raise DatasetError(f"{path}: expected bands {expected}, found {found}. {CONVERT_HINT}")
-    if column == "label" and (largest := pixels.max()) >= NUM_CLASSES:
-        raise DatasetError(
-            f"{path}: expected ids 0..{NUM_CLASSES - 1}, found {largest}. Remap the label; unknown is 0."
-        )
+    if column == "label" and (largest := pixels.max()) >= NUM_LABELS:
+        raise DatasetError(f"{path}: expected ids 0..{NUM_LABELS - 1}, found {largest}. Remap the label; unknown is 0.")
     try:
         image = _image_feature(column).decode_example({"path": path, "bytes": None})
     except Exception as error:  # whatever Pillow raises here, a training worker would meet

@@ -15,7 +15,7 @@ import yaml
 from huggingface_hub import DatasetCard, DatasetCardData, EvalResult, ModelCard, ModelCardData
 
 from hf_seg.arguments import FREE_ON_RESUME
-from hf_seg.data.label_shards import CONFIDENCE_STEP, write_whole
+from hf_seg.data.pseudo_label_dataset import CONFIDENCE_STEP, write_whole
 from hf_seg.errors import UserError
 from hf_seg.labels import CLASS_NAMES, IGNORE_INDEX, LABEL2ID, PALETTE
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from transformers import PreTrainedModel, SegformerImageProcessor
 
-from hf_seg.data.transforms import IMAGE_MEAN, IMAGE_STD
+from hf_seg.normalization import IMAGE_MEAN, IMAGE_STD
 
 
 def image_processor(crop_size: int) -> SegformerImageProcessor:

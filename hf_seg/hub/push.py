@@ -15,7 +15,7 @@ from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, Mo
 from huggingface_hub.utils import HFValidationError, validate_repo_id
 
 from hf_seg.arguments import HubSettings
-from hf_seg.data.label_shards import sha256_of
+from hf_seg.data.pseudo_label_dataset import sha256_of
 from hf_seg.errors import UserError
 from hf_seg.hub.cards import write_model_card
 from hf_seg.hub.ensemble_folder import read_ensemble

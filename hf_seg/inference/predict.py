@@ -1,224 +1,229 @@
-"""Map scenes of any size: GeoTIFF in, GeoTIFF out.
+"""One network or several, loaded or at hand, as one function from uint8 windows to class probabilities.
 
-    hf-seg-predict scene.tif map.tif --model org/name-or-folder
-    hf-seg-predict 'scenes/*.tif' more_scenes/ maps/ --model runs/ensemble --views flips --confidence --preview
-    accelerate launch -m hf_seg.inference.predict scenes/ maps/ --model runs/ensemble
-
-The last argument is the map, or the folder of the maps where there are several scenes. Several processes share the
-scenes, or the bands of each where there are fewer scenes than processes. A killed run goes on with the same command;
-scenes that have a map are passed over.
+predictor = Predictor(load_members("runs/ensemble"), device=torch.device("cpu"))
+probs = predictor.probs(0, windows)        # of the first network; (B, 1 or 3, h, w) uint8 -> (B, 9, h, w)
 """
 
-import argparse
+import contextlib
 import dataclasses
-import glob
+import functools
+import hashlib
 import logging
-import sys
-from collections.abc import Sequence
-from contextlib import closing
+import time
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
-import numpy as np
-import rasterio
 import torch
-from accelerate import PartialState
-from transformers.utils.logging import disable_progress_bar
+from torch import Tensor, nn
+from transformers import (
+    AutoImageProcessor,
+    PreTrainedModel,
+    SegformerForSemanticSegmentation,
+    UperNetForSemanticSegmentation,
+)
 
-from hf_seg.arguments import nearest
-from hf_seg.errors import UserError, one_line_errors
-from hf_seg.inference.map_job import MapJob
-from hf_seg.inference.predictor import PRECISIONS, Predictor, load_members
-from hf_seg.inference.raster import GDAL_CACHE, map_scene
-from hf_seg.inference.raster_input import UNITS
-from hf_seg.inference.raster_options import RasterOptions
-from hf_seg.inference.views import VIEW_PRESETS
+from hf_seg.errors import UserError
+from hf_seg.hub.ensemble_folder import CONFIG_FILE, find_folder, read_ensemble
+from hf_seg.inference.sliding_window import sliding_window_probs
+from hf_seg.inference.tta import VIEW_PRESETS, average_views
+from hf_seg.labels import NUM_LABELS
+from hf_seg.models import SegmentationNetwork, load_trained
+from hf_seg.normalization import IMAGE_MEAN, IMAGE_STD
 
 logger = logging.getLogger(__name__)
 
-
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:  # argparse would print all flags and exit
-        raise UserError(f"{message}; --help lists the settings")
+PRECISIONS = {"no": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
-def _band_numbers(text: str) -> list[int]:
-    try:
-        return [int(number) for number in text.split(",")]
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"bands are numbers joined by commas, as in 4,3,2; got {text!r}") from None
+@dataclass(eq=False)
+class Member:
+    """One network, the window it sees, and its share of the average.
+
+    Args:
+        network: (B, 3, window, window) float32 -> logits (B, 9, h, w), bare or as the `.logits` of its output; of any
+            height and width, which are brought to the window's.
+        window: the crop that it was trained at, in pixels.
+        weight: relative to the other members.
+        mean, std: the input's normalisation, three values each, in units of 0..255.
+    """
+
+    network: nn.Module
+    window: int
+    weight: float = 1.0
+    mean: Tensor = field(default_factory=lambda: 255 * torch.tensor(IMAGE_MEAN))
+    std: Tensor = field(default_factory=lambda: 255 * torch.tensor(IMAGE_STD))
 
 
-def parse(argv: Sequence[str] | None = None) -> tuple[argparse.Namespace, RasterOptions]:
-    """Read the command line.
+def load_members(model: str | Path | nn.Module | Sequence[Member], *, window: int | None = None) -> list[Member]:
+    """Return the networks that a model consists of.
+
+    Args:
+        model: folder or Hub id (`id@revision` pins it) of a trained network, or of an ensemble as in
+            hf_seg/hub/ensemble_folder.py; or a network in memory; or members.
+        window: replaces the crop that the networks were trained at. A network in memory needs it, and gets our
+            normalisation, unless it came from a folder or the Hub with its image processor.
 
     Raises:
-        UserError: an unknown flag (with the nearest known one) or a value that cannot be.
+        UserError: no such model, other classes, damaged weights or ensemble, or a window that is missing.
     """
-    description = argparse.RawDescriptionHelpFormatter
-    parser = _Parser(prog="hf-seg-predict", description=__doc__, formatter_class=description, allow_abbrev=False)
-    parser.add_argument("sources", nargs="+", metavar="SOURCE", help="scenes: files, folders, patterns in quotes")
-    parser.add_argument("destination", metavar="DESTINATION", help="the map, or the folder of the maps")
-    parser.add_argument("--model", required=True, help="folder or Hub id of a trained network or an ensemble")
-    parser.add_argument("--window", type=int, help="side of the window in pixels; default: the crop of the training")
-    parser.add_argument("--views", default="none", choices=VIEW_PRESETS, help="test-time augmentation (none)")
-    parser.add_argument("--mixed_precision", default="no", choices=tuple(PRECISIONS), help="no")
-    special: dict[str, dict[str, Any]] = {
-        "bands": {"type": _band_numbers, "metavar": "N[,N,N]"},
-        "units": {"choices": UNITS},
-        "stretch": {"type": float, "nargs": 2, "metavar": ("LOW", "HIGH")},
-        "polygons": {"metavar": "FILE"},
-    }
-    names = [field.name for field in dataclasses.fields(RasterOptions)]
-    for field in dataclasses.fields(RasterOptions):
-        text, default = field.metadata["help"], field.default
-        if isinstance(default, bool):
-            flag = f"--no_{field.name}" if default else f"--{field.name}"
-            text = f"without this, {text}" if default else text
-            parser.add_argument(flag, dest=field.name, action=f"store_{not default}".lower(), help=text)
-            continue
-        settings = special.get(field.name, {"type": type(default)})
-        text = text if default is None else f"{text} ({default})"
-        parser.add_argument(f"--{field.name}", default=default, help=text, **settings)
-    args, unknown = parser.parse_known_args(argv)
-    if unknown:
-        known = [flag for action in parser._actions for flag in action.option_strings]
-        raise UserError(f"unknown setting {unknown[0]!r}{nearest(unknown[0].split('=')[0], known)}")
-    return args, RasterOptions(**{name: getattr(args, name) for name in names})
+    if window is not None and window < 1:
+        raise UserError(f"window must be at least 1 pixel; it is {window}")
+    if isinstance(model, nn.Module):
+        members = [_wrap(model, window)]
+    elif isinstance(model, str | Path):
+        members = _load_ensemble(str(model)) or [_with_processor(load_trained(str(model))[0], str(model))]
+    else:
+        members = list(model)
+    return members if window is None else [dataclasses.replace(member, window=window) for member in members]
 
 
-def find_scenes(sources: Sequence[str]) -> list[str]:
-    """Return the scenes that files, folders (their .tif and .tiff) and patterns stand for, each once, in order.
-
-    Raises:
-        UserError: a folder without GeoTIFFs, or a pattern that nothing matches.
-    """
-    scenes: list[str] = []
-    for source in sources:
-        if Path(source).is_dir():
-            found = [str(path) for path in sorted(Path(source).iterdir()) if path.suffix.lower() in (".tif", ".tiff")]
-            missing = f"{source} is a folder without .tif or .tiff files"
-        elif glob.has_magic(source) and not Path(source).exists():
-            found, missing = sorted(glob.glob(source, recursive=True)), f"nothing matches {source}"
-        else:
-            found, missing = [source], ""
-        if not found:
-            raise UserError(missing)
-        scenes += found
-    return list(dict.fromkeys(scenes))
+def _wrap(network: nn.Module, window: int | None) -> Member:
+    """Make a member of a network in memory."""
+    if isinstance(network, SegformerForSemanticSegmentation | UperNetForSemanticSegmentation):
+        if network.name_or_path:  # loaded, not built
+            with contextlib.suppress(OSError):
+                return _with_processor(network, network.name_or_path)
+        network = SegmentationNetwork(network)  # stock UperNet would also compute its auxiliary head
+    if window is None:
+        raise UserError("this network does not tell the crop that it was trained at: pass window=..., in pixels")
+    return Member(network, window)
 
 
-def pair_targets(scenes: Sequence[str], destination: str, *, overwrite: bool) -> list[tuple[str, Path]]:
-    """Give each scene its map; where there are several, those that have one already are left out.
-
-    Raises:
-        UserError: several scenes and one file, or two scenes whose maps would have one name.
-    """
-    target = Path(destination)
-    is_folder = target.is_dir() or destination.endswith("/")
-    if len(scenes) == 1 and not is_folder:
-        return [(scenes[0], target)]
-    if target.suffix.lower() in (".tif", ".tiff") or target.is_file():
-        raise UserError(f"{len(scenes)} scenes cannot go to one file, {destination}; name a folder")
-    pairs: dict[Path, str] = {}
-    for scene in scenes:
-        path = target / f"{Path(scene).stem}.tif"
-        if path in pairs:
-            raise UserError(f"{pairs[path]} and {scene} would both be mapped to {path}; map them in two runs")
-        pairs[path] = scene
-    done = [path for path in pairs if path.exists() and not overwrite]
-    if done and len(scenes) > 1:
-        logger.info("%d of %d scenes are passed over, their maps are there: %s ...", len(done), len(pairs), done[0])
-        pairs = {path: scene for path, scene in pairs.items() if path not in done}
-    return [(scene, path) for path, scene in pairs.items()]
-
-
-def map_together(
-    predictor: Predictor, source: str, destination: Path, options: RasterOptions, state: PartialState
-) -> None:
-    """Map one scene in all processes, each a part of its bands."""
-    with rasterio.Env(GDAL_CACHEMAX=GDAL_CACHE), closing(MapJob(predictor, source, destination, options)) as job:
-        if state.is_main_process:
-            job.prepare()
-        state.wait_for_everyone()
-        missing = job.missing()
-        state.wait_for_everyone()  # nobody adds bands before everybody has seen which are missing
-        mine = np.array_split(np.array(missing, dtype=int), state.num_processes)[state.process_index]
-        job.compute(mine.tolist(), show_progress=state.is_main_process)
-        state.wait_for_everyone()
-        if state.is_main_process:
-            print(job.finish(), flush=True)
-        state.wait_for_everyone()
-
-
-def map_apart(
-    predictor: Predictor, pairs: Sequence[tuple[str, Path]], options: RasterOptions, *, show_progress: bool
-) -> list[str]:
-    """Map scenes one after the other; a scene that cannot be mapped does not stop the others.
-
-    Returns:
-        The errors.
-    """
-    errors = []
-    for source, destination in pairs:
-        try:
-            print(map_scene(predictor, source, destination, options, show_progress=show_progress), flush=True)
-        except UserError as error:
-            print(f"error: {error}", file=sys.stderr, flush=True)
-            errors.append(str(error))
-    return errors
-
-
-def run(argv: Sequence[str] | None = None) -> None:
-    """Parse, load, map.
-
-    Raises:
-        UserError: see `parse`, `find_scenes`, `pair_targets`, `hf_seg.predict_raster`.
-    """
-    args, options = parse(argv)
-    scenes = find_scenes(args.sources)
-    state = PartialState(cpu=not torch.accelerator.is_available())
-    logging.basicConfig(level=logging.INFO if state.is_main_process else logging.ERROR, format="%(message)s")
-    logging.getLogger("rasterio").setLevel(logging.ERROR)  # its errors reach us as exceptions
-    disable_progress_bar()
-    pairs = pair_targets(scenes, args.destination, overwrite=options.overwrite)
-    if len(scenes) > 1 and options.polygons is not None and Path(options.polygons).suffix:
-        raise UserError(
-            f"--polygons {options.polygons} is one file for {len(scenes)} scenes; name the kind only: .gpkg"
-        )
-    if not pairs:
-        return
-    predictor = Predictor(
-        load_members(args.model, window=args.window),
-        device=state.device,
-        views=args.views,
-        mixed_precision=args.mixed_precision,
+def _with_processor(model: PreTrainedModel, name: str) -> Member:
+    """Join a model and the image processor that was saved with it."""
+    processor = AutoImageProcessor.from_pretrained(name)
+    scale = 1 / processor.rescale_factor if processor.do_rescale else 1.0
+    mean, std = (processor.image_mean, processor.image_std) if processor.do_normalize else ([0.0] * 3, [1.0] * 3)
+    return Member(
+        SegmentationNetwork(model),
+        int(processor.size["height"]),
+        mean=scale * torch.tensor(mean),
+        std=scale * torch.tensor(std),
     )
-    if len(pairs) < state.num_processes:
-        for source, destination in pairs:
-            map_together(predictor, source, destination, options, state)
-        return
-    if len(scenes) == state.num_processes == 1:
-        print(map_scene(predictor, *pairs[0], options), flush=True)
-        return
-    mine = pairs[state.process_index :: state.num_processes]
-    errors = map_apart(predictor, mine, options, show_progress=state.is_main_process)
-    state.wait_for_everyone()
-    if errors:
-        raise UserError(
-            errors[0] if len(scenes) == 1 else f"{len(errors)} of {len(mine)} scenes have no map, see above"
-        )
 
 
-def main(argv: Sequence[str] | None = None) -> None:
-    """Run the command line; a mistake is one line on stderr and exit code 2."""
-    with one_line_errors(OSError):
+def _load_ensemble(name: str) -> list[Member]:
+    """Load the networks of an ensemble; none if the name is of a single network, or of nothing."""
+    try:
+        folder, _ = find_folder(name, (CONFIG_FILE, "member_*/*"))
+    except UserError:  # the loader of a single network says better what is wrong
+        return []
+    if not (folder / CONFIG_FILE).exists():
+        return []
+    members, folders = read_ensemble(folder, name)
+    networks = [_with_processor(load_trained(str(place))[0], str(place)) for place in folders]
+    return [dataclasses.replace(n, weight=m.weight) for n, m in zip(networks, members, strict=True)]
+
+
+class Predictor:
+    """Networks in eval mode on one device, whose probabilities are to be averaged by their weights.
+
+    Args:
+        members: the networks; moved to the device.
+        views: test-time augmentation of each window, one of `VIEW_PRESETS`.
+        mixed_precision: "no", "bf16" or "fp16" (accelerators only).
+
+    Raises:
+        UserError: a setting that does not exist here.
+    """
+
+    def __init__(
+        self, members: Sequence[Member], *, device: torch.device, views: str = "none", mixed_precision: str = "no"
+    ) -> None:
+        if views not in VIEW_PRESETS:
+            raise UserError(f"unknown views {views!r}; choose one of {', '.join(VIEW_PRESETS)}")
+        if mixed_precision not in PRECISIONS or (mixed_precision == "fp16" and device.type == "cpu"):
+            raise UserError(f"mixed_precision is {mixed_precision!r}; it must be no or bf16, or fp16 on an accelerator")
+        self.members = list(members)
+        self.device, self.views, self.mixed_precision = device, views, mixed_precision
+        self.seconds = 0.0  # spent in the networks
+        total = sum(member.weight for member in self.members)
+        self.weights = [member.weight / total for member in self.members]
+        for member in self.members:
+            member.network.to(device).eval()
+            member.mean, member.std = (values.view(3, 1, 1).to(device) for values in (member.mean, member.std))
+        self.batches = device.type != "cpu" and views == "none"  # on a CPU a batch saves no time
+        self._steady: dict[tuple[int, ...], bool] = {}
+
+    def probs(self, index: int, windows: Tensor) -> Iterable[Tensor]:
+        """Return what one member says about some windows, to the same bits however they are batched.
+
+        Args:
+            index: of the member.
+            windows: (B, 1 or 3, h, w) uint8; one band is replicated to three.
+
+        Returns:
+            B times (9, h, w) float32 on the device, sums to 1 over the classes.
+        """
+        if self._is_steady(index, windows.shape):
+            return self._probs(index, windows)
+        return (self._probs(index, window[None])[0] for window in windows)
+
+    def _is_steady(self, index: int, shape: Sequence[int]) -> bool:
+        """Tell whether a batch has the bits of its windows, tried once per shape on noise.
+
+        Libraries choose their kernels, and with them the order of sums, by shape.
+        """
+        if shape[0] == 1 or not self.batches:
+            return False
+        key = (index, *shape)
+        if key not in self._steady:
+            noise = torch.randint(0, 256, tuple(shape), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
+            self._steady[key] = is_steady(lambda windows: self._probs(index, windows), noise)
+            if not self._steady[key]:
+                logger.info("batches of %d windows would change the last bits: windows go one by one", shape[0])
+        return self._steady[key]
+
+    @torch.inference_mode()
+    def _probs(self, index: int, windows: Tensor) -> Tensor:
+        member = self.members[index]
+        images = windows.to(self.device).expand(-1, 3, -1, -1).float().sub_(member.mean).div_(member.std)
+        if self.views == "none":
+            return self._logits(member, images).float().softmax(dim=1)
+
+        def predict(image: Tensor) -> Tensor:  # a view may be of another size than the window, the network sees it so
+            stride = max(1, member.window // 2)
+            return sliding_window_probs(lambda x: self._logits(member, x), image, window=member.window, stride=stride)
+
+        return torch.stack([average_views(predict, image, self.views) for image in images])
+
+    def _logits(self, member: Member, images: Tensor) -> Tensor:
+        start = time.perf_counter()
+        dtype = PRECISIONS[self.mixed_precision]
         try:
-            run(argv)
-        except KeyboardInterrupt:
-            print("interrupted; the same command goes on from the last finished band", file=sys.stderr)
-            raise SystemExit(130) from None
+            with torch.autocast(self.device.type, dtype) if dtype else contextlib.nullcontext():
+                output: Any = member.network(images)
+        except torch.OutOfMemoryError:
+            size = f"{len(images)} windows of {member.window} pixels"
+            raise UserError(f"{size} do not fit into the memory of {self.device}; lower --batch_size") from None
+        logits = output if isinstance(output, Tensor) else output.logits
+        if logits.ndim != 4 or logits.shape[:2] != (len(images), NUM_LABELS):
+            raise UserError(
+                f"the network returns {tuple(logits.shape)} for {tuple(images.shape)}; expected logits of "
+                f"{NUM_LABELS} classes, ({len(images)}, {NUM_LABELS}, height, width)"
+            )
+        if logits.shape[2:] != images.shape[2:]:
+            logits = nn.functional.interpolate(logits, images.shape[2:], mode="bilinear", align_corners=False)
+        if self.device.type != "cpu":
+            torch.accelerator.synchronize()
+        self.seconds += time.perf_counter() - start
+        return logits
+
+    @functools.cached_property
+    def fingerprint(self) -> str:
+        """A digest of all that the probabilities depend on: weights, normalisation, windows, arithmetic."""
+        digest = hashlib.sha256(repr((self.device.type, self.views, self.mixed_precision, self.weights)).encode())
+        for member in self.members:
+            digest.update(repr((member.window, member.network)).encode())
+            state = member.network.state_dict() | {"mean": member.mean, "std": member.std}
+            for name, tensor in state.items():
+                digest.update(name.encode())
+                digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
+        return digest.hexdigest()
 
 
-if __name__ == "__main__":
-    main()
+def is_steady(predict: Callable[[Tensor], Tensor], windows: Tensor) -> bool:
+    """Tell whether a batch of windows gives exactly the bits that each of them gives alone."""
+    return torch.equal(predict(windows), torch.cat([predict(window[None]) for window in windows]))

@@ -7,7 +7,7 @@ import numpy as np
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from hf_seg.data.transforms import to_image
+from hf_seg.normalization import to_image
 from hf_seg.report.plots import DPI, class_legend, colorize, save_figure
 
 

@@ -11,13 +11,13 @@ from torch import Tensor
 from tqdm import tqdm
 
 from hf_seg.data.dataloaders import LabelledImages
-from hf_seg.data.open_earth_map import DatasetError
-from hf_seg.data.transforms import to_pixel_values
+from hf_seg.errors import DatasetError
 from hf_seg.inference.sliding_window import sliding_window_probs
-from hf_seg.inference.views import average_views
+from hf_seg.inference.tta import average_views
 from hf_seg.labels import BACKGROUND
 from hf_seg.metrics import ConfusionMatrix
 from hf_seg.models import SegmentationNetwork
+from hf_seg.normalization import to_pixel_values
 from hf_seg.report.plots import plot_confusion_matrix, plot_panel
 
 

@@ -1,14 +1,14 @@
 """Hold the generated world against real scenes and against learners: its statistics, its looks, how hard it is.
 
-    python scripts/make_toy_world.py --output data/toy --seed 7 --source 56 --train 48 --val 12
-    python scripts/calibrate_toy_world.py statistics --world data/toy [--real REAL]
-    python scripts/calibrate_toy_world.py figure --world data/toy --real REAL --output toy_world.png
-    python scripts/calibrate_toy_world.py networks --world data/toy [--steps 1500] [--runs sar_clean sar_noisy]
+    python scripts/make_synthetic_dataset.py --output data/toy --seed 7 --source 56 --train 48 --val 12
+    python scripts/calibrate_synthetic_dataset.py statistics --world data/toy [--real REAL]
+    python scripts/calibrate_synthetic_dataset.py figure --world data/toy --real REAL --output toy_world.png
+    python scripts/calibrate_synthetic_dataset.py networks --world data/toy [--steps 1500] [--runs sar_clean sar_noisy]
 
 REAL is a folder of real scenes in the layout of OpenEarthMap-SAR (dfc25_track1), optical images in train.
 
 `statistics` prints class shares, SAR levels and local variation per class, label noise, and the score of two simple
-learners on scenes they have not seen, as hf_seg/data/toy_world/statistics.py defines them.
+learners on scenes they have not seen, as hf_seg/synthetic/statistics.py defines them.
 `networks` trains a small convolutional network with cross entropy: on SAR with clean and with noisy labels, and on
 source optical images, each scored on unseen scenes with clean labels.
 """
@@ -28,21 +28,22 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from hf_seg.data.dataloaders import AugmentedStream, LabelledImages, train_dataloader
-from hf_seg.data.open_earth_map import DatasetError, scan_open_earth_map, scan_open_earth_map_sar
-from hf_seg.data.toy_world import EXTRA_FOLDER, SOURCE_FOLDER, TARGET_FOLDER
-from hf_seg.data.toy_world.statistics import (
+from hf_seg.data.open_earth_map import scan_open_earth_map, scan_open_earth_map_sar
+from hf_seg.data.transforms import optical_transform, sar_transform
+from hf_seg.errors import DatasetError
+from hf_seg.labels import CLASS_NAMES, NUM_LABELS
+from hf_seg.losses import cross_entropy
+from hf_seg.metrics import ConfusionMatrix
+from hf_seg.models import SegmentationLogits
+from hf_seg.studies.power_spectra import RINGS, power_spectrum
+from hf_seg.synthetic import EXTRA_FOLDER, SOURCE_FOLDER, TARGET_FOLDER
+from hf_seg.synthetic.statistics import (
     CLASSES,
     difficulty,
     optical_statistics,
     sar_statistics,
     segment_sizes,
 )
-from hf_seg.data.transforms import optical_transform, sar_transform
-from hf_seg.labels import CLASS_NAMES, NUM_LABELS
-from hf_seg.losses import cross_entropy
-from hf_seg.metrics import ConfusionMatrix
-from hf_seg.models import SegmentationLogits
-from hf_seg.report.power_spectra import RINGS, power_spectrum
 from hf_seg.training.evaluation import evaluate_network
 
 CROP = 128
@@ -282,7 +283,7 @@ def build_parser() -> argparse.ArgumentParser:
     figure = commands.add_parser("figure", help="draw real and generated scenes beside each other")
     networks = commands.add_parser("networks", help="train a small network three times, minutes each")
     for command in (statistics, figure, networks):
-        command.add_argument("--world", metavar="DIR", type=Path, required=True, help="of make_toy_world.py")
+        command.add_argument("--world", metavar="DIR", type=Path, required=True, help="of make_synthetic_dataset.py")
     statistics.add_argument("--real", metavar="DIR", type=Path, help="real scenes, printed beside it")
     figure.add_argument("--real", metavar="DIR", type=Path, required=True, help="real scenes")
     figure.add_argument("--output", metavar="PNG", type=Path, required=True, help="image to write")

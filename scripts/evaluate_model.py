@@ -1,7 +1,7 @@
 """Score a trained SAR network on a split of OpenEarthMap-SAR, on one or several processes.
 
-    python scripts/evaluate.py --model runs/stage2 --data_dir data/dfc25_track1 --split val --output scores.json
-    accelerate launch --multi_gpu scripts/evaluate.py ...        # the tiles are shared among the GPUs
+    python scripts/evaluate_model.py --model runs/stage2 --data_dir data/dfc25_track1 --split val --output scores.json
+    accelerate launch --multi_gpu scripts/evaluate_model.py ...        # the tiles are shared among the GPUs
 
 The window is the crop that the model was trained at, as its image processor says. Prints a table and writes the JSON
 that the recipes call `eval_results.json`, with each tile's own mIoU, worst first, under `images`; beside it go the
@@ -24,9 +24,9 @@ from accelerate.utils import gather_object
 from transformers.utils.logging import disable_progress_bar
 
 from hf_seg.data.dataloaders import LabelledImages
-from hf_seg.data.open_earth_map import SPLITS, DatasetError, load_open_earth_map_sar
+from hf_seg.data.open_earth_map import SPLITS, load_open_earth_map_sar
 from hf_seg.errors import UserError, one_line_errors
-from hf_seg.metrics import LandCoverIoU
+from hf_seg.land_cover_iou import LandCoverIoU
 from hf_seg.models import SegmentationNetwork, load_trained
 from hf_seg.training.evaluation import draw_results, evaluate_network
 
@@ -81,5 +81,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    with one_line_errors(DatasetError, OSError):
+    with one_line_errors():
         main()

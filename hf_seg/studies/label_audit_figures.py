@@ -12,7 +12,7 @@ from matplotlib.patches import Patch
 
 from hf_seg.labels import BACKGROUND, IGNORE_INDEX, NUM_LABELS
 from hf_seg.report import plots
-from hf_seg.report.label_audit import CLASSES
+from hf_seg.studies.label_audit import CLASSES
 
 COLOR_A, COLOR_B = "#e08a2e", "#3572b0"
 WITH_TRUTH = {"both right": "#e4e4e4", "only A right": COLOR_A, "only B right": COLOR_B, "both wrong": "#6b6b6b"}

@@ -5,8 +5,8 @@ from dataclasses import dataclass
 import cv2
 import numpy as np
 
-from hf_seg.data.toy_world.fields import fractal_noise, smooth_noise, to_uniform
-from hf_seg.data.toy_world.parcels import (
+from hf_seg.synthetic.fields import fractal_noise, smooth_noise, to_uniform
+from hf_seg.synthetic.parcels import (
     BARE,
     BUILDING,
     DEVELOPED,

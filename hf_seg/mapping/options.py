@@ -6,7 +6,7 @@ from typing import Literal
 
 from hf_seg.arguments import setting
 from hf_seg.errors import UserError
-from hf_seg.inference.polygons import DRIVERS, check_polygon_target
+from hf_seg.mapping.polygons import DRIVERS, check_polygon_target
 
 
 @dataclass(frozen=True, kw_only=True)

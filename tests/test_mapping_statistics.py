@@ -5,8 +5,8 @@ import pytest
 from rasterio.crs import CRS
 from rasterio.transform import Affine, from_origin
 
-from hf_seg.inference.map_statistics import MapStatistics, pixel_areas
 from hf_seg.labels import NUM_LABELS
+from hf_seg.mapping.statistics import MapStatistics, pixel_areas
 
 
 def test_seams_areas_and_pixels_are_counted_as_by_hand() -> None:

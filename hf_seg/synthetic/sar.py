@@ -10,15 +10,15 @@ from dataclasses import dataclass
 import cv2
 import numpy as np
 
-from hf_seg.data.toy_world.fields import RayFrame, fractal_noise, smooth_noise
-from hf_seg.data.toy_world.ground import Ground
-from hf_seg.data.toy_world.parcels import BUILDING, DEVELOPED, FIELD, ROAD, TREE, WATER
 from hf_seg.labels import NUM_LABELS
+from hf_seg.synthetic.fields import RayFrame, fractal_noise, smooth_noise
+from hf_seg.synthetic.ground import Ground
+from hf_seg.synthetic.parcels import BUILDING, DEVELOPED, FIELD, ROAD, TREE, WATER
 
 
 @dataclass(frozen=True)
 class Backscatter:
-    """How a class reflects; fitted to the statistics of real scenes (scripts/calibrate_toy_world.py)."""
+    """How a class reflects; fitted to the statistics of real scenes (scripts/calibrate_synthetic_dataset.py)."""
 
     amplitude: float  # typical 8-bit level of open ground
     parcel: float  # log-spread between parcels

@@ -14,16 +14,16 @@ from torch import Tensor
 from tqdm import tqdm
 
 from hf_seg.errors import UserError
-from hf_seg.inference.band_store import BandStore
-from hf_seg.inference.map_figure import plot_map
-from hf_seg.inference.map_statistics import MapStatistics
-from hf_seg.inference.polygons import write_polygons
-from hf_seg.inference.predictor import Predictor
-from hf_seg.inference.raster_input import READ_ROWS, Scene
-from hf_seg.inference.raster_options import RasterOptions, check_targets
-from hf_seg.inference.raster_output import BLOCK, SCORE_MAX, SCORE_NODATA, choose_layers, clear_errors, write_layers
+from hf_seg.inference.predict import Predictor
 from hf_seg.inference.sliding_window import RowBlender, window_starts
 from hf_seg.labels import BACKGROUND, CLASS_NAMES, NUM_LABELS
+from hf_seg.mapping.band_store import BandStore
+from hf_seg.mapping.figure import plot_map
+from hf_seg.mapping.options import RasterOptions, check_targets
+from hf_seg.mapping.output import BLOCK, SCORE_MAX, SCORE_NODATA, choose_layers, clear_errors, write_layers
+from hf_seg.mapping.polygons import write_polygons
+from hf_seg.mapping.scene import READ_ROWS, Scene
+from hf_seg.mapping.statistics import MapStatistics
 
 logger = logging.getLogger(__name__)
 

@@ -7,8 +7,8 @@ import rasterio
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 
-from hf_seg.inference.raster_input import Scene
 from hf_seg.labels import BACKGROUND, CLASS_NAMES, IGNORE_INDEX, NUM_LABELS, PALETTE
+from hf_seg.mapping.scene import Scene
 from hf_seg.report.plots import DPI, IGNORE_STRIPES, colorize
 
 SIDE = 1200  # longest side of a map in the figure, in pixels

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from hf_seg.inference.views import _PRESETS, VIEW_PRESETS, View, Votes, average_views
+from hf_seg.inference.tta import _PRESETS, VIEW_PRESETS, View, Votes, average_views
 
 EVERY_VIEW = [(name, index) for name in VIEW_PRESETS for index in range(len(_PRESETS[name]))]
 

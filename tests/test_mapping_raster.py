@@ -10,18 +10,18 @@ import numpy as np
 import pytest
 import rasterio
 from conftest import write_tiff
-from raster_networks import ROTATED, Constant, contextual, pointwise, predict, probs_of, read, speckled
+from mapping_networks import ROTATED, Constant, contextual, pointwise, predict, probs_of, read, speckled
 from rasterio.control import GroundControlPoint
 from rasterio.crs import CRS
 from rasterio.enums import Compression, Interleaving
 from rasterio.transform import from_origin
 from torch import Tensor, nn
 
-import hf_seg.inference.polygons
+import hf_seg.mapping.polygons
 from hf_seg.errors import UserError
-from hf_seg.inference.predictor import Member
-from hf_seg.inference.raster import predict_raster
+from hf_seg.inference.predict import Member
 from hf_seg.labels import CLASS_NAMES, NUM_LABELS, PALETTE
+from hf_seg.mapping.raster import predict_raster
 
 
 @pytest.mark.parametrize(
@@ -260,7 +260,7 @@ def test_polygons_cover_each_class_where_the_map_has_it(
     import pyogrio.raw
     import shapely
 
-    monkeypatch.setattr(hf_seg.inference.polygons, "AT_ONCE", 100)  # as if there were many
+    monkeypatch.setattr(hf_seg.mapping.polygons, "AT_ONCE", 100)  # as if there were many
     image = speckled(120, 140)
     image[:, :20] = 0
     write_tiff(tmp_path / "a.tif", image, crs="EPSG:32633", transform=ROTATED)

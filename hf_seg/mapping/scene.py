@@ -22,8 +22,8 @@ from rasterio.enums import ColorInterp, MaskFlags
 from rasterio.errors import NotGeoreferencedWarning, RasterioError
 from rasterio.windows import Window
 
+from hf_seg.data.nodata import ZeroCollar
 from hf_seg.errors import UserError
-from hf_seg.inference.zero_collar import ZeroCollar
 
 logger = logging.getLogger(__name__)
 

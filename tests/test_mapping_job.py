@@ -15,13 +15,13 @@ import pytest
 import rasterio.shutil
 import torch
 from conftest import write_tiff
-from raster_networks import pointwise, predict, speckled
+from mapping_networks import pointwise, predict, speckled
 from torch import nn
 
 from hf_seg.errors import UserError
-from hf_seg.inference.map_job import MapJob
-from hf_seg.inference.predictor import Predictor, load_members
-from hf_seg.inference.raster_options import RasterOptions
+from hf_seg.inference.predict import Predictor, load_members
+from hf_seg.mapping.job import MapJob
+from hf_seg.mapping.options import RasterOptions
 
 
 def fork(function: Callable[[], None]) -> int | None:

@@ -19,8 +19,8 @@ from rasterio.errors import NotGeoreferencedWarning
 from rasterio.windows import Window
 
 from hf_seg.errors import UserError
-from hf_seg.inference.raster_input import GDAL_ERRORS
 from hf_seg.labels import BACKGROUND, CLASS_NAMES, PALETTE
+from hf_seg.mapping.scene import GDAL_ERRORS
 
 BLOCK = 512  # side of a tile in pixels
 SCORE_NODATA, SCORE_MAX = 255, 254  # a score of 1.0 is stored as SCORE_MAX

@@ -17,9 +17,9 @@ import torch
 from torch import nn
 
 from hf_seg.ensemble import EnsembleForSemanticSegmentation
-from hf_seg.inference.map_job import MapJob, MapSummary
-from hf_seg.inference.predictor import Member, Predictor, load_members
-from hf_seg.inference.raster_options import RasterOptions
+from hf_seg.inference.predict import Member, Predictor, load_members
+from hf_seg.mapping.job import MapJob, MapSummary
+from hf_seg.mapping.options import RasterOptions
 
 GDAL_CACHE = 128  # MiB; by default GDAL takes a share of the machine's memory
 
@@ -44,7 +44,7 @@ def predict_raster(
         source: the scene: a GeoTIFF, or whatever else GDAL reads.
         destination: the GeoTIFF to write.
         window: side of the sliding window in pixels; None: the crop of the training, where the model tells it.
-        views: test-time augmentation, see `hf_seg.inference.views`.
+        views: test-time augmentation, see `hf_seg.inference.tta`.
         mixed_precision: "no", "bf16" or "fp16".
         device: None: an accelerator if there is one; for a network in memory, where it is.
         show_progress: draw a progress bar.

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from hf_seg.report.label_audit import CLASSES
+from hf_seg.studies.label_audit import CLASSES
 
 FEW_TILES = 10  # a bootstrap over fewer gives too narrow an interval
 TRANSITIONS, GALLERY = "transition.png", "gallery.png"

@@ -12,9 +12,9 @@ from conftest import write_tiff
 from rasterio.enums import ColorInterp
 from scipy.ndimage import label as label_components
 
+from hf_seg.data.nodata import ZeroCollar
 from hf_seg.errors import UserError
-from hf_seg.inference.raster_input import READ_ROWS, SAR_LEVELS, Scene
-from hf_seg.inference.zero_collar import ZeroCollar
+from hf_seg.mapping.scene import READ_ROWS, SAR_LEVELS, Scene
 
 
 def speckle(rng: np.random.Generator, *shape: int) -> np.ndarray:

@@ -1,7 +1,7 @@
 """A generated world in the layout of OpenEarthMap and OpenEarthMap-SAR, hard enough that learning shows.
 
-    python scripts/make_toy_world.py --output data/toy --seed 7 --source 56 --train 48 --val 12 --size 256
-    python scripts/calibrate_toy_world.py statistics --world data/toy      (and figure, networks)
+    python scripts/make_synthetic_dataset.py --output data/toy --seed 7 --source 56 --train 48 --val 12 --size 256
+    python scripts/calibrate_synthetic_dataset.py statistics --world data/toy      (and figure, networks)
 
 ground     land cover, heights: streets, blocks and lots (parcels), buildings, water, trees, in ten region styles
 optical    the source's and the target's camera: another sharpness, colour cast, contrast, season and sun
@@ -37,10 +37,11 @@ import rasterio
 from rasterio.transform import Affine
 from tqdm import tqdm
 
-from hf_seg.data.toy_world.ground import STYLES, Ground, make_ground
-from hf_seg.data.toy_world.noise import corrupt_labels
-from hf_seg.data.toy_world.optical import SOURCE_CAMERA, TARGET_CAMERA, render_optical
-from hf_seg.data.toy_world.sar import render_sar
+from hf_seg.errors import UserError
+from hf_seg.synthetic.ground import STYLES, Ground, make_ground
+from hf_seg.synthetic.noise import corrupt_labels
+from hf_seg.synthetic.optical import SOURCE_CAMERA, TARGET_CAMERA, render_optical
+from hf_seg.synthetic.sar import render_sar
 
 MIN_SIZE = 64  # pixels: below, a scene holds no street
 SOURCE_FOLDER, TARGET_FOLDER, EXTRA_FOLDER = "OpenEarthMap_wo_xBD", "dfc25_track1", "dfc25_track1_extra"
@@ -48,7 +49,7 @@ GAIN_SPREAD = 0.28  # scenes are up to e^0.28 brighter or darker than the middle
 KINDS = ("source", "train", "val", "test", "scene")  # never in another order: seeds and places hang on it
 
 
-class ToyWorldError(ValueError):
+class SyntheticDatasetError(UserError):
     """The world cannot be made; the message names the value and the way out."""
 
 
@@ -121,7 +122,7 @@ class Scene:
         return make_ground(rng, self.size, STYLES[self.region.style], gsd)
 
 
-def make_toy_world(
+def make_synthetic_dataset(
     output: str | Path,
     *,
     seed: int = 0,
@@ -148,7 +149,7 @@ def make_toy_world(
         num_workers: processes.
 
     Raises:
-        ToyWorldError: `output` exists, or a number is too small.
+        SyntheticDatasetError: `output` exists, or a number is too small.
     """
     output = Path(output)
     counts = {"source": source, "train": train, "val": val, "test": test}
@@ -163,7 +164,7 @@ def make_toy_world(
             _write_large_scene(Scene(seed, "scene", 0, scene), aside / "scene.tif")
         _write_lists(aside / SOURCE_FOLDER, [scene for scene in scenes if scene.kind == "source"])
         settings = {"seed": seed, **counts, "size": size, "scene": scene}
-        (aside / "toy_world.json").write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
+        (aside / "synthetic_dataset.json").write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
         aside.chmod(0o755)  # mkdtemp's folder is private
         aside.rename(output)
     except BaseException:
@@ -174,13 +175,13 @@ def make_toy_world(
 
 def _check(output: Path, seed: int, counts: dict[str, int], size: int, scene: int, num_workers: int) -> None:
     if output.exists():
-        raise ToyWorldError(f"--output {output} exists; remove it or name a new folder")
+        raise SyntheticDatasetError(f"--output {output} exists; remove it or name a new folder")
     least = {"source": 2, "train": 1, "val": 1, "test": 0}
     limits = [(name, counts[name], low) for name, low in least.items()]
     limits += [("size", size, MIN_SIZE), ("scene", scene, MIN_SIZE if scene else 0)]
     for name, value, low in [*limits, ("seed", seed, 0), ("num_workers", num_workers, 1)]:
         if value < low:
-            raise ToyWorldError(f"--{name} {value} is too small; it must be at least {low}")
+            raise SyntheticDatasetError(f"--{name} {value} is too small; it must be at least {low}")
 
 
 def _write_all(scenes: list[Scene], root: Path, num_workers: int) -> Iterator[None]:

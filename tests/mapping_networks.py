@@ -10,11 +10,11 @@ from conftest import make_scene
 from rasterio.transform import Affine
 from torch import Tensor, nn
 
-from hf_seg.data.transforms import to_pixel_values
-from hf_seg.inference.map_job import MapSummary
-from hf_seg.inference.raster import predict_raster
 from hf_seg.labels import NUM_LABELS
+from hf_seg.mapping.job import MapSummary
+from hf_seg.mapping.raster import predict_raster
 from hf_seg.models import build_model
+from hf_seg.normalization import to_pixel_values
 
 ROTATED = Affine.translation(400_000, 4_000_000) * Affine.rotation(-33) * Affine.scale(0.5, -0.5)
 

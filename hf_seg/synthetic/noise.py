@@ -7,8 +7,8 @@ import cv2
 import numpy as np
 from scipy import ndimage
 
-from hf_seg.data.toy_world.fields import fractal_noise, smooth_noise, to_uniform
-from hf_seg.data.toy_world.parcels import BARE, BUILDING, DEVELOPED, FIELD, RANGE, ROAD, TREE, WATER
+from hf_seg.synthetic.fields import fractal_noise, smooth_noise, to_uniform
+from hf_seg.synthetic.parcels import BARE, BUILDING, DEVELOPED, FIELD, RANGE, ROAD, TREE, WATER
 
 BORDER_SHIFT = 0.5  # metres, standard deviation
 LOST_AREA = 30.0  # square metres: an object of this area is lost half of the time

@@ -1,10 +1,10 @@
 """Make a world: optical tiles, optical/SAR pairs and labels, in the layout of OpenEarthMap and OpenEarthMap-SAR.
 
-    python scripts/make_toy_world.py --output data/toy --seed 0 --source 24 --train 48 --val 12 --test 4 --size 256
+    python scripts/make_synthetic_dataset.py --output data/synthetic --train 48 --val 12 --test 4
 
 writes data/toy/OpenEarthMap_wo_xBD and data/toy/dfc25_track1, ready for every recipe, and data/toy/dfc25_track1_extra,
 which no recipe reads: the clean labels of train. With `--scene PX` also data/toy/scene.tif, one large SAR scene to map.
-What the world is like, and how hard: the docstring of hf_seg/data/toy_world.
+What the world is like, and how hard: the docstring of hf_seg/synthetic.
 """
 
 import argparse
@@ -27,11 +27,11 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--num_workers", metavar="W", type=int, default=os.cpu_count() or 1, help="processes")
     options = parser.parse_args(arguments)
 
-    from hf_seg.data.toy_world import ToyWorldError, make_toy_world  # here, so that --help is quick
+    from hf_seg.synthetic import SyntheticDatasetError, make_synthetic_dataset  # here, so that --help is quick
 
     try:
-        output = make_toy_world(**vars(options))
-    except (ToyWorldError, OSError) as error:
+        output = make_synthetic_dataset(**vars(options))
+    except (SyntheticDatasetError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:

@@ -6,9 +6,9 @@ import cv2
 import numpy as np
 from numpy.typing import ArrayLike
 
-from hf_seg.data.toy_world.fields import RayFrame, fractal_noise, smooth_noise
-from hf_seg.data.toy_world.ground import Ground
-from hf_seg.data.toy_world.parcels import BARE, BUILDING, DEVELOPED, FIELD, RANGE, ROAD, TREE, WATER
+from hf_seg.synthetic.fields import RayFrame, fractal_noise, smooth_noise
+from hf_seg.synthetic.ground import Ground
+from hf_seg.synthetic.parcels import BARE, BUILDING, DEVELOPED, FIELD, RANGE, ROAD, TREE, WATER
 
 # Reflectances as 8-bit RGB in full sun; a parcel takes one of the colours of its class.
 ROOFS = ((95, 98, 104), (154, 152, 150), (183, 105, 80), (202, 136, 107), (220, 218, 212), (122, 107, 99), (76, 80, 91))

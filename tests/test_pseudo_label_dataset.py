@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from hf_seg.data.label_shards import (
+from hf_seg.data.pseudo_label_dataset import (
     LabelledTile,
     beyond_swath,
     check_inputs,

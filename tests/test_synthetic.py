@@ -13,15 +13,15 @@ import rasterio
 
 from hf_seg.data.doctor import examine
 from hf_seg.data.open_earth_map import load_open_earth_map, load_open_earth_map_sar, scan_open_earth_map
-from hf_seg.data.toy_world import KINDS, REGIONS, Scene, ToyWorldError, make_toy_world
-from hf_seg.data.toy_world.fields import RayFrame, smooth_noise, to_uniform
-from hf_seg.data.toy_world.noise import corrupt_labels
-from hf_seg.data.toy_world.sar import render_sar
-from hf_seg.data.toy_world.statistics import difficulty, sar_statistics
 from hf_seg.labels import BACKGROUND, CLASS_NAMES, LABEL2ID, NUM_LABELS
 from hf_seg.metrics import ConfusionMatrix
+from hf_seg.synthetic import KINDS, REGIONS, Scene, SyntheticDatasetError, make_synthetic_dataset
+from hf_seg.synthetic.fields import RayFrame, smooth_noise, to_uniform
+from hf_seg.synthetic.noise import corrupt_labels
+from hf_seg.synthetic.sar import render_sar
+from hf_seg.synthetic.statistics import difficulty, sar_statistics
 
-SCRIPT = Path(__file__).parents[1] / "scripts" / "make_toy_world.py"
+SCRIPT = Path(__file__).parents[1] / "scripts" / "make_synthetic_dataset.py"
 SIZES = {"source": 8, "train": 4, "val": 2, "test": 1}
 # Published figures of the real data: percent of the pixels; SAR mean, std, local CV; agreement and IoU of labels.
 SHARES = (1.6, 23.9, 23.1, 7.9, 14.3, 10.3, 6.5, 12.1)
@@ -49,7 +49,7 @@ class Tile(NamedTuple):
 @pytest.fixture(scope="module")
 def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A small world as the command writes it."""
-    return make_toy_world(tmp_path_factory.mktemp("toy") / "world", seed=3, size=96, **SIZES)
+    return make_synthetic_dataset(tmp_path_factory.mktemp("toy") / "world", seed=3, size=96, **SIZES)
 
 
 @pytest.fixture(scope="module")
@@ -84,19 +84,19 @@ def run(*arguments: str) -> subprocess.CompletedProcess[str]:
 
 
 def test_same_seed_gives_the_same_bytes_whatever_the_number_of_workers(world: Path, tmp_path: Path) -> None:
-    again = make_toy_world(tmp_path / "again", seed=3, size=96, num_workers=2, **SIZES)
+    again = make_synthetic_dataset(tmp_path / "again", seed=3, size=96, num_workers=2, **SIZES)
     assert files_of(again) == files_of(world)
 
 
 def test_another_seed_gives_another_world(world: Path, tmp_path: Path) -> None:
-    other = files_of(make_toy_world(tmp_path / "other", seed=4, size=96, **SIZES))
+    other = files_of(make_synthetic_dataset(tmp_path / "other", seed=4, size=96, **SIZES))
     assert other.keys() == files_of(world).keys()
     labels = [name for name in other if "labels" in name]
     assert all(other[name] != content for name, content in files_of(world).items() if name in labels)
 
 
 def test_a_scene_does_not_depend_on_how_many_there_are(world: Path, tmp_path: Path) -> None:
-    larger = files_of(make_toy_world(tmp_path / "larger", seed=3, size=96, source=2, train=5, val=1, test=0))
+    larger = files_of(make_synthetic_dataset(tmp_path / "larger", seed=3, size=96, source=2, train=5, val=1, test=0))
     train = {name: content for name, content in files_of(world).items() if "TrainArea" in name}
     assert len(train) == 16 and all(larger[name] == content for name, content in train.items())
 
@@ -225,13 +225,13 @@ def test_smooth_noise_is_standard_normal_over_the_ensemble(scale: float) -> None
 
 def test_a_large_scene_comes_beside_the_tiles_and_changes_none(tmp_path: Path) -> None:
     sizes = {"source": 2, "train": 1, "val": 1, "size": 64}
-    make_toy_world(tmp_path / "without", **sizes)
-    make_toy_world(tmp_path / "with", **sizes, scene=200)
+    make_synthetic_dataset(tmp_path / "without", **sizes)
+    make_synthetic_dataset(tmp_path / "with", **sizes, scene=200)
     files = files_of(tmp_path / "with")
     scene = files.pop("scene.tif")
     others = files_of(tmp_path / "without")
     assert scene and files.keys() == others.keys()
-    assert all(content == others[name] for name, content in files.items() if name != "toy_world.json")
+    assert all(content == others[name] for name, content in files.items() if name != "synthetic_dataset.json")
     with rasterio.open(tmp_path / "with" / "scene.tif") as file:
         assert (file.shape, file.count, file.dtypes[0]) == ((200, 200), 1, "uint8") and file.crs is not None
 
@@ -240,8 +240,8 @@ def test_a_large_scene_comes_beside_the_tiles_and_changes_none(tmp_path: Path) -
     ("name", "value"), [("size", 32), ("scene", 10), ("train", 0), ("val", 0), ("source", 1), ("num_workers", 0)]
 )
 def test_too_small_a_number_is_refused_by_its_name(tmp_path: Path, name: str, value: int) -> None:
-    with pytest.raises(ToyWorldError, match=rf"--{name} {value} is too small; it must be at least"):
-        make_toy_world(tmp_path / "world", **{name: value})
+    with pytest.raises(SyntheticDatasetError, match=rf"--{name} {value} is too small; it must be at least"):
+        make_synthetic_dataset(tmp_path / "world", **{name: value})
     assert not list(tmp_path.iterdir())
 
 
@@ -257,9 +257,9 @@ def test_a_failure_leaves_nothing_behind(tmp_path: Path, monkeypatch: pytest.Mon
     def fail(*_: object) -> None:
         raise OSError("disk full")
 
-    monkeypatch.setattr("hf_seg.data.toy_world._write_lists", fail)
+    monkeypatch.setattr("hf_seg.synthetic._write_lists", fail)
     with pytest.raises(OSError, match="disk full"):
-        make_toy_world(tmp_path / "world", source=2, train=1, val=1, size=64)
+        make_synthetic_dataset(tmp_path / "world", source=2, train=1, val=1, size=64)
     assert not list(tmp_path.iterdir())
 
 
@@ -269,7 +269,7 @@ def test_the_command_writes_both_trees(tmp_path: Path) -> None:
     assert result.returncode == 0, result.stderr
     assert sorted(path.name for path in (tmp_path / "deep").iterdir()) == ["world"]
     names = {path.name for path in (tmp_path / "deep" / "world").iterdir()}
-    assert names == {"OpenEarthMap_wo_xBD", "dfc25_track1", "dfc25_track1_extra", "toy_world.json"}
+    assert names == {"OpenEarthMap_wo_xBD", "dfc25_track1", "dfc25_track1_extra", "synthetic_dataset.json"}
 
 
 def test_every_kind_of_scene_has_its_own_stream_of_randomness() -> None:

@@ -1,0 +1,128 @@
+"""Files and folders that appear atomically, and their checksums.
+
+A file is written under a temporary name beside its place, flushed to the disk and renamed, so that neither a kill nor a
+power cut nor a full disk leaves half of it under its name.
+"""
+
+import hashlib
+import os
+import shutil
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from hf_seg.errors import file_errors
+
+DISK_HINT = "free disk space or choose another place"
+
+
+def temporary_path(path: Path) -> Path:
+    """Return the hidden temporary name of a file or folder, in the same folder; the suffix stays."""
+    return path.with_name(f".partial.{path.name}")
+
+
+@contextmanager
+def atomic_file(path: Path) -> Iterator[Path]:
+    """Yield a temporary path; what the block writes there replaces `path` if it ends without an error.
+
+    Raises:
+        FileError: it cannot be written.
+    """
+    temporary = temporary_path(path)
+    with file_errors(path, "cannot be written", DISK_HINT):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            yield temporary
+            flush(temporary)
+            os.replace(temporary, path)
+        except BaseException:
+            temporary.unlink(missing_ok=True)
+            raise
+
+
+def write_atomic(path: Path, content: bytes | str) -> None:
+    """Write a file atomically; text as UTF-8."""
+    with atomic_file(path) as temporary:
+        temporary.write_bytes(content.encode() if isinstance(content, str) else content)
+
+
+@contextmanager
+def atomic_folder(folder: Path) -> Iterator[Path]:
+    """Yield an empty temporary folder that replaces `folder` if the block ends without an error.
+
+    Raises:
+        FileError: something cannot be written.
+    """
+    temporary = temporary_path(folder)
+    with file_errors(folder, "cannot be written", DISK_HINT):
+        _empty(temporary)
+        try:
+            yield temporary
+            for file in temporary.rglob("*"):
+                flush(file)
+            replaced = folder.with_name(f".replaced.{folder.name}")
+            remove(replaced)  # left by a run that was killed
+            if folder.exists():
+                os.replace(folder, replaced)
+            os.replace(temporary, folder)
+            flush(folder.parent)
+            remove(replaced)
+        except BaseException:
+            shutil.rmtree(temporary, ignore_errors=True)
+            raise
+
+
+@contextmanager
+def atomic_update(folder: Path, *, first: Iterable[str] = (), last: Iterable[str] = ()) -> Iterator[Path]:
+    """Yield an empty temporary folder whose entries replace those of the same name in `folder`; other entries stay.
+
+    Each entry is replaced atomically, but not all at once. So that no mixture of old and new entries is taken for
+    complete, the entries `first` are deleted before the others are replaced, and those `last` are written at the end.
+
+    Raises:
+        FileError: something cannot be written.
+    """
+    temporary = folder / ".partial"
+    with file_errors(folder, "cannot be written", DISK_HINT):
+        _empty(temporary)
+        try:
+            yield temporary
+            for file in temporary.rglob("*"):
+                flush(file)
+            for name in first:
+                remove(folder / name)
+            last = [*last]
+            for entry in sorted(temporary.iterdir(), key=lambda entry: (entry.name in last, entry.name)):
+                if (folder / entry.name).is_dir():
+                    shutil.rmtree(folder / entry.name)
+                os.replace(entry, folder / entry.name)
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)
+
+
+def remove(path: Path) -> None:
+    """Delete a file or a folder, if it exists."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def flush(path: Path) -> None:
+    """Make sure that a file, or the entries of a folder, survive a power cut."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def sha256_of(path: Path) -> str:
+    """Return the sha256 of a file's bytes, in hexadecimal."""
+    with file_errors(path, "cannot be read"), path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _empty(folder: Path) -> None:
+    remove(folder)  # left by a run that was killed
+    folder.mkdir(parents=True)

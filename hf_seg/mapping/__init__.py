@@ -1,0 +1,1 @@
+"""Maps of whole scenes: GeoTIFF in, GeoTIFF out."""

@@ -1,0 +1,1 @@
+"""Studies of data and labels: which of two label sets is better, how blurred one domain is against another."""
