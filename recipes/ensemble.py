@@ -27,7 +27,7 @@ from tqdm import tqdm
 from transformers.utils.logging import disable_progress_bar
 
 from hf_seg import EnsembleForSemanticSegmentation
-from hf_seg.arguments import EnsembleArguments, dump_recipe, parse_arguments
+from hf_seg.arguments import EnsembleArguments, dump_recipe
 from hf_seg.data.dataloaders import LabelledImages, UnlabelledImages
 from hf_seg.data.open_earth_map import load_open_earth_map_sar
 from hf_seg.errors import DatasetError, UserError, one_line_errors
@@ -38,6 +38,7 @@ from hf_seg.labels import NUM_LABELS
 from hf_seg.metrics import ConfusionMatrix
 from hf_seg.report.member_scores import plot_member_scores
 from hf_seg.report.plots import plot_confusion_matrix, plot_panel
+from hf_seg.settings import parse_arguments
 from hf_seg.training.evaluation import predict_probs
 from hf_seg.training.setup import require_login
 

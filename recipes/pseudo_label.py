@@ -28,7 +28,7 @@ from huggingface_hub import snapshot_download
 from tqdm import tqdm
 from transformers.utils.logging import disable_progress_bar
 
-from hf_seg.arguments import FREE_ON_RESUME, PseudoLabelArguments, check_same_recipe, dump_recipe, parse_arguments
+from hf_seg.arguments import FREE_ON_RESUME, PseudoLabelArguments, check_same_recipe, dump_recipe
 from hf_seg.data.dataloaders import Sample, UnlabelledImages
 from hf_seg.data.open_earth_map import load_open_earth_map_sar
 from hf_seg.data.pseudo_label_dataset import (
@@ -51,6 +51,7 @@ from hf_seg.inference.tta import Votes
 from hf_seg.labels import IGNORE_INDEX, NUM_LABELS
 from hf_seg.models import SegmentationNetwork, load_trained
 from hf_seg.report.plots import plot_panel
+from hf_seg.settings import parse_arguments
 from hf_seg.training.evaluation import predict_probs
 from hf_seg.training.setup import require_login
 

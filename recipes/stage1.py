@@ -28,7 +28,7 @@ from hf_seg.adaptation.class_mix import mix_domains, sample_class_mask
 from hf_seg.adaptation.mean_teacher import MeanTeacher
 from hf_seg.adaptation.pseudo_labels import CollapseWatch, describe_pseudo_labels, weigh_pseudo_labels
 from hf_seg.adaptation.strong_augmentation import strong_augment
-from hf_seg.arguments import Stage1Arguments, parse_arguments
+from hf_seg.arguments import Stage1Arguments
 from hf_seg.data.dataloaders import (
     AugmentedStream,
     LabelledImages,
@@ -46,6 +46,7 @@ from hf_seg.losses import cross_entropy
 from hf_seg.models import SegmentationLogits
 from hf_seg.report.mix_panel import plot_mix_panel
 from hf_seg.report.plots import plot_curves
+from hf_seg.settings import parse_arguments
 from hf_seg.training.checkpoints import Progress, StopSignal, load_checkpoint, save_checkpoint
 from hf_seg.training.evaluation import draw_results
 from hf_seg.training.run_log import RunLog

@@ -19,7 +19,7 @@ from accelerate import Accelerator
 from accelerate.utils import set_seed
 from torch import Tensor, nn
 
-from hf_seg.arguments import Stage2Arguments, dump_recipe, parse_arguments
+from hf_seg.arguments import Stage2Arguments, dump_recipe
 from hf_seg.data.dataloaders import AugmentedStream, LabelledImages, load_pseudo_labels, train_dataloader
 from hf_seg.data.open_earth_map import load_open_earth_map_sar
 from hf_seg.data.transforms import sar_transform
@@ -29,6 +29,7 @@ from hf_seg.hub.push import publish
 from hf_seg.losses import noise_robust_loss
 from hf_seg.models import SegmentationLogits
 from hf_seg.report.plots import plot_curves
+from hf_seg.settings import parse_arguments
 from hf_seg.training.checkpoints import Progress, StopSignal, load_checkpoint, save_checkpoint
 from hf_seg.training.evaluation import draw_results, evaluate_network
 from hf_seg.training.run_log import RunLog

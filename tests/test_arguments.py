@@ -17,9 +17,9 @@ from hf_seg.arguments import (
     Stage2Arguments,
     check_same_recipe,
     dump_recipe,
-    parse_arguments,
 )
 from hf_seg.errors import UserError, one_line_errors
+from hf_seg.settings import parse_arguments
 
 CONFIGS = Path(__file__).parents[1] / "recipes/configs"
 STAGE2_CONFIGS = sorted([*CONFIGS.glob("stage2/*.yaml"), *CONFIGS.glob("toy/stage2*.yaml")])

@@ -13,7 +13,7 @@ from PIL import Image
 from recipe_process import Result, run_recipe
 
 from hf_seg import EnsembleForSemanticSegmentation as Ensemble
-from hf_seg.arguments import EnsembleArguments, parse_arguments
+from hf_seg.arguments import EnsembleArguments
 from hf_seg.data.dataloaders import LabelledImages
 from hf_seg.data.open_earth_map import load_open_earth_map_sar
 from hf_seg.errors import UserError
@@ -21,6 +21,7 @@ from hf_seg.hub.export import export_model
 from hf_seg.labels import BACKGROUND, IGNORE_INDEX
 from hf_seg.metrics import ConfusionMatrix
 from hf_seg.models import SegmentationNetwork, build_model, load_trained
+from hf_seg.settings import parse_arguments
 from hf_seg.training.evaluation import evaluate_network
 
 CROPS = {"toy-segformer": 32, "toy-convnextv2": 64}

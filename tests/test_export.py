@@ -10,11 +10,12 @@ import torch
 from PIL import Image
 from transformers import AutoImageProcessor, PreTrainedModel, pipeline
 
-from hf_seg.arguments import Stage2Arguments, dump_recipe, parse_arguments
+from hf_seg.arguments import Stage2Arguments, dump_recipe
 from hf_seg.hub.export import export_model
 from hf_seg.labels import CLASS_NAMES, LABEL2ID, NUM_LABELS
 from hf_seg.models import SegmentationNetwork, build_model, load_trained
 from hf_seg.normalization import to_pixel_values
+from hf_seg.settings import parse_arguments
 
 TOYS = ("toy-segformer", "toy-convnextv2", "toy-swinv2")
 FILES = {"config.json", "model.safetensors", "preprocessor_config.json", "recipe.yaml", "eval_results.json"}

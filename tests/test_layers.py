@@ -12,7 +12,7 @@ LEAVES = sorted([*PROJECT.glob("recipes/*.py"), *PROJECT.glob("scripts/*.py")])
 # A folder (or a module at the top) imports itself and what stands above it in this list, nothing beside or below it.
 RANKS = (
     "errors labels",
-    "files strict_yaml normalization",
+    "files settings normalization",
     "arguments losses metrics adaptation",
     "data models land_cover_iou report",
     "inference",

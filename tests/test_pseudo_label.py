@@ -28,7 +28,7 @@ from PIL import Image
 sys.path.insert(0, str(Path(__file__).parents[1] / "recipes"))
 import pseudo_label
 
-from hf_seg.arguments import FREE_ON_RESUME, PseudoLabelArguments, parse_arguments
+from hf_seg.arguments import FREE_ON_RESUME, PseudoLabelArguments
 from hf_seg.data.dataloaders import LabelledImages, load_pseudo_labels
 from hf_seg.data.open_earth_map import load_open_earth_map_sar
 from hf_seg.data.pseudo_label_dataset import CONFIDENCE_STEP, LabelledTile, beyond_swath, summarize, write_shard
@@ -38,6 +38,7 @@ from hf_seg.hub.export import export_model
 from hf_seg.inference.tta import VIEW_PRESETS
 from hf_seg.labels import CLASS_NAMES, IGNORE_INDEX, LABEL2ID, NUM_LABELS
 from hf_seg.models import SegmentationNetwork, build_model, load_trained
+from hf_seg.settings import parse_arguments
 from hf_seg.training.evaluation import predict_probs
 
 CONFIGS = sorted((Path(__file__).parents[1] / "recipes" / "configs" / "pseudo_label").glob("*.yaml"))

@@ -25,7 +25,6 @@ import torch
 from accelerate import PartialState
 from transformers.utils.logging import disable_progress_bar
 
-from hf_seg.arguments import nearest
 from hf_seg.errors import UserError, one_line_errors
 from hf_seg.inference.predict import PRECISIONS, Predictor, load_members
 from hf_seg.inference.tta import VIEW_PRESETS
@@ -33,6 +32,7 @@ from hf_seg.mapping.job import MapJob
 from hf_seg.mapping.options import RasterOptions
 from hf_seg.mapping.raster import GDAL_CACHE, map_scene
 from hf_seg.mapping.scene import UNITS
+from hf_seg.settings import nearest
 
 logger = logging.getLogger(__name__)
 

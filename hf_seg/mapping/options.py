@@ -4,24 +4,22 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from hf_seg.arguments import setting
 from hf_seg.errors import UserError
 from hf_seg.mapping.polygons import DRIVERS, check_polygon_target
+from hf_seg.settings import setting
 
 
 @dataclass(frozen=True, kw_only=True)
 class RasterOptions:
     """How to read a scene, how to look at it, and what to write."""
 
-    bands: list[int] | None = setting(  # noqa: RUF009 (it is a field)
+    bands: list[int] | None = setting(
         None, "1-based bands: one (SAR) or three (optical); default: the only one, or RGB"
     )
     units: Literal["linear", "power", "db"] = setting(
         "linear", "what the values are: linear (as they are), power, or db"
     )
-    stretch: list[float] | None = setting(  # noqa: RUF009
-        None, "two values that become 0 and 255; default: uint8 as it is, else found"
-    )
+    stretch: list[float] | None = setting(None, "two values that become 0 and 255; default: uint8 as it is, else found")
     zero_collar: bool = setting(True, "zeros connected with the border are nodata, where the scene declares none")
     stride: float = setting(0.5, "step of the window as a share of it")
     batch_size: int = setting(4, "windows per forward pass")

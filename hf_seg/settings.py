@@ -1,0 +1,287 @@
+"""Flat settings: a dataclass, filled from a YAML file and then from the command line, or one clear error.
+
+    @dataclass(kw_only=True)
+    class Arguments(Settings):
+        "Title of the group in --help."
+        seed: int = setting(0, "fixes sample order and augmentation", low=0)
+
+    args = parse_arguments(Arguments)      # sys.argv: --config recipe.yaml --seed 1
+
+Import-light, so that a command can answer `--help` before its slow imports. On the command line `-` and `_` in a name
+are the same.
+"""
+
+import argparse
+import dataclasses
+import difflib
+import re
+import sys
+import types
+import typing
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, NoReturn, TypeVar, Union
+
+import yaml
+
+from hf_seg.errors import UserError
+
+LOCAL_PATHS_FILE = "local_paths.yaml"
+
+
+def setting(
+    default: Any,
+    help: str,
+    *,
+    low: float | None = None,
+    high: float | None = None,
+    above: float | None = None,
+    free: bool = False,
+    path: bool = False,
+) -> Any:
+    """Declare one documented field of a settings dataclass.
+
+    Args:
+        low, high: smallest and largest value allowed.
+        above: the value must be larger than this.
+        free: it does not change what a run computes, so a resumed run may change it.
+        path: it may be a folder of this machine, which is not part of what is shared.
+    """
+    metadata = {"help": help, "low": low, "high": high, "above": above, "free": free, "path": path}
+    if isinstance(default, list):
+        return dataclasses.field(default_factory=lambda: [*default], metadata=metadata)
+    return dataclasses.field(default=default, metadata=metadata)
+
+
+@dataclass(kw_only=True)
+class Settings:
+    """Settings."""
+
+    config: str | None = setting(None, "YAML file with settings; the command line overrides it", free=True)
+
+    def __post_init__(self) -> None:
+        check_bounds(self)
+
+    def require(self, key: str, holds: bool, what: str) -> None:
+        """Raise `UserError` naming `key`, its value and what it must be, unless `holds`."""
+        if not holds:
+            raise UserError(f"{key} must be {what}; it is {getattr(self, key)!r}")
+
+
+def check_bounds(settings: Any) -> None:
+    """Check every field of a settings dataclass against the bounds declared beside it.
+
+    Raises:
+        UserError: naming the field, its value and its bounds.
+    """
+    for field in dataclasses.fields(settings):
+        value = getattr(settings, field.name)
+        bounds = {key: bound for key in ("above", "low", "high") if (bound := field.metadata.get(key)) is not None}
+        if value is None or not bounds:
+            continue
+        holds = {"above": value > bounds.get("above", 0), "low": value >= bounds.get("low", 0)}
+        holds["high"] = value <= bounds.get("high", 0)
+        if not all(holds[key] for key in bounds):
+            words = {"above": "more than", "low": "at least", "high": "at most"}
+            wanted = " and ".join(f"{words[key]} {bound:g}" for key, bound in bounds.items())
+            raise UserError(f"{field.name} must be {wanted}; it is {value!r}")
+
+
+class Parser(argparse.ArgumentParser):
+    """An argument parser whose errors are a `UserError` in one line, with the nearest known flag."""
+
+    def __init__(self, **options: Any) -> None:
+        options = {"formatter_class": argparse.RawDescriptionHelpFormatter, "allow_abbrev": False, **options}
+        super().__init__(**options)
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        """Parse with `-` and `_` taken for the same in the names of flags."""
+        words = [_with_underscores(word) for word in (sys.argv[1:] if args is None else args)]
+        switches = {flag for action in self._actions if action.type is _boolean for flag in action.option_strings}
+        for index, word in enumerate(words):  # a switch without a value must not swallow what follows it
+            if word in switches and "".join(words[index + 1 : index + 2]).lower() not in ("true", "false"):
+                words[index] = f"{word}=true"
+        return super().parse_known_args(words, namespace)
+
+    def parse_args(self, args: Any = None, namespace: Any = None) -> Any:  # type: ignore[override]
+        """Parse a whole command line.
+
+        Raises:
+            UserError: an unknown flag, a missing or a wrong value.
+        """
+        found, unknown = self.parse_known_args(args, namespace)
+        if unknown:
+            flags = [flag.lstrip("-") for action in self._actions for flag in action.option_strings]
+            hint = nearest(unknown[0].partition("=")[0].lstrip("-"), flags).replace("mean '", "mean '--")
+            raise UserError(f"unknown setting {unknown[0]!r}{hint}")
+        return found
+
+    def error(self, message: str) -> NoReturn:
+        """Raise instead of printing all flags."""
+        raise UserError(f"{message}; --help lists the settings")
+
+    def add_settings(self, settings: type) -> None:
+        """Add a flag for each field of a settings dataclass, grouped by the class that declares it."""
+        hints = typing.get_type_hints(settings)
+        groups: dict[type, Any] = {}
+        for field in dataclasses.fields(settings):
+            owner = [each for each in settings.__mro__ if field.name in vars(each).get("__annotations__", {})][-1]
+            if owner not in groups:
+                groups[owner] = self.add_argument_group(str(owner.__doc__).partition("\n")[0].rstrip("."))
+            default = field.default_factory() if callable(field.default_factory) else field.default
+            text = field.metadata["help"] + ("" if default is None else f" ({_shown(default)})")
+            how = _how_to_parse(hints[field.name])
+            groups[owner].add_argument(
+                f"--{field.name}", help=text.replace("%", "%%"), default=argparse.SUPPRESS, **how
+            )
+            if default is True:
+                negative = {"dest": field.name, "action": "store_false", "default": argparse.SUPPRESS}
+                groups[owner].add_argument(f"--no_{field.name}", help=argparse.SUPPRESS, **negative)
+
+
+def _with_underscores(word: str) -> str:
+    name, equals, value = word.partition("=")
+    return f"--{name[2:].replace('-', '_')}{equals}{value}" if word.startswith("--") else word
+
+
+def _shown(default: Any) -> str:
+    if isinstance(default, bool):
+        return str(default).lower()
+    return " ".join(map(str, default)) if isinstance(default, list) else str(default)
+
+
+def _how_to_parse(hint: Any) -> dict[str, Any]:
+    """Return what argparse needs to know of a field's type."""
+    if typing.get_origin(hint) in (Union, types.UnionType):
+        (hint,) = (option for option in typing.get_args(hint) if option is not type(None))
+    if hint is bool:
+        return {"type": _boolean, "metavar": "true|false"}
+    if typing.get_origin(hint) is Literal:
+        return {"choices": typing.get_args(hint)}
+    if typing.get_origin(hint) is list:
+        return {"type": typing.get_args(hint)[0], "nargs": "+"}
+    return {"type": hint}
+
+
+def _boolean(text: str) -> bool:
+    if text.lower() not in ("true", "false"):
+        raise argparse.ArgumentTypeError(f"expected true or false, got {text!r}")
+    return text.lower() == "true"
+
+
+Arguments = TypeVar("Arguments", bound=Settings)
+
+
+def parse_arguments(settings: type[Arguments], argv: Sequence[str] | None = None) -> Arguments:
+    """Read settings from `--config FILE` and the command line.
+
+    Beside a `recipe.yaml` that a recipe has written, `local_paths.yaml` tells where its data lies on this machine, and
+    is read with it.
+
+    Args:
+        settings: the recipe's dataclass.
+        argv: the command line without the program's name; `sys.argv[1:]` if None.
+
+    Raises:
+        UserError: unknown key (with the nearest known one), wrong type or value out of range, no such file.
+    """
+    program = Path(sys.argv[0]).name
+    parser = Parser(
+        description=settings.__doc__, prog=program, usage=f"{program} [--config FILE] [--SETTING VALUE ...]"
+    )
+    parser.add_settings(settings)
+    values = vars(parser.parse_args(argv))
+    if values.get("config") is not None:
+        file = Path(values["config"])
+        local = file.with_name(LOCAL_PATHS_FILE)
+        beside = read_settings(local, settings) if file.name == "recipe.yaml" and local.exists() else {}
+        values = {**read_settings(file, settings), **beside, **values}
+    return settings(**values)
+
+
+def answer_help(settings: type[Settings], argv: Sequence[str] | None = None) -> None:
+    """Print the help and exit where it is asked for; to be called before slow imports."""
+    words = sys.argv[1:] if argv is None else argv
+    if {"-h", "--help"} & {*words}:
+        parse_arguments(settings, words)
+
+
+def nearest(key: str, known: Iterable[str]) -> str:
+    """Return `"; did you mean 'x'?"` for the known key most like `key`, or an empty string."""
+    matches = difflib.get_close_matches(key.replace("-", "_"), known, n=1)
+    return f"; did you mean '{matches[0]}'?" if matches else ""
+
+
+class StrictLoader(yaml.SafeLoader):
+    """Safe YAML in which `6e-5` is a number, `no` is text, and a duplicate key is an error."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
+        for key in keys:
+            if keys.count(key) > 1:
+                raise UserError(f"duplicate key {key!r}")
+        return super().construct_mapping(node, deep)
+
+
+# In YAML 1.1 `no` and `off` are booleans and `6e-5` is text; here a boolean is `true` or `false`, a float a float.
+StrictLoader.yaml_implicit_resolvers = {
+    first: [(tag, pattern) for tag, pattern in resolvers if tag != "tag:yaml.org,2002:bool"]
+    for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
+StrictLoader.add_implicit_resolver("tag:yaml.org,2002:bool", re.compile(r"(true|false)$", re.IGNORECASE), list("tTfF"))
+_EXPONENT = ("tag:yaml.org,2002:float", re.compile(r"[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"), list("-+.0123456789"))
+StrictLoader.add_implicit_resolver(*_EXPONENT)
+
+
+class StrictDumper(yaml.SafeDumper):
+    """Safe YAML that also quotes text like `1e-4`, which the loader would take for a number."""
+
+
+StrictDumper.add_implicit_resolver(*_EXPONENT)
+
+
+def read_settings(path: Path, settings: type[Settings]) -> dict[str, Any]:
+    """Return the settings in a flat YAML file, each of the type that its field declares.
+
+    Raises:
+        UserError: naming the file and the line, key or value that is wrong.
+    """
+    try:
+        values = yaml.load(path.read_text(encoding="utf-8"), StrictLoader)  # noqa: S506 (a SafeLoader)
+        values = {} if values is None else values  # an empty file
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: cannot be read as settings: {error}") from None
+    except (yaml.YAMLError, UserError) as error:
+        raise UserError(f"{path}: {' '.join(str(error).split())}") from None
+    if not isinstance(values, dict):
+        raise UserError(f"{path}: settings are lines of `key: value`; found a {type(values).__name__}")
+    hints = typing.get_type_hints(settings)
+    for key, value in values.items():
+        if key not in hints or key == "config":
+            raise UserError(f"{path}: unknown setting {key!r}{nearest(str(key), hints.keys() - {'config'})}")
+        if not _has_type(value, hints[key]):
+            choices = typing.get_origin(hints[key]) is Literal and f"one of {typing.get_args(hints[key])}"
+            wanted = choices or f"of type {getattr(hints[key], '__name__', hints[key])}"
+            raise UserError(f"{path}: {key} must be {wanted}; it is {value!r} ({type(value).__name__})")
+        if float in (hints[key], *typing.get_args(hints[key])) and value is not None:
+            values[key] = float(value)
+    return values
+
+
+def _has_type(value: Any, hint: Any) -> bool:
+    """Tell whether a value is of a type as a field declares it; whole numbers are floats too, booleans are not."""
+    if typing.get_origin(hint) in (Union, types.UnionType):
+        return any(_has_type(value, option) for option in typing.get_args(hint))
+    if typing.get_origin(hint) is Literal:
+        return value in typing.get_args(hint)
+    if typing.get_origin(hint) is list:
+        return isinstance(value, list) and all(_has_type(item, *typing.get_args(hint)) for item in value)
+    if hint is float:
+        return isinstance(value, int | float) and not isinstance(value, bool)
+    return type(value) is hint
+
+
+def dump_yaml(values: dict[str, Any]) -> str:
+    """Return flat settings as YAML that `read_settings` reads back."""
+    return yaml.dump(values, Dumper=StrictDumper, sort_keys=False, allow_unicode=True)
