@@ -8,10 +8,10 @@ from typing import Any
 
 from transformers import PreTrainedModel, SegformerImageProcessor
 
-from hf_seg.normalization import IMAGE_MEAN, IMAGE_STD
+from hf_seg.normalization import IMAGENET, Normalization
 
 
-def image_processor(crop_size: int) -> SegformerImageProcessor:
+def image_processor(crop_size: int, normalization: Normalization = IMAGENET) -> SegformerImageProcessor:
     """Build the processor that repeats training's preprocessing; grey images become RGB in a stock pipeline.
 
     It does not resize, since the ground sampling distance matters; `size` records the crop, which is the window to
@@ -21,10 +21,10 @@ def image_processor(crop_size: int) -> SegformerImageProcessor:
         do_resize=False,
         size={"height": crop_size, "width": crop_size},
         do_rescale=True,
-        rescale_factor=1 / 255,
+        rescale_factor=1 / normalization.scale,
         do_normalize=True,
-        image_mean=list(IMAGE_MEAN),
-        image_std=list(IMAGE_STD),
+        image_mean=list(normalization.mean),
+        image_std=list(normalization.std),
         do_reduce_labels=False,
     )
 
