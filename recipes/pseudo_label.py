@@ -30,21 +30,20 @@ from transformers.utils.logging import disable_progress_bar
 
 from hf_seg.arguments import FREE_ON_RESUME, PseudoLabelArguments, check_same_recipe, dump_recipe
 from hf_seg.data.dataloaders import Sample, UnlabelledImages
+from hf_seg.data.nodata import outside_swath
 from hf_seg.data.open_earth_map import load_open_earth_map_sar
 from hf_seg.data.pseudo_label_dataset import (
     LabelledTile,
-    beyond_swath,
     check_inputs,
-    is_whole,
+    is_complete,
     plan_shards,
     read_maps,
-    sha256_of,
     summarize,
     write_manifest,
     write_shard,
-    write_whole,
 )
 from hf_seg.errors import UserError, one_line_errors
+from hf_seg.files import sha256_of, write_atomic
 from hf_seg.hub.cards import write_pseudo_label_card
 from hf_seg.hub.push import publish
 from hf_seg.inference.tta import Votes
@@ -93,13 +92,13 @@ def main(argv: list[str] | None = None) -> None:
         load_trained(str(network.root), subfolder=network.subfolder)
     logging.getLogger("hf_seg.models").setLevel(logging.WARNING)
     shards = plan_shards(output_dir / "data", args.split, len(rows), args.tiles_per_shard)
-    missing = [path for path in shards if not is_whole(path)]
+    missing = [path for path in shards if not is_complete(path)]
     accelerator.wait_for_everyone()  # all have seen the same before the first one writes
     if accelerator.is_main_process:
         output_dir.mkdir(parents=True, exist_ok=True)
         (output_dir / "manifest.json").unlink(missing_ok=True)
-        write_whole(output_dir / "recipe.yaml", dump_recipe(args).encode())
-        write_whole(output_dir / "inputs.json", json.dumps(inputs, indent=1).encode())
+        write_atomic(output_dir / "recipe.yaml", dump_recipe(args).encode())
+        write_atomic(output_dir / "inputs.json", json.dumps(inputs, indent=1).encode())
     accelerator.wait_for_everyone()
     accelerator.print(
         f"{len(rows)} tiles in {len(shards)} shards, {len(shards) - len(missing)} of them whole and kept; "
@@ -182,7 +181,7 @@ def label_tile(optical: Sample, sar: np.ndarray, votes: Votes, args: PseudoLabel
     has_ground = optical.label != IGNORE_INDEX
     holds = {
         "no optical data": ~has_ground,
-        "beyond the SAR swath": beyond_swath(sar) if args.ignore_sar_nodata else np.False_,
+        "beyond the SAR swath": outside_swath(sar) if args.ignore_sar_nodata else np.False_,
         "networks disagree": disagreement if args.combine == "agreement" else np.False_,
         "little confidence": confidence < args.min_confidence,
     }

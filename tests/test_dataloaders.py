@@ -18,13 +18,12 @@ from hf_seg.data.dataloaders import (
     PositionSampler,
     collate,
     index_at,
-    load_pseudo_labels,
     seed_at,
     train_dataloader,
 )
 from hf_seg.data.open_earth_map import load_open_earth_map_sar
 from hf_seg.data.transforms import sar_transform
-from hf_seg.errors import DatasetError, UserError
+from hf_seg.errors import DatasetError
 from hf_seg.labels import IGNORE_INDEX
 from hf_seg.normalization import to_pixel_values
 
@@ -234,36 +233,6 @@ def test_an_image_without_pseudo_label_is_named() -> None:
     labels = pseudo_labels_of(TrainArea_002=np.ones((4, 4), np.uint8), TrainArea_000=np.ones((4, 4), np.uint8))
     with pytest.raises(DatasetError, match=r"1 of 3 images .*pseudo-label.*TrainArea_001"):
         LabelledImages(tiles(None, None, None), "sar", pseudo_labels=labels)
-
-
-@pytest.mark.parametrize("layout", ["train.parquet", "data/train-00000-of-00001.parquet"])
-def test_pseudo_labels_load_from_a_folder_of_parquet(tmp_path: Path, layout: str) -> None:
-    labels = {f"TrainArea_{number:03d}": np.full((3, 5), number + 1, np.uint8) for number in range(2)}
-    labels["TrainArea_001"][0] = IGNORE_INDEX
-    saved = pseudo_labels_of(**labels)
-    saved = saved.add_column("kept_share", [1.0, 0.9])
-    (tmp_path / layout).parent.mkdir(exist_ok=True)
-    saved.to_parquet(tmp_path / layout)
-    (tmp_path / "manifest.json").write_text('{"models": []}')
-    loaded = load_pseudo_labels(str(tmp_path))
-    assert loaded.column_names == ["image_id", "pseudo_label"]
-    assert loaded["image_id"][:] == [*labels]
-    for row, label in zip(loaded, labels.values(), strict=True):
-        np.testing.assert_array_equal(np.asarray(row["pseudo_label"]), label)
-
-
-@pytest.mark.parametrize("kind", ["absent", "empty", "text", "other columns"])
-def test_a_folder_that_holds_no_pseudo_labels_is_named(tmp_path: Path, kind: str) -> None:
-    folder = tmp_path / "labels"
-    if kind != "absent":
-        folder.mkdir()
-    if kind == "text":
-        (folder / "train.parquet").write_text("not parquet")
-    if kind == "other columns":
-        tiles(np.ones((4, 4), np.uint8)).to_parquet(folder / "train.parquet")
-    message = "no column pseudo_label among" if kind == "other columns" else "cannot be loaded"
-    with pytest.raises(UserError, match=f"--pseudo_labels {folder}: {message}"):
-        load_pseudo_labels(str(folder))
 
 
 def test_the_stream_of_a_real_folder_learns_no_class_0(realdata: Path) -> None:

@@ -7,7 +7,6 @@ nor how it is augmented there. So nothing about the order needs to be saved but 
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import lru_cache
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import albumentations as A
@@ -17,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from hf_seg.errors import DatasetError, UserError
+from hf_seg.errors import DatasetError
 from hf_seg.labels import BACKGROUND, IGNORE_INDEX, NUM_LABELS
 from hf_seg.normalization import to_pixel_values
 
@@ -132,23 +131,6 @@ class UnlabelledImages:
             image = np.array(self.rows[index][self.column])
         has_data = image.any(axis=-1) if image.ndim == 3 else image > 0
         return Sample(self.image_ids[index], image, np.where(has_data, 0, IGNORE_INDEX).astype(np.uint8))
-
-
-def load_pseudo_labels(path: str) -> datasets.Dataset:
-    """Load a dataset of pseudo-labels `{image_id, pseudo_label, ...}` from a folder of Parquet files or the Hub.
-
-    Raises:
-        UserError: no such folder or repository, or not a dataset of pseudo-labels.
-    """
-    if Path(path, "inputs.json").exists() and not Path(path, "manifest.json").exists():
-        raise UserError(f"--pseudo_labels {path} is not finished; launch recipes/pseudo_label.py on it again")
-    try:
-        loaded = datasets.load_dataset(str(Path(path).resolve()) if Path(path).exists() else path, split="train")
-    except Exception as error:  # datasets raises many kinds; each is about this path
-        raise UserError(f"--pseudo_labels {path}: cannot be loaded ({error})") from None
-    if missing := {"image_id", "pseudo_label"} - set(loaded.column_names):
-        raise UserError(f"--pseudo_labels {path}: no column {', '.join(sorted(missing))} among {loaded.column_names}")
-    return loaded.select_columns(["image_id", "pseudo_label"])
 
 
 def stream_seed(seed: int, stream: int) -> int:
