@@ -271,7 +271,7 @@ class MapJob:
         if self.options.probabilities:
             scores.append(accumulator.probs())
         for score in scores:
-        levels = (score * SCORE_MAX).round().clamp(0, SCORE_MAX)
+            levels = (score * SCORE_MAX).round().clamp(0, SCORE_MAX)
             rows.append(torch.where(valid, levels, SCORE_NODATA).to(torch.uint8))
         return torch.cat(rows).cpu().numpy()
 
