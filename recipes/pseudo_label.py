@@ -209,7 +209,7 @@ def describe_dataset(shards: dict[Path, range], inputs: dict[str, Any], args: Ps
         "n_tiles": len(inputs["image_ids"]),
         **summarize(list(shards)),
     }
-    write_pseudo_label_card(Path(args.output_dir, "README.md"), summary)
+    write_pseudo_label_card(Path(args.output_dir), summary)
     write_manifest(Path(args.output_dir), summary)
 
 
