@@ -186,6 +186,7 @@ Arguments = TypeVar("Arguments", bound=Settings)
 def parse_arguments(settings: type[Arguments], argv: Sequence[str] | None = None) -> Arguments:
     """Read settings from `--config FILE` and the command line.
 
+    `--config toy/stage2_segformer.yaml` names one of the package's own files, if there is no such file here.
     Beside a `recipe.yaml` that a recipe has written, `local_paths.yaml` tells where its data lies on this machine, and
     is read with it.
 
@@ -203,11 +204,23 @@ def parse_arguments(settings: type[Arguments], argv: Sequence[str] | None = None
     parser.add_settings(settings)
     values = vars(parser.parse_args(argv))
     if values.get("config") is not None:
-        file = Path(values["config"])
+        file = _find_config(values["config"])
         local = file.with_name(LOCAL_PATHS_FILE)
         beside = read_settings(local, settings) if file.name == "recipe.yaml" and local.exists() else {}
         values = {**read_settings(file, settings), **beside, **values}
     return settings(**values)
+
+
+def _find_config(name: str) -> Path:
+    """Return the path of a settings file, or that of one in `recipes/configs`, where there is no such file."""
+    own = packaged_folder("recipes") / "configs" / name
+    return own if own.is_file() and not Path(name).exists() else Path(name)
+
+
+def packaged_folder(name: str) -> Path:
+    """Return `recipes` or `model_cards`: inside an installed package, beside the package in a checkout."""
+    package = Path(__file__).parent
+    return package / name if (package / name).is_dir() else package.parent / name
 
 
 def answer_help(settings: type[Settings], argv: Sequence[str] | None = None) -> None:

@@ -27,8 +27,10 @@ from accelerate import Accelerator
 from hf_seg import EnsembleForSemanticSegmentation
 from hf_seg.data.dataloaders import LabelledImages, UnlabelledImages
 from hf_seg.data.open_earth_map import load_open_earth_map_sar
+from hf_seg.data.provenance import read_provenance
 from hf_seg.errors import DatasetError, UserError, one_line_errors
 from hf_seg.files import remove, write_atomic
+from hf_seg.hub.export import TRAINING_DATA_FILE, write_training_data
 from hf_seg.hub.push import publish
 from hf_seg.inference.load import ENSEMBLE_FILE, load_networks
 from hf_seg.inference.predict import Predictor
@@ -127,11 +129,12 @@ def export(
     ensemble: EnsembleForSemanticSegmentation, results: dict[str, Any] | None, folder: Path, args: EnsembleArguments
 ) -> None:
     """Write the ensemble with its recipe and scores; scores and figures of an earlier one go first."""
-    for name in ("eval_results.json", "figures"):
+    for name in ("eval_results.json", TRAINING_DATA_FILE, "figures"):
         remove(folder / name)
     ensemble.save_pretrained(folder)
     write_recipe(args, folder)
     if results is not None:
+        write_training_data(folder, {"target": read_provenance(args.data_dir, "OpenEarthMap-SAR")})
         write_atomic(folder / "eval_results.json", json.dumps(results, indent=1))
 
 

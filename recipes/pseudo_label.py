@@ -34,6 +34,7 @@ from tqdm import tqdm
 from hf_seg.data.dataloaders import UnlabelledImages
 from hf_seg.data.nodata import outside_swath
 from hf_seg.data.open_earth_map import load_open_earth_map_sar
+from hf_seg.data.provenance import read_provenance
 from hf_seg.data.pseudo_label_dataset import (
     LabelledTile,
     check_inputs,
@@ -47,6 +48,7 @@ from hf_seg.data.pseudo_label_dataset import (
 from hf_seg.errors import one_line_errors
 from hf_seg.files import write_atomic
 from hf_seg.hub.cards import write_pseudo_label_card
+from hf_seg.hub.export import write_training_data
 from hf_seg.hub.push import publish
 from hf_seg.inference.load import LoadedNetwork, load_networks
 from hf_seg.inference.predict import Predictor
@@ -82,6 +84,7 @@ def main(argv: list[str] | None = None) -> None:
     if accelerator.is_main_process:
         (output_dir / "manifest.json").unlink(missing_ok=True)
         write_recipe(args, output_dir)
+        write_training_data(output_dir, {"target": read_provenance(args.data_dir, "OpenEarthMap-SAR")})
         write_atomic(output_dir / "inputs.json", json.dumps(inputs, indent=1))
     accelerator.wait_for_everyone()
     accelerator.print(

@@ -26,10 +26,11 @@ from torch import Tensor, nn
 
 from hf_seg.data.dataloaders import AugmentedStream, LabelledImages, train_dataloader
 from hf_seg.data.open_earth_map import load_open_earth_map_sar
+from hf_seg.data.provenance import read_provenance
 from hf_seg.data.pseudo_label_dataset import load_pseudo_labels
 from hf_seg.data.transforms import sar_transform
 from hf_seg.errors import one_line_errors
-from hf_seg.hub.export import export_model
+from hf_seg.hub.export import export_model, write_training_data
 from hf_seg.losses import noise_robust_loss
 from hf_seg.models import SegmentationLogits
 from hf_seg.training.checkpoints import Progress, StopSignal, load_checkpoint, save_or_stop
@@ -77,7 +78,9 @@ def main(argv: list[str] | None = None) -> None:
     )
 
     if accelerator.is_main_process:
+        target = read_provenance(args.data_dir, "OpenEarthMap-SAR")
         write_recipe(args, output_dir)
+        write_training_data(output_dir, {"target": target})
     results: dict[str, Any] | None = None
     stop, log = StopSignal(accelerator), RunLog(accelerator, args, progress.step)
     network.train()

@@ -59,7 +59,7 @@ def finished_run(oem_sar: Path, tmp_path_factory: pytest.TempPathFactory) -> Pat
 def test_run_leaves_a_complete_folder(finished_run: Path) -> None:
     model = {"config.json", "model.safetensors", "preprocessor_config.json", "recipe.yaml", "eval_results.json"}
     for folder, wanted in (
-        (finished_run, model | {"README.md", "metrics.jsonl", "local_paths.yaml"}),
+        (finished_run, model | {"README.md", "metrics.jsonl", "local_paths.yaml", "training_data.json"}),
         (finished_run / "best", model),
     ):
         assert {path.name for path in folder.iterdir() if path.is_file()} == wanted
