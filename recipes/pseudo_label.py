@@ -12,7 +12,7 @@ The shards are shared among the processes, and the result does not depend on the
 atomically: after a kill the same command resumes. `manifest.json` comes last and marks a complete dataset.
 """
 
-from hf_seg.arguments import PseudoLabelArguments, check_same_recipe, portable_settings, write_recipe
+from hf_seg.arguments import PseudoLabelArguments, check_same_recipe, result_settings, write_recipe
 from hf_seg.settings import answer_help, parse_arguments
 
 if __name__ == "__main__":
@@ -159,14 +159,9 @@ def label_shards(
 
 
 def label_tile(
-    optical: UnlabelledImages,
-    sar: UnlabelledImages,
-    tile: int,
-    accumulator: VoteAccumulator,
-    args: PseudoLabelArguments,
+    sample: UnlabelledSample, sar: np.ndarray, accumulator: VoteAccumulator, args: PseudoLabelArguments
 ) -> LabelledTile:
     """Decide on the label of each pixel, or why it has none."""
-    sample = optical[tile]
     label_map, confidence = accumulator.label_map().numpy(), accumulator.confidence().numpy()
     nowhere = np.zeros(label_map.shape, dtype=bool)
     reasons = {
@@ -204,7 +199,7 @@ def draw_figures(rows: datasets.Dataset, shards: dict[Path, range], folder: Path
 
 def describe_dataset(shards: dict[Path, range], inputs: dict[str, Any], args: PseudoLabelArguments) -> None:
     """Write the dataset card and, last of all, the manifest."""
-    settings = portable_settings(args)
+    settings = result_settings(args)
     summary = {
         "models": inputs["models"],
         "settings": settings,
