@@ -166,7 +166,7 @@ def _detect(data_dir: str | Path) -> tuple[str, Scan]:
         roots = " and ".join(f"{kind} in {scan.root}" for kind, scan in scans.items())
         raise DatasetError(f"{data_dir} contains {roots}: check one at a time.")
     if not scans:
-        raise DatasetError("\n".join(failures))
+        raise DatasetError(" ".join(failures))
     return scans.popitem()
 
 
