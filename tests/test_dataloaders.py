@@ -14,15 +14,14 @@ from PIL import Image
 
 from hf_seg.data.dataloaders import (
     AugmentedStream,
-    LabelledImages,
     PositionSampler,
-    UnlabelledImages,
     collate,
     index_at,
     seed_at,
     train_dataloader,
 )
 from hf_seg.data.open_earth_map import load_open_earth_map_sar
+from hf_seg.data.samples import LabelledImages, UnlabelledImages
 from hf_seg.data.transforms import optical_transform, sar_transform
 from hf_seg.errors import DatasetError
 from hf_seg.labels import IGNORE_INDEX
