@@ -74,6 +74,31 @@ def test_a_sample_has_the_networks_shapes(stream: AugmentedStream) -> None:
     assert len(batch["image_id"]) == 2
 
 
+def test_transforms_of_a_sample_draw_independently(rows: datasets.Dataset, monkeypatch: pytest.MonkeyPatch) -> None:
+    transform = sar_transform(32, jitter_prob=1)
+    crop, _, jitter, _ = transform.transforms
+    sides, gains = [], []
+    draw_crop, draw_jitter = crop.get_params_dependent_on_data, jitter.get_params
+
+    def record_side(**given: Any) -> Any:
+        drawn = draw_crop(**given)
+        sides.append(drawn["side"])
+        return drawn
+
+    def record_gain() -> Any:
+        drawn = draw_jitter()
+        gains.append(drawn["gain"])
+        return drawn
+
+    monkeypatch.setattr(crop, "get_params_dependent_on_data", record_side)
+    monkeypatch.setattr(jitter, "get_params", record_gain)
+    stream = AugmentedStream(LabelledImages(rows, "sar"), transform, 0)
+    for position in range(300):
+        stream[position]
+    zooms = 32 / np.array(sides)
+    assert abs(np.corrcoef(zooms, np.log(gains))[0, 1]) < 0.2
+
+
 def test_an_image_looks_different_in_every_epoch(stream: AugmentedStream) -> None:
     position_in = [[index_at(3, epoch * 6 + offset, 6) for offset in range(6)].index(0) for epoch in range(5)]
     samples = [stream[epoch * 6 + offset] for epoch, offset in enumerate(position_in)]

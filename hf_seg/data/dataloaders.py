@@ -4,6 +4,7 @@ Neither the number of workers or processes nor a resume changes which image come
 there. So a checkpoint saves only how many samples were seen.
 """
 
+import random
 from collections.abc import Iterator
 from functools import lru_cache
 from typing import Any
@@ -58,7 +59,9 @@ class AugmentedStream(Dataset[dict[str, Any]]):
         Padding is `IGNORE_INDEX` in `labels` and False in `valid_mask`.
         """
         sample = self.samples[index_at(self.seed, position, len(self.samples))]
-        self.transform.set_random_seed(seed_at(self.seed, position))
+        seed = seed_at(self.seed, position)
+        # One generator for all transforms; `set_random_seed` would give each one its own, with the same numbers.
+        self.transform.set_random_state(np.random.default_rng(seed), random.Random(seed))  # noqa: S311 (not for secrets)
         if isinstance(sample, Sample):
             augmented = self.transform(image=sample.image, mask=sample.label)
             target = {"labels": torch.from_numpy(augmented["mask"].astype(np.int64))}
