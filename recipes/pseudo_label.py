@@ -31,7 +31,6 @@ import torch
 from accelerate import Accelerator, InitProcessGroupKwargs
 from tqdm import tqdm
 
-from hf_seg.data.dataloaders import UnlabelledImages
 from hf_seg.data.nodata import outside_swath
 from hf_seg.data.open_earth_map import load_open_earth_map_sar
 from hf_seg.data.provenance import read_provenance
@@ -45,6 +44,7 @@ from hf_seg.data.pseudo_label_dataset import (
     write_manifest,
     write_shard,
 )
+from hf_seg.data.samples import UnlabelledImages, UnlabelledSample
 from hf_seg.errors import one_line_errors
 from hf_seg.files import write_atomic
 from hf_seg.hub.cards import write_pseudo_label_card

@@ -21,7 +21,7 @@ import rasterio
 from PIL import Image
 from rasterio.errors import NotGeoreferencedWarning, RasterioError
 
-from hf_seg.data.open_earth_map import scan_open_earth_map_sar
+from hf_seg.data.scan import scan_open_earth_map_sar
 from hf_seg.errors import UserError, one_line_errors
 from hf_seg.labels import BACKGROUND, NUM_LABELS
 from hf_seg.mapping.scene import Scene

@@ -12,14 +12,7 @@ import pytest
 import torch
 from PIL import Image
 
-from hf_seg.data.dataloaders import (
-    AugmentedStream,
-    PositionSampler,
-    collate,
-    index_at,
-    seed_at,
-    train_dataloader,
-)
+from hf_seg.data.dataloaders import AugmentedStream, PositionSampler, collate, index_at, seed_at, train_dataloader
 from hf_seg.data.open_earth_map import load_open_earth_map_sar
 from hf_seg.data.samples import LabelledImages, UnlabelledImages
 from hf_seg.data.transforms import optical_transform, sar_transform

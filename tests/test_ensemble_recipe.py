@@ -14,8 +14,8 @@ from recipe_process import Result, run_recipe
 
 from hf_seg import EnsembleForSemanticSegmentation as Ensemble
 from hf_seg.arguments import EnsembleArguments
-from hf_seg.data.dataloaders import LabelledImages
 from hf_seg.data.open_earth_map import load_open_earth_map_sar
+from hf_seg.data.samples import LabelledImages
 from hf_seg.errors import UserError
 from hf_seg.hub.export import export_model
 from hf_seg.inference.load import load_networks

@@ -9,8 +9,8 @@ import torch
 from accelerate import Accelerator
 
 from hf_seg.arguments import Stage2Arguments
-from hf_seg.data.dataloaders import LabelledImages
 from hf_seg.data.open_earth_map import load_open_earth_map_sar
+from hf_seg.data.samples import LabelledImages
 from hf_seg.inference.load import use_network
 from hf_seg.inference.predict import Predictor
 from hf_seg.inference.sliding_window import sliding_window_probs

@@ -22,7 +22,6 @@ from PIL import Image
 from recipe_process import Result, run_recipe
 
 from hf_seg.arguments import PseudoLabelArguments
-from hf_seg.data.dataloaders import LabelledImages
 from hf_seg.data.nodata import outside_swath
 from hf_seg.data.open_earth_map import load_open_earth_map_sar
 from hf_seg.data.pseudo_label_dataset import (
@@ -32,6 +31,7 @@ from hf_seg.data.pseudo_label_dataset import (
     summarize,
     write_shard,
 )
+from hf_seg.data.samples import LabelledImages
 from hf_seg.hub.cards import write_pseudo_label_card
 from hf_seg.hub.export import export_model
 from hf_seg.inference.load import load_networks
@@ -155,8 +155,7 @@ def test_stock_datasets_reads_the_labels_of_the_teacher(finished: Path, tiles: P
 
 def test_a_finished_folder_holds_nothing_else(finished: Path) -> None:
     shards = {f"data/train-0000{number}-of-00003.parquet" for number in range(3)}
-    figures = {"figures/panel.png", "figures/confidence.png"}
-    others = {"README.md", "inputs.json", "manifest.json", "recipe.yaml", "local_paths.yaml", "training_data.json"} | figures
+    others = {
         "README.md",
         "training_data.json",
         "local_paths.yaml",
