@@ -190,13 +190,11 @@ def _license(datasets: Sequence[Provenance], other_terms: Sequence[str]) -> dict
     return {"license": "other", "license_name": "terms-of-the-training-data"}
 
 
-def _shared_facts(
-    columns: list[_Scores], datasets: Sequence[Provenance], other_terms: Sequence[str]
-) -> dict[str, Any]:
+def _shared_facts(columns: list[_Scores], datasets: Sequence[Provenance], other_terms: Sequence[str]) -> dict[str, Any]:
     """Return what the sections that all cards share need."""
     return {
         "columns": [(scores.title, scores.values) for scores in columns],
-        "scored_on": " and ".join(dict.fromkeys(scores.data["name"] for scores in columns)),
+        "scored_on": "; ".join(dict.fromkeys(scores.data["name"] for scores in columns)),
         "datasets": datasets,
         "other_terms": other_terms,
         "is_free": "license_name" not in _license(datasets, other_terms),
