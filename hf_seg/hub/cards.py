@@ -177,7 +177,7 @@ def _dataset_type(data: Provenance) -> str:
     return f"synthetic-{layout}" if data["synthetic"] else f"like-{layout}"
 
 
-def _license(datasets: Sequence[Provenance], other_terms: Sequence[str]) -> dict[str, str]:
+def _license(datasets: Sequence[Provenance], other_terms: Sequence[str]) -> dict[str, Any]:
     """Return the header's licence: Apache-2.0 where all that was learned from is, else the terms of the data.
 
     Args:
