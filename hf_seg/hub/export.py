@@ -9,14 +9,14 @@ from transformers import PreTrainedModel, SegformerImageProcessor
 
 from hf_seg.errors import UserError, file_errors
 from hf_seg.files import atomic_update, write_atomic
-from hf_seg.normalization import IMAGE_MEAN, IMAGE_STD
+from hf_seg.normalization import IMAGENET, Normalization
 
 TRAINING_DATA_FILE = "training_data.json"
 LAYOUTS = {"source": "OpenEarthMap", "target": "OpenEarthMap-SAR"}
 _PROVENANCE_KEYS = ("name", "layout", "description", "license", "synthetic", "released", "labels")
 
 
-def image_processor(crop_size: int) -> SegformerImageProcessor:
+def image_processor(crop_size: int, normalization: Normalization = IMAGENET) -> SegformerImageProcessor:
     """Build the processor that repeats training's preprocessing; grey images become RGB in a stock pipeline.
 
     It does not resize, since the ground sampling distance matters; `size` records the crop, which is the window to
@@ -26,10 +26,10 @@ def image_processor(crop_size: int) -> SegformerImageProcessor:
         do_resize=False,
         size={"height": crop_size, "width": crop_size},
         do_rescale=True,
-        rescale_factor=1 / 255,
+        rescale_factor=1 / normalization.scale,
         do_normalize=True,
-        image_mean=list(IMAGE_MEAN),
-        image_std=list(IMAGE_STD),
+        image_mean=list(normalization.mean),
+        image_std=list(normalization.std),
         do_reduce_labels=False,
     )
 

@@ -19,9 +19,8 @@ from hf_seg.arguments import HubSettings
 from hf_seg.errors import UserError, file_errors
 from hf_seg.files import sha256_of
 from hf_seg.hub.cards import write_model_card
-from hf_seg.hub.ensemble_folder import read_ensemble
 from hf_seg.hub.export import TRAINING_DATA_FILE, read_json
-from hf_seg.models import load_trained
+from hf_seg.inference.load import load_networks
 
 _WEIGHTS = ("config.json", "preprocessor_config.json", "model*.safetensors", "model.safetensors.index.json")
 _RECORD = ("README.md", "recipe.yaml", TRAINING_DATA_FILE, "eval_results.json", "metrics.jsonl", "figures/*.png")
@@ -108,13 +107,9 @@ def check_complete(folder: Path) -> dict[str, Path]:
         raise UserError(f"{folder} is incomplete: its card shows {missing[0]}, which does not exist")
     if kind == "dataset":
         return _check_manifest(folder, files)
-    if kind == "ensemble":
-        for member in read_ensemble(folder, str(folder))[1]:
-            load_trained(str(member))
-    else:
-        load_trained(str(folder))  # classes, crop, and every tensor
-        if (folder / "student").is_dir():
-            load_trained(str(folder), subfolder="student")
+    load_networks(folder)  # classes, crop, and every tensor
+    if (folder / "student").is_dir():
+        load_networks(folder, subfolder="student")
     return files
 
 
