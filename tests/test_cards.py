@@ -317,9 +317,7 @@ def test_the_command_of_the_card_repeats_the_recipe(
 ) -> None:
     folder = make_pseudo_labels(tmp_path / "labels") if kind == "labels" else folders[kind]
     text = card_of(folder).text
-    (block,) = re.findall(
-        r"^    (accelerate launch .*\\\n +--config recipe\.yaml .*)$", text, re.MULTILINE
-    )
+    (block,) = re.findall(r"^    (accelerate launch .*\\\n +--config recipe\.yaml .*)$", text, re.MULTILINE)
     words = shlex.split(block.replace("\\\n", " "))
     assert words[:4] == ["accelerate", "launch", "-q", "--config_file"]
     assert all((Path(__file__).parents[1] / word).is_file() for word in words[4:6])

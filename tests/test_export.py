@@ -14,8 +14,9 @@ from transformers import AutoImageProcessor, PreTrainedModel, pipeline
 from hf_seg.arguments import Stage2Arguments, dump_recipe
 from hf_seg.errors import FileError
 from hf_seg.hub.export import export_model
+from hf_seg.inference.load import load_networks
 from hf_seg.labels import CLASS_NAMES, LABEL2ID, NUM_LABELS
-from hf_seg.models import SegmentationNetwork, build_model, load_trained
+from hf_seg.models import SegmentationNetwork, build_model
 from hf_seg.normalization import to_pixel_values
 from hf_seg.settings import parse_arguments
 
@@ -35,6 +36,12 @@ def build_toy(name: str = "toy-segformer", seed: int = 0) -> PreTrainedModel:
 
 def export(model: PreTrainedModel, folder: Path, results: dict[str, Any] | None = RESULTS) -> None:
     export_model(model, folder, crop_size=64, recipe=dump_recipe(ARGS), results=results)
+
+
+def load(folder: Path) -> PreTrainedModel:
+    (loaded,) = load_networks(folder)
+    network: Any = loaded.network()
+    return network.model
 
 
 def names(folder: Path) -> set[str]:
@@ -92,7 +99,7 @@ def test_a_new_export_replaces_the_old_one(tmp_path: Path) -> None:
     (tmp_path / "metrics.jsonl").write_text("{}")
     model = build_toy(seed=2)
     export(model, tmp_path, {**RESULTS, "mean_iou": 0.5})
-    loaded, _ = load_trained(str(tmp_path))
+    loaded = load(tmp_path)
     assert all(torch.equal(tensor, model.state_dict()[key]) for key, tensor in loaded.state_dict().items())
     assert json.loads((tmp_path / "eval_results.json").read_text())["mean_iou"] == 0.5
     assert names(tmp_path) == FILES | {"checkpoints", "metrics.jsonl"}
@@ -117,7 +124,7 @@ def test_an_export_that_fails_leaves_the_older_model(tmp_path: Path) -> None:
     export(model, tmp_path)
     with pytest.raises(TypeError):
         export(build_toy(seed=2), tmp_path, {"mean_iou": object()})  # cannot be written
-    loaded, _ = load_trained(str(tmp_path))
+    loaded = load(tmp_path)
     assert all(torch.equal(tensor, model.state_dict()[key]) for key, tensor in loaded.state_dict().items())
 
 
@@ -146,7 +153,7 @@ def test_a_folder_that_cannot_be_written_is_one_clear_error(tmp_path: Path) -> N
 
 def test_a_fine_tuned_model_does_not_name_the_local_folder_that_it_began_with(tmp_path: Path) -> None:
     export(build_toy(), tmp_path / "began_here")
-    model, _ = load_trained(str(tmp_path / "began_here"))
+    model = load(tmp_path / "began_here")
     export(model, tmp_path / "tuned")
     for path in (tmp_path / "tuned").iterdir():
         assert b"began_here" not in path.read_bytes(), path

@@ -85,7 +85,7 @@ from huggingface_hub import hf_hub_download
 from transformers import AutoImageProcessor, AutoModelForSemanticSegmentation, pipeline
 from hf_seg import EnsembleForSemanticSegmentation
 from hf_seg.errors import UserError
-from hf_seg.models import load_trained
+from hf_seg.inference.load import load_networks
 
 def weights(model):
     return {name: value.numpy() for name, value in model.state_dict().items()}
@@ -108,13 +108,13 @@ label2id, refusals, arrays = json.loads(sys.argv[1]), {}, {}
 image = Image.open("scene.png")
 token = os.environ.pop("HF_TOKEN")
 try:
-    load_trained("me/convnextv2")
+    load_networks("me/convnextv2")
 except UserError as error:
     refusals["private"] = str(error)
 os.environ["HF_TOKEN"] = token
 for reason, name in (("revision", "me/segformer@nowhere"), ("cut", "me/halves")):
     try:
-        load_trained(name)
+        load_networks(name)
     except UserError as error:
         refusals[reason] = str(error)
 for name in ("me/segformer", "me/convnextv2", "org/swinv2@dev", "me/stage1"):
@@ -123,8 +123,9 @@ for name in ("me/segformer", "me/convnextv2", "org/swinv2@dev", "me/stage1"):
     for subfolder in ("", "student") if name == "me/stage1" else ("",):
         model = AutoModelForSemanticSegmentation.from_pretrained(repository, subfolder=subfolder, **place).eval()
         processor = AutoImageProcessor.from_pretrained(repository, subfolder=subfolder, **place)
-        ours, crop = load_trained(name, subfolder=subfolder)
-        assert crop == 64
+        (loaded,) = load_networks(name, subfolder=subfolder)
+        ours = loaded.network().model
+        assert loaded.crop_size == 64
         assert all(torch.equal(value, ours.state_dict()[key]) for key, value in model.state_dict().items())
         with torch.no_grad():
             logits = model(**processor(image.convert("RGB"), return_tensors="pt")).logits
@@ -234,18 +235,19 @@ def test_a_download_that_was_cut_resumes(pulled: Pulled) -> None:
 
 
 def test_a_download_that_is_always_cut_is_one_clear_error(pulled: Pulled) -> None:
-    assert "me/halves: no whole weights in safetensors format" in pulled.refusals["cut"]
+    assert "me/halves was not found locally or on the Hub (peer closed connection" in pulled.refusals["cut"]
     assert "\n" not in pulled.refusals["cut"]
     assert pulled.hub.faults[1].times < 98
 
 
 def test_a_private_network_without_a_token_is_one_clear_error(pulled: Pulled) -> None:
     assert "me/convnextv2" in pulled.refusals["private"] and "\n" not in pulled.refusals["private"]
-    assert "is neither a folder with a config.json nor to be had from the Hub now" in pulled.refusals["private"]
+    assert "was not found locally or on the Hub" in pulled.refusals["private"]
 
 
 def test_a_missing_revision_is_one_clear_error(pulled: Pulled) -> None:
-    assert "nowhere is not a valid git identifier" in pulled.refusals["revision"]
+    assert "me/segformer@nowhere was not found locally or on the Hub" in pulled.refusals["revision"]
+    assert "Revision Not Found" in pulled.refusals["revision"] and "\n" not in pulled.refusals["revision"]
 
 
 def test_a_push_to_a_branch_leaves_main_unchanged(pulled: Pulled) -> None:
@@ -270,7 +272,7 @@ def test_nothing_that_is_sent_names_a_local_folder(folders: dict[str, Path], pul
     local = str(folders["segformer"].parent)
     assert local in (folders["segformer"] / "local_paths.yaml").read_text()
     assert local in (folders["stage1"] / "local_paths.yaml").read_text()
-    assert local in (folders["ensemble"] / "ensemble.json").read_text()
+    assert local in (folders["ensemble"] / "eval_results.json").read_text()
     assert local in (folders["labels"] / "inputs.json").read_text()
     n_files = 0
     for repository in pulled.hub.repositories.values():
@@ -426,8 +428,8 @@ def flip_bit(path: Path) -> None:
 
 
 DAMAGES: list[tuple[str, str, Any, str]] = [
-    ("segformer", "model.safetensors", cut, "no whole weights in safetensors format"),
-    ("segformer", "model.safetensors", Path.unlink, "no whole weights in safetensors format"),
+    ("segformer", "model.safetensors", cut, "no complete weights in safetensors format"),
+    ("segformer", "model.safetensors", Path.unlink, "is incomplete: it has no model*.safetensors*"),
     ("segformer", "config.json", rename_class, "is no segmentation model of the 9 land-cover classes"),
     ("segformer", "config.json", Path.unlink, "contains no model, no ensemble and no pseudo-labels"),
     ("segformer", "preprocessor_config.json", Path.unlink, "has no preprocessor_config.json"),
@@ -435,9 +437,9 @@ DAMAGES: list[tuple[str, str, Any, str]] = [
     ("segformer", "README.md", Path.unlink, "is incomplete: it has no README.md"),
     ("segformer", "README.md", lambda path: path.write_text("# Mine"), "README.md has no header"),
     ("segformer", "figures/panel.png", Path.unlink, "its card shows figures/panel.png, which does not exist"),
-    ("stage1", "student/model.safetensors", cut, "no whole weights in safetensors format"),
-    ("ensemble", "member_2/model.safetensors", cut, "no whole weights in safetensors format"),
-    ("ensemble", "member_0/config.json", Path.unlink, "member_0 has no config.json"),
+    ("stage1", "student/model.safetensors", cut, "no complete weights in safetensors format"),
+    ("ensemble", "member_2/model.safetensors", cut, "no complete weights in safetensors format"),
+    ("ensemble", "member_0/config.json", Path.unlink, "member_0 is incomplete: it has no config.json"),
     ("labels", "data/train-00001-of-00003.parquet", flip_bit, "differs from its checksum in manifest.json"),
     ("labels", "data/train-00001-of-00003.parquet", Path.unlink, "which its manifest.json lists, does not exist"),
     ("labels", "manifest.json", Path.unlink, "has no manifest.json yet: launch its recipe again"),
