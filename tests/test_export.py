@@ -1,6 +1,7 @@
-"""A trained model as a folder: stock transformers opens it, and it is replaced as a whole."""
+"""A trained model as a folder: stock transformers opens it, and it is replaced atomically."""
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +12,11 @@ from PIL import Image
 from transformers import AutoImageProcessor, PreTrainedModel, pipeline
 
 from hf_seg.arguments import Stage2Arguments, dump_recipe
+from hf_seg.errors import FileError
 from hf_seg.hub.export import export_model
+from hf_seg.inference.load import load_networks
 from hf_seg.labels import CLASS_NAMES, LABEL2ID, NUM_LABELS
-from hf_seg.models import SegmentationNetwork, build_model, load_trained
+from hf_seg.models import SegmentationNetwork, build_model
 from hf_seg.normalization import to_pixel_values
 from hf_seg.settings import parse_arguments
 
@@ -35,13 +38,19 @@ def export(model: PreTrainedModel, folder: Path, results: dict[str, Any] | None 
     export_model(model, folder, crop_size=64, recipe=dump_recipe(ARGS), results=results)
 
 
+def load(folder: Path) -> PreTrainedModel:
+    (loaded,) = load_networks(folder)
+    network: Any = loaded.network()
+    return network.model
+
+
 def names(folder: Path) -> set[str]:
     return {str(path.relative_to(folder)) for path in folder.rglob("*")}
 
 
 @pytest.mark.parametrize("name", TOYS)
 @pytest.mark.parametrize("mode", ["L", "RGB"])
-def test_a_stock_pipeline_gives_our_own_answer(name: str, mode: str, tmp_path: Path) -> None:
+def test_a_stock_pipeline_predicts_the_same(name: str, mode: str, tmp_path: Path) -> None:
     model = build_toy(name)
     export(model, tmp_path)
     pixels = np.random.default_rng(0).integers(0, 256, (64, 64) if mode == "L" else (64, 64, 3), np.uint8)
@@ -55,7 +64,7 @@ def test_a_stock_pipeline_gives_our_own_answer(name: str, mode: str, tmp_path: P
     assert len(np.unique(ours)) > 1
 
 
-def test_the_folder_holds_all_that_belongs_to_a_model_and_nothing_else(tmp_path: Path) -> None:
+def test_the_folder_contains_the_files_of_a_model_and_no_others(tmp_path: Path) -> None:
     export(build_toy(), tmp_path / "runs/new")
     assert names(tmp_path / "runs/new") == FILES
     assert json.loads((tmp_path / "runs/new/eval_results.json").read_text()) == RESULTS
@@ -90,13 +99,13 @@ def test_a_new_export_replaces_the_old_one(tmp_path: Path) -> None:
     (tmp_path / "metrics.jsonl").write_text("{}")
     model = build_toy(seed=2)
     export(model, tmp_path, {**RESULTS, "mean_iou": 0.5})
-    loaded, _ = load_trained(str(tmp_path))
+    loaded = load(tmp_path)
     assert all(torch.equal(tensor, model.state_dict()[key]) for key, tensor in loaded.state_dict().items())
     assert json.loads((tmp_path / "eval_results.json").read_text())["mean_iou"] == 0.5
     assert names(tmp_path) == FILES | {"checkpoints", "metrics.jsonl"}
 
 
-def test_an_export_that_died_half_way_is_cleared_away(tmp_path: Path) -> None:
+def test_files_of_an_interrupted_export_are_removed(tmp_path: Path) -> None:
     (tmp_path / ".partial").mkdir()
     (tmp_path / ".partial/model.safetensors").write_bytes(b"half")
     (tmp_path / ".partial/leftover.txt").write_text("of another version")
@@ -104,7 +113,7 @@ def test_an_export_that_died_half_way_is_cleared_away(tmp_path: Path) -> None:
     assert names(tmp_path) == FILES
 
 
-def test_an_export_without_results_leaves_none_of_an_older_model(tmp_path: Path) -> None:
+def test_an_export_without_results_removes_those_of_an_older_model(tmp_path: Path) -> None:
     export(build_toy(seed=1), tmp_path)
     export(build_toy(seed=2), tmp_path, results=None)
     assert names(tmp_path) == FILES - {"eval_results.json"}
@@ -115,5 +124,36 @@ def test_an_export_that_fails_leaves_the_older_model(tmp_path: Path) -> None:
     export(model, tmp_path)
     with pytest.raises(TypeError):
         export(build_toy(seed=2), tmp_path, {"mean_iou": object()})  # cannot be written
-    loaded, _ = load_trained(str(tmp_path))
+    loaded = load(tmp_path)
     assert all(torch.equal(tensor, model.state_dict()[key]) for key, tensor in loaded.state_dict().items())
+
+
+def test_an_export_that_is_killed_while_files_are_replaced_is_no_model(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    export(build_toy(seed=1), tmp_path)
+    replace = os.replace
+
+    def die(source: Path, destination: Path) -> None:
+        if destination.name == "model.safetensors":
+            raise KeyboardInterrupt
+        replace(source, destination)
+
+    monkeypatch.setattr("os.replace", die)
+    with pytest.raises(KeyboardInterrupt):
+        export(build_toy(seed=2), tmp_path)
+    assert not (tmp_path / "config.json").exists()
+
+
+def test_a_folder_that_cannot_be_written_is_one_clear_error(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(FileError, match=r"file cannot be written \("):
+        export(build_toy(), tmp_path / "file")
+
+
+def test_a_fine_tuned_model_does_not_name_the_local_folder_that_it_began_with(tmp_path: Path) -> None:
+    export(build_toy(), tmp_path / "began_here")
+    model = load(tmp_path / "began_here")
+    export(model, tmp_path / "tuned")
+    for path in (tmp_path / "tuned").iterdir():
+        assert b"began_here" not in path.read_bytes(), path

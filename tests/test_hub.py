@@ -1,4 +1,4 @@
-"""There and back over real HTTP: what is pushed opens anywhere with stock classes; what goes wrong loses nothing."""
+"""Push and pull over real HTTP: what is pushed opens anywhere with stock classes; a failure loses nothing."""
 
 import hashlib
 import json
@@ -17,7 +17,7 @@ import huggingface_hub
 import numpy as np
 import pytest
 import torch
-from hub_folders import make_ensemble, make_pseudo_labels, make_stage1, make_stage2
+from hub_folders import SYNTHETIC, make_ensemble, make_pseudo_labels, make_stage1, make_stage2
 from hub_server import Fault, Hub, serve_hub
 from PIL import Image
 from safetensors.torch import load_file
@@ -25,7 +25,7 @@ from transformers import AutoImageProcessor, AutoModelForSemanticSegmentation
 
 from hf_seg import EnsembleForSemanticSegmentation
 from hf_seg.errors import UserError, one_line_errors
-from hf_seg.hub.push import check_login, check_whole, push
+from hf_seg.hub.push import check_complete, check_login, push
 from hf_seg.labels import LABEL2ID
 
 PROJECT = Path(__file__).parents[1]
@@ -45,7 +45,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 
 def go_online(url: str, token: str | None) -> None:
-    """Lead this process's Hub client to a server of ours."""
+    """Point this process's Hub client to the test server."""
     constants = huggingface_hub.constants
     constants.ENDPOINT, constants.HF_HUB_OFFLINE = url, False
     constants.HF_HUB_DISABLE_XET = True  # it talks to hosts of its own
@@ -74,7 +74,7 @@ def sha256(data: bytes) -> str:
     return hashlib.sha256(data).hexdigest()
 
 
-# There and back
+# Push and pull
 
 PULL = '''
 import json, os, re, sys, time
@@ -85,7 +85,7 @@ from huggingface_hub import hf_hub_download
 from transformers import AutoImageProcessor, AutoModelForSemanticSegmentation, pipeline
 from hf_seg import EnsembleForSemanticSegmentation
 from hf_seg.errors import UserError
-from hf_seg.models import load_trained
+from hf_seg.inference.load import load_networks
 
 def weights(model):
     return {name: value.numpy() for name, value in model.state_dict().items()}
@@ -108,13 +108,13 @@ label2id, refusals, arrays = json.loads(sys.argv[1]), {}, {}
 image = Image.open("scene.png")
 token = os.environ.pop("HF_TOKEN")
 try:
-    load_trained("me/convnextv2")
+    load_networks("me/convnextv2")
 except UserError as error:
     refusals["private"] = str(error)
 os.environ["HF_TOKEN"] = token
 for reason, name in (("revision", "me/segformer@nowhere"), ("cut", "me/halves")):
     try:
-        load_trained(name)
+        load_networks(name)
     except UserError as error:
         refusals[reason] = str(error)
 for name in ("me/segformer", "me/convnextv2", "org/swinv2@dev", "me/stage1"):
@@ -123,8 +123,9 @@ for name in ("me/segformer", "me/convnextv2", "org/swinv2@dev", "me/stage1"):
     for subfolder in ("", "student") if name == "me/stage1" else ("",):
         model = AutoModelForSemanticSegmentation.from_pretrained(repository, subfolder=subfolder, **place).eval()
         processor = AutoImageProcessor.from_pretrained(repository, subfolder=subfolder, **place)
-        ours, crop = load_trained(name, subfolder=subfolder)
-        assert crop == 64
+        (loaded,) = load_networks(name, subfolder=subfolder)
+        ours = loaded.network().model
+        assert loaded.crop_size == 64
         assert all(torch.equal(value, ours.state_dict()[key]) for key, value in model.state_dict().items())
         with torch.no_grad():
             logits = model(**processor(image.convert("RGB"), return_tensors="pt")).logits
@@ -186,9 +187,7 @@ PLACES = {"segformer": "me/segformer", "convnextv2": "me/convnextv2", "swinv2": 
 
 
 @pytest.mark.parametrize("name", PLACES)
-def test_a_network_predicts_elsewhere_what_it_predicts_here(
-    name: str, folders: dict[str, Path], pulled: Pulled
-) -> None:
+def test_a_network_predicts_the_same_elsewhere(name: str, folders: dict[str, Path], pulled: Pulled) -> None:
     image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (64, 64), np.uint8)).convert("RGB")
     for subfolder in ("", "student") if name == "stage1" else ("",):
         model = AutoModelForSemanticSegmentation.from_pretrained(folders[name] / subfolder).eval()
@@ -199,7 +198,7 @@ def test_a_network_predicts_elsewhere_what_it_predicts_here(
     assert len(np.unique(pulled.arrays[f"{PLACES[name]}/map"])) > 1
 
 
-def test_weights_arrive_to_the_bit(folders: dict[str, Path], pulled: Pulled) -> None:
+def test_weights_arrive_bit_for_bit(folders: dict[str, Path], pulled: Pulled) -> None:
     for name, place in PLACES.items():
         files = pulled.hub.repositories[f"models/{place}"].files("dev" if name == "swinv2" else "main")
         assert files["model.safetensors"] == (folders[name] / "model.safetensors").read_bytes()
@@ -209,13 +208,13 @@ def test_weights_arrive_to_the_bit(folders: dict[str, Path], pulled: Pulled) -> 
         np.testing.assert_array_equal(pulled.arrays[f"member/{key}"], value.numpy())
 
 
-def test_the_ensemble_maps_elsewhere_what_it_maps_here(folders: dict[str, Path], pulled: Pulled) -> None:
+def test_the_ensemble_predicts_the_same_elsewhere(folders: dict[str, Path], pulled: Pulled) -> None:
     pixels = np.random.default_rng(0).integers(0, 256, (64, 64), np.uint8)
     (here,) = EnsembleForSemanticSegmentation.from_pretrained(folders["ensemble"]).predict(pixels)
     np.testing.assert_array_equal(pulled.arrays["me/ensemble/map"], here.label_map)
 
 
-def test_pseudo_labels_arrive_to_the_bit(folders: dict[str, Path], pulled: Pulled) -> None:
+def test_pseudo_labels_arrive_bit_for_bit(folders: dict[str, Path], pulled: Pulled) -> None:
     rng = np.random.default_rng(0)  # as the folder was made
     for number in range(3):
         label = rng.integers(1, len(LABEL2ID), (32, 32)).astype(np.uint8)
@@ -223,30 +222,35 @@ def test_pseudo_labels_arrive_to_the_bit(folders: dict[str, Path], pulled: Pulle
     files = pulled.hub.repositories["datasets/me/labels"].files()
     assert json.loads(files["manifest.json"])["files"]["README.md"] == sha256(files["README.md"])
     here = contents(folders["labels"])
-    assert {name for name in here if files[name] != here[name]} == {"README.md", "manifest.json"}
+    assert {*here} - {*files} == {"local_paths.yaml"}
+    assert {name for name in files if files[name] != here[name]} == {"README.md", "manifest.json", "inputs.json"}
+    manifest = json.loads(files["manifest.json"])
+    assert manifest["files"] == {name: sha256(files[name]) for name in files if name != "manifest.json"}
+    assert manifest["models"] == [{"name": "stage1", "revision": None, "sha256": "0" * 64}]
 
 
-def test_a_download_that_was_cut_goes_on(pulled: Pulled) -> None:
+def test_a_download_that_was_cut_resumes(pulled: Pulled) -> None:
     path = f"GET /me/segformer/resolve/{pulled.hub.head('me/segformer')}/model.safetensors"
     assert (pulled.hub.requests.count(path), pulled.hub.faults[0].times) == (2, 0)
 
 
 def test_a_download_that_is_always_cut_is_one_clear_error(pulled: Pulled) -> None:
-    assert "me/halves: no whole weights in safetensors format" in pulled.refusals["cut"]
+    assert "me/halves was not found locally or on the Hub (peer closed connection" in pulled.refusals["cut"]
     assert "\n" not in pulled.refusals["cut"]
     assert pulled.hub.faults[1].times < 98
 
 
 def test_a_private_network_without_a_token_is_one_clear_error(pulled: Pulled) -> None:
     assert "me/convnextv2" in pulled.refusals["private"] and "\n" not in pulled.refusals["private"]
-    assert "is neither a folder with a config.json nor to be had from the Hub now" in pulled.refusals["private"]
+    assert "was not found locally or on the Hub" in pulled.refusals["private"]
 
 
-def test_a_revision_that_is_not_there_is_one_clear_error(pulled: Pulled) -> None:
-    assert "nowhere is not a valid git identifier" in pulled.refusals["revision"]
+def test_a_missing_revision_is_one_clear_error(pulled: Pulled) -> None:
+    assert "me/segformer@nowhere was not found locally or on the Hub" in pulled.refusals["revision"]
+    assert "Revision Not Found" in pulled.refusals["revision"] and "\n" not in pulled.refusals["revision"]
 
 
-def test_a_branch_takes_the_push_and_main_stays(pulled: Pulled) -> None:
+def test_a_push_to_a_branch_leaves_main_unchanged(pulled: Pulled) -> None:
     repository = pulled.hub.repositories["models/org/swinv2"]
     assert repository.files("main") == {}
     card = repository.files("dev")["README.md"].decode()
@@ -254,7 +258,7 @@ def test_a_branch_takes_the_push_and_main_stays(pulled: Pulled) -> None:
     assert pulled.hub.repositories["models/me/convnextv2"].private
 
 
-def test_what_is_sent_is_the_folder_without_what_stays_here(folders: dict[str, Path], pulled: Pulled) -> None:
+def test_only_the_files_of_the_model_are_sent(folders: dict[str, Path], pulled: Pulled) -> None:
     model = {"config.json", "model.safetensors", "preprocessor_config.json", "recipe.yaml", "eval_results.json"}
     figures = {"figures/curves.png", "figures/confusion_matrix.png", "figures/panel.png"}
     sent = {*pulled.hub.repositories["models/me/segformer"].files()}
@@ -262,6 +266,22 @@ def test_what_is_sent_is_the_folder_without_what_stays_here(folders: dict[str, P
     sent = {*pulled.hub.repositories["models/me/stage1"].files()}
     figures = {"figures/curves.png", "figures/source/panel.png", "figures/target/panel.png"}
     assert sent == model | {f"student/{name}" for name in model} | figures | {"README.md"}
+
+
+def test_nothing_that_is_sent_names_a_local_folder(folders: dict[str, Path], pulled: Pulled) -> None:
+    local = str(folders["segformer"].parent)
+    assert local in (folders["segformer"] / "local_paths.yaml").read_text()
+    assert local in (folders["stage1"] / "local_paths.yaml").read_text()
+    assert local in (folders["ensemble"] / "eval_results.json").read_text()
+    assert local in (folders["labels"] / "inputs.json").read_text()
+    n_files = 0
+    for repository in pulled.hub.repositories.values():
+        for files in (repository.files(commit) for commit in repository.commits):
+            for name, content in files.items():
+                assert local.encode() not in content and b"/home/me" not in content, name
+                assert "local_paths" not in name
+                n_files += 1
+    assert n_files > 60
 
 
 def test_the_commit_says_step_and_score(folders: dict[str, Path], pulled: Pulled) -> None:
@@ -272,10 +292,10 @@ def test_the_commit_says_step_and_score(folders: dict[str, Path], pulled: Pulled
     assert re.fullmatch(r"Pseudo-labels of 3 tiles, [0-9a-f]{12}", messages["datasets/me/labels"][0])
 
 
-# What goes wrong
+# Failures
 
 
-def test_a_second_push_takes_away_what_the_first_one_left_and_nothing_else(hub: Hub, tmp_path: Path) -> None:
+def test_a_second_push_removes_files_of_the_first_and_no_others(hub: Hub, tmp_path: Path) -> None:
     push(make_pseudo_labels(tmp_path / "three", 3), "me/labels")
     repository = hub.repositories["datasets/me/labels"]
     push(make_pseudo_labels(tmp_path / "two", 2), "me/labels")
@@ -287,7 +307,21 @@ def test_a_second_push_takes_away_what_the_first_one_left_and_nothing_else(hub: 
     assert "notes.txt" in repository.files()
 
 
-def test_a_large_file_that_is_there_is_not_sent_again(hub: Hub, folders: dict[str, Path]) -> None:
+def test_many_files_are_sent_in_one_commit(hub: Hub, tmp_path: Path) -> None:
+    push(make_pseudo_labels(tmp_path / "labels", 300), "me/labels")
+    repository = hub.repositories["datasets/me/labels"]
+    assert len(repository.messages) == 1
+    assert sum(name.endswith(".parquet") for name in repository.files()) == 300
+
+
+def test_the_record_of_the_data_is_sent(hub: Hub, tmp_path: Path) -> None:
+    push(make_pseudo_labels(tmp_path / "labels", training_data=SYNTHETIC), "me/labels")
+    sent = hub.repositories["datasets/me/labels"].files()
+    assert json.loads(sent["training_data.json"]) == SYNTHETIC
+    assert b"license: apache-2.0" in sent["README.md"]
+
+
+def test_a_large_file_that_is_on_the_hub_is_not_sent_again(hub: Hub, folders: dict[str, Path]) -> None:
     push(folders["segformer"], "me/x")
     hub.requests.clear()
     push(folders["segformer"], "me/x")
@@ -324,13 +358,13 @@ def test_an_upload_that_fails_is_tried_again(fault: Fault, attempts: int, hub: H
     ],
     ids=lambda fault: f"{fault.part.strip('/')} {fault.status or 'cut'}",
 )
-def test_a_failed_push_loses_nothing_and_the_command_that_it_names_works(
+def test_a_failed_push_loses_nothing_and_the_command_in_its_message_works(
     fault: Fault, hub: Hub, folders: dict[str, Path]
 ) -> None:
     folder = folders["segformer"]
     before = contents(folder)
     hub.faults = [fault]
-    with pytest.raises(UserError, match="is whole and stays as it is, but is not on the Hub") as raised:
+    with pytest.raises(UserError, match="is complete and unchanged, but is not on the Hub") as raised:
         push(folder, "me/x", private=True, revision="new")
     command = f"try again: python scripts/push_to_hub.py {folder} me/x --private --revision new"
     assert str(raised.value).endswith(command) and "\n" not in str(raised.value)
@@ -342,7 +376,7 @@ def test_a_failed_push_loses_nothing_and_the_command_that_it_names_works(
     assert "model.safetensors" in hub.repositories["models/me/x"].files("new")
 
 
-def test_a_server_that_repeats_the_token_does_not_make_us_say_it(hub: Hub, folders: dict[str, Path]) -> None:
+def test_the_token_is_not_printed_even_if_a_server_repeats_it(hub: Hub, folders: dict[str, Path]) -> None:
     hub.faults = [Fault("GET", "whoami", status=403), Fault("POST", "/repos/create", status=403)]
     for ask in (lambda: check_login("me/x"), lambda: push(folders["segformer"], "me/x")):
         with pytest.raises(UserError, match=r"refused Bearer \.\.\.") as raised:
@@ -350,14 +384,14 @@ def test_a_server_that_repeats_the_token_does_not_make_us_say_it(hub: Hub, folde
         assert TOKEN not in str(raised.value)
 
 
-def test_a_public_repository_is_not_taken_for_a_private_one(hub: Hub, folders: dict[str, Path]) -> None:
+def test_a_public_repository_is_not_used_as_a_private_one(hub: Hub, folders: dict[str, Path]) -> None:
     push(folders["segformer"], "me/x")
-    with pytest.raises(UserError, match="the repository is there already, and public"):
+    with pytest.raises(UserError, match="the repository exists already and is public"):
         push(folders["stage1"], "me/x", private=True)
     assert len(hub.repositories["models/me/x"].messages) == 1
 
 
-def test_login_is_checked_by_asking(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_login_is_checked_on_the_hub(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
     check_login("me/x")
     check_login("org/x")
     with pytest.raises(UserError, match="me cannot push to you/x: you is none of me, org"):
@@ -366,7 +400,7 @@ def test_login_is_checked_by_asking(hub: Hub, monkeypatch: pytest.MonkeyPatch) -
     with pytest.raises(UserError, match="the token of me may only read"):
         check_login("me/x")
     monkeypatch.setenv("HF_TOKEN", "hf_wrong")
-    with pytest.raises(UserError, match="the Hub does not accept the token") as raised:
+    with pytest.raises(UserError, match="the Hub cannot be reached, or does not accept the token") as raised:
         check_login("me/x")
     assert "hf_wrong" not in str(raised.value)
     asked = len(hub.requests)
@@ -394,30 +428,30 @@ def flip_bit(path: Path) -> None:
 
 
 DAMAGES: list[tuple[str, str, Any, str]] = [
-    ("segformer", "model.safetensors", cut, "no whole weights in safetensors format"),
-    ("segformer", "model.safetensors", Path.unlink, "no whole weights in safetensors format"),
+    ("segformer", "model.safetensors", cut, "no complete weights in safetensors format"),
+    ("segformer", "model.safetensors", Path.unlink, "is incomplete: it has no model*.safetensors*"),
     ("segformer", "config.json", rename_class, "is no segmentation model of the 9 land-cover classes"),
-    ("segformer", "config.json", Path.unlink, "holds neither a model, nor an ensemble, nor pseudo-labels"),
+    ("segformer", "config.json", Path.unlink, "contains no model, no ensemble and no pseudo-labels"),
     ("segformer", "preprocessor_config.json", Path.unlink, "has no preprocessor_config.json"),
-    ("segformer", "recipe.yaml", Path.unlink, "is not whole: it has no recipe.yaml"),
-    ("segformer", "README.md", Path.unlink, "is not whole: it has no README.md"),
+    ("segformer", "recipe.yaml", Path.unlink, "is incomplete: it has no recipe.yaml"),
+    ("segformer", "README.md", Path.unlink, "is incomplete: it has no README.md"),
     ("segformer", "README.md", lambda path: path.write_text("# Mine"), "README.md has no header"),
-    ("segformer", "figures/panel.png", Path.unlink, "its card shows figures/panel.png, which is not there"),
-    ("stage1", "student/model.safetensors", cut, "no whole weights in safetensors format"),
-    ("ensemble", "member_2/model.safetensors", cut, "no whole weights in safetensors format"),
-    ("ensemble", "member_0/config.json", Path.unlink, "member_0 has no config.json"),
-    ("labels", "data/train-00001-of-00003.parquet", flip_bit, "is not what manifest.json says"),
-    ("labels", "data/train-00001-of-00003.parquet", Path.unlink, "of its manifest.json is not there"),
+    ("segformer", "figures/panel.png", Path.unlink, "its card shows figures/panel.png, which does not exist"),
+    ("stage1", "student/model.safetensors", cut, "no complete weights in safetensors format"),
+    ("ensemble", "member_2/model.safetensors", cut, "no complete weights in safetensors format"),
+    ("ensemble", "member_0/config.json", Path.unlink, "member_0 is incomplete: it has no config.json"),
+    ("labels", "data/train-00001-of-00003.parquet", flip_bit, "differs from its checksum in manifest.json"),
+    ("labels", "data/train-00001-of-00003.parquet", Path.unlink, "which its manifest.json lists, does not exist"),
     ("labels", "manifest.json", Path.unlink, "has no manifest.json yet: launch its recipe again"),
 ]
 
 
 @pytest.mark.parametrize(("kind", "file", "damage", "message"), DAMAGES, ids=[f"{d[0]} {d[1]} {d[3]}" for d in DAMAGES])
-def test_what_is_not_whole_is_named_and_not_sent(
+def test_what_is_missing_or_damaged_is_named_and_not_sent(
     kind: str, file: str, damage: Any, message: str, folders: dict[str, Path], hub: Hub, tmp_path: Path
 ) -> None:
     folder = Path(shutil.copytree(folders[kind], tmp_path / kind))
-    check_whole(folder)
+    check_complete(folder)
     damage(folder / file)
     with pytest.raises(UserError, match=re.escape(message)):
         push(folder, "me/x")
@@ -469,7 +503,7 @@ def command_line(oem_sar: Path, output_dir: Path) -> list[str]:
     return text.split()
 
 
-def test_a_recipe_pushes_once_and_tells_nobody_the_token(oem_sar: Path, tmp_path: Path) -> None:
+def test_a_recipe_pushes_once_and_never_prints_the_token(oem_sar: Path, tmp_path: Path) -> None:
     with serve_hub({TOKEN}) as hub:
         codes, output = launch(command_line(oem_sar, tmp_path / "run"), tmp_path / "log", hub.url, TOKEN, processes=2)
     assert codes == [0, 0], output
@@ -487,7 +521,7 @@ def test_a_recipe_pushes_once_and_tells_nobody_the_token(oem_sar: Path, tmp_path
     assert b"hub" not in sent["recipe.yaml"]  # whoever repeats the run does not push
 
 
-def test_a_recipe_whose_push_fails_has_saved_all_and_nobody_hangs(oem_sar: Path, tmp_path: Path) -> None:
+def test_a_recipe_whose_push_fails_has_saved_everything_and_does_not_hang(oem_sar: Path, tmp_path: Path) -> None:
     with serve_hub({TOKEN}) as hub:
         hub.faults = [Fault("POST", "/commit/", times=99, status=403)]
         codes, output = launch(command_line(oem_sar, tmp_path / "run"), tmp_path / "log", hub.url, TOKEN, processes=2)
@@ -495,12 +529,14 @@ def test_a_recipe_whose_push_fails_has_saved_all_and_nobody_hangs(oem_sar: Path,
     (error,) = [line for line in output.splitlines() if line.startswith("error: ")]
     assert error.endswith(f"python scripts/push_to_hub.py {tmp_path / 'run'} me/run --private --revision first")
     assert "Traceback" not in output and TOKEN not in output and "HTTP Request" not in output
-    check_whole(tmp_path / "run")
+    check_complete(tmp_path / "run")
     assert (tmp_path / "run" / "checkpoints").is_dir()
 
 
 @pytest.mark.parametrize(("token", "message"), [(None, "needs a token"), ("hf_wrong", "does not accept the token")])
-def test_without_a_token_nothing_begins(token: str | None, message: str, oem_sar: Path, tmp_path: Path) -> None:
+def test_without_a_token_the_recipe_does_not_start(
+    token: str | None, message: str, oem_sar: Path, tmp_path: Path
+) -> None:
     with serve_hub({TOKEN}) as hub:
         codes, output = launch(command_line(oem_sar, tmp_path / "run"), tmp_path / "log", hub.url, token, processes=2)
     assert codes == [2, 2], output
@@ -509,7 +545,7 @@ def test_without_a_token_nothing_begins(token: str | None, message: str, oem_sar
     assert not (tmp_path / "run").exists()
 
 
-def test_the_script_sends_a_folder_and_makes_the_card_that_is_missing(folders: dict[str, Path], tmp_path: Path) -> None:
+def test_the_script_sends_a_folder_and_writes_the_missing_card(folders: dict[str, Path], tmp_path: Path) -> None:
     folder = Path(shutil.copytree(folders["swinv2"], tmp_path / "run"))
     (folder / "README.md").unlink()
     environment = {key: value for key, value in os.environ.items() if not key.startswith("HF_")}

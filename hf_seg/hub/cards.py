@@ -177,7 +177,7 @@ def _dataset_type(data: Provenance) -> str:
     return f"synthetic-{layout}" if data["synthetic"] else f"like-{layout}"
 
 
-def _license(datasets: Sequence[Provenance], other_terms: Sequence[str]) -> dict[str, str]:
+def _license(datasets: Sequence[Provenance], other_terms: Sequence[str]) -> dict[str, Any]:
     """Return the header's licence: Apache-2.0 where all that was learned from is, else the terms of the data.
 
     Args:
@@ -194,7 +194,7 @@ def _shared_facts(columns: list[_Scores], datasets: Sequence[Provenance], other_
     """Return what the sections that all cards share need."""
     return {
         "columns": [(scores.title, scores.values) for scores in columns],
-        "scored_on": " and ".join(dict.fromkeys(scores.data["name"] for scores in columns)),
+        "scored_on": "; ".join(dict.fromkeys(scores.data["name"] for scores in columns)),
         "datasets": datasets,
         "other_terms": other_terms,
         "is_free": "license_name" not in _license(datasets, other_terms),

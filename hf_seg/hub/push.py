@@ -1,6 +1,6 @@
-"""To the Hub: first make sure that a folder is whole, then send it in one commit, or say how to try again.
+"""Upload to the Hub: check that a folder is complete, then send it in one commit, or say how to try again.
 
-Nothing that is sent changes on disk, and the token stays with the Hub's client.
+Nothing that is sent changes on disk, and only the Hub's client reads the token.
 """
 
 import fnmatch
@@ -8,6 +8,7 @@ import hashlib
 import json
 import re
 import shlex
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,15 +16,16 @@ from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, Mo
 from huggingface_hub.utils import HFValidationError, validate_repo_id
 
 from hf_seg.arguments import HubSettings
-from hf_seg.data.pseudo_label_dataset import sha256_of
-from hf_seg.errors import UserError
+from hf_seg.errors import UserError, file_errors
+from hf_seg.files import sha256_of
 from hf_seg.hub.cards import write_model_card
+from hf_seg.hub.export import TRAINING_DATA_FILE, read_json
 from hf_seg.inference.load import load_networks
 
 _WEIGHTS = ("config.json", "preprocessor_config.json", "model*.safetensors", "model.safetensors.index.json")
-_RECORD = ("README.md", "recipe.yaml", "eval_results.json", "metrics.jsonl", "figures/*.png")
-# What is sent of each kind of folder. Not checkpoints/, tracker/, half-written files, the many pictures of
-# figures/mixes/, and best/, which is a model of its own: push_to_hub.py sends it if asked.
+_RECORD = ("README.md", "recipe.yaml", TRAINING_DATA_FILE, "eval_results.json", "metrics.jsonl", "figures/*.png")
+# What is sent of each kind of folder. Not local_paths.yaml, checkpoints/, tracker/, temporary files, the many pictures
+# of figures/mixes/, nor best/, which is a model of its own: push_to_hub.py sends it if asked.
 _SENT = {
     "model": (*_WEIGHTS, *_RECORD, *(f"student/{name}" for name in (*_WEIGHTS, "recipe.yaml", "eval_results.json"))),
     "ensemble": ("ensemble.json", *(f"member_*/{name}" for name in _WEIGHTS), *_RECORD),
@@ -34,7 +36,7 @@ _SENT = {
 def publish(folder: Path, args: HubSettings) -> None:
     """Finish a recipe's output folder: write its card if it is a model's, and push it if that was asked for.
 
-    To be called by one process, last of all, when nobody waits for it any more.
+    To be called by one process, after all others have finished.
 
     Raises:
         UserError: the push failed; the folder is as complete as without it.
@@ -59,9 +61,9 @@ def check_login(repository: str) -> None:
         validate_repo_id(repository)
         account = HfApi().whoami()
     except HFValidationError as error:
-        raise UserError(f"{repository} is no name for a repository: {_one_line(error)}") from None
+        raise UserError(f"{repository} is not a valid name of a repository: {_one_line(error)}") from None
     except Exception as error:  # network, login: of many kinds
-        raise UserError(f"the Hub does not accept the token, or is not to be reached ({_one_line(error)})") from None
+        raise UserError(f"the Hub cannot be reached, or does not accept the token ({_one_line(error)})") from None
     if account.get("auth", {}).get("accessToken", {}).get("role") == "read":
         raise UserError(f"the token of {account['name']} may only read; a push needs one that may write")
     names = [account["name"], *(each["name"] for each in account.get("orgs", []))]
@@ -70,7 +72,7 @@ def check_login(repository: str) -> None:
 
 
 def find_kind(folder: Path) -> str:
-    """Tell what a folder holds: "model", "ensemble" or "dataset".
+    """Tell what a folder contains: "model", "ensemble" or "dataset".
 
     Raises:
         UserError: none of them, or a dataset that is not finished.
@@ -80,11 +82,11 @@ def find_kind(folder: Path) -> str:
     for kind, file in (("ensemble", "ensemble.json"), ("dataset", "manifest.json"), ("model", "config.json")):
         if (folder / file).is_file():
             return kind
-    raise UserError(f"{folder} holds neither a model, nor an ensemble, nor pseudo-labels")
+    raise UserError(f"{folder} contains no model, no ensemble and no pseudo-labels")
 
 
-def check_whole(folder: Path) -> dict[str, Path]:
-    """Make sure that everything that belongs to a folder is there, opens, and is ours.
+def check_complete(folder: Path) -> dict[str, Path]:
+    """Make sure that a folder contains everything that belongs to it, and that its networks open.
 
     Returns:
         What is to be sent: name in the repository -> file.
@@ -93,55 +95,52 @@ def check_whole(folder: Path) -> dict[str, Path]:
         UserError: naming what is missing or damaged.
     """
     kind = find_kind(folder)
-    files = _listed_files(folder) if kind == "dataset" else _own_files(folder, kind)
+    found = {path.relative_to(folder).as_posix(): path for path in sorted(folder.rglob("*")) if path.is_file()}
+    files = {name: path for name, path in found.items() if _is_sent(name, kind)}
     for name in ("README.md", "recipe.yaml"):
         if name not in files:
-            raise UserError(f"{folder} is not whole: it has no {name}")
-    card = files["README.md"].read_text(encoding="utf-8")
+            raise UserError(f"{folder} is incomplete: it has no {name}")
+    card = _read_card(files["README.md"])
     if not ModelCard(card).data.to_dict():
         raise UserError(f"{files['README.md']} has no header, by which the Hub would know what it is")
-    if absent := [link for link in re.findall(r"\]\((figures/[^)]+)\)", card) if link not in files]:
-        raise UserError(f"{folder} is not whole: its card shows {absent[0]}, which is not there")
-    if kind == "ensemble":
-        load_networks(folder)
-    elif kind == "model":
-        load_networks(folder)  # classes, crop, and every tensor
-        if (folder / "student").is_dir():
-            load_networks(folder, subfolder="student")
+    if missing := [link for link in re.findall(r"\]\((figures/[^)]+)\)", card) if link not in files]:
+        raise UserError(f"{folder} is incomplete: its card shows {missing[0]}, which does not exist")
+    if kind == "dataset":
+        return _check_manifest(folder, files)
+    load_networks(folder)  # classes, crop, and every tensor
+    if (folder / "student").is_dir():
+        load_networks(folder, subfolder="student")
     return files
 
 
-def _own_files(folder: Path, kind: str) -> dict[str, Path]:
-    found = {path.relative_to(folder).as_posix(): path for path in sorted(folder.rglob("*")) if path.is_file()}
-    return {name: path for name, path in found.items() if _is_sent(name, kind)}
-
-
-def _listed_files(folder: Path) -> dict[str, Path]:
-    """Return the files of a dataset's manifest and itself, each proved to be what it was."""
-    listed = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))["files"]
+def _check_manifest(folder: Path, files: Mapping[str, Path]) -> dict[str, Path]:
+    """Return the files that a dataset's manifest lists, and the manifest; each must have its checksum."""
+    listed = read_json(folder / "manifest.json").get("files")
+    if not isinstance(listed, dict):
+        raise UserError(f"{folder / 'manifest.json'} is damaged: it lists no files")
     for name, digest in listed.items():
         if not (folder / name).is_file():
-            raise UserError(f"{folder} is not whole: {name} of its manifest.json is not there")
+            raise UserError(f"{folder} is incomplete: {name}, which its manifest.json lists, does not exist")
         if sha256_of(folder / name) != digest:
-            raise UserError(f"{folder / name} is not what manifest.json says: it is damaged, or was changed since")
-    return {name: folder / name for name in (*listed, "manifest.json")}
+            raise UserError(f"{folder / name} differs from its checksum in manifest.json: it is damaged or was edited")
+    return {name: path for name, path in files.items() if name in listed or name == "manifest.json"}
 
 
 def push(folder: Path, repository: str, private: bool = False, revision: str | None = None) -> str:
     """Check a folder and send it to the Hub in one commit, which also removes our own files of an earlier push.
 
     Args:
-        repository: user/name; made if it is new.
-        private: make it private; a public one that is there already is refused.
-        revision: branch, made if it is new; main if None.
+        repository: user/name; created if it is new.
+        private: create it as private; an existing public one is refused.
+        revision: branch, created if it is new; main if None.
 
     Returns:
         The address of the commit.
 
     Raises:
-        UserError: the folder is not whole, or the push failed; how to try again.
+        UserError: the folder is incomplete, or the push failed; how to try again.
     """
-    files = check_whole(folder)
+    files = check_complete(folder)
     place: dict[str, Any] = {
         "repo_id": repository,
         "repo_type": "dataset" if find_kind(folder) == "dataset" else "model",
@@ -150,24 +149,30 @@ def push(folder: Path, repository: str, private: bool = False, revision: str | N
     try:
         api.create_repo(**place, private=private or None, exist_ok=True)
         if private and not api.repo_info(**place).private:
-            raise UserError("the repository is there already, and public: choose another name, or leave --private out")
+            raise UserError("the repository exists already and is public: choose another name, or omit --private")
         if revision is not None:
             api.create_branch(**place, branch=revision, exist_ok=True)
-        there = api.list_repo_files(**place, revision=revision)
-        stale = [name for name in there if name not in files and any(_is_sent(name, kind) for kind in _SENT)]
-        contents: dict[str, Any] = {**files, **_rename(files, repository, revision)}
-        operations = [CommitOperationAdd(name, content) for name, content in contents.items()]
+        contents: dict[str, Any] = {**files, **_rewrite(files, repository, revision)}
+        remote = api.list_repo_files(**place, revision=revision)
+        stale = [name for name in remote if name not in contents and any(_is_sent(name, kind) for kind in _SENT)]
+        # not `upload_folder`: it sends 250 files and more, or any number after a failure, in several commits
         commit = api.create_commit(
             **place,
-            operations=[*operations, *map(CommitOperationDelete, stale)],
-            commit_message=_describe(folder),
+            operations=[
+                *(CommitOperationAdd(name, content) for name, content in contents.items()),
+                *(CommitOperationDelete(name) for name in stale),
+            ],
+            commit_message=_commit_message(folder),
             revision=revision,
         )
     except Exception as error:  # network, login, name: of many kinds
         command = ["python", "scripts/push_to_hub.py", str(folder), repository]
-        command += ["--private"] * private + (["--revision", revision] if revision else [])
+        if private:
+            command.append("--private")
+        if revision is not None:
+            command += ["--revision", revision]
         raise UserError(
-            f"{folder} is whole and stays as it is, but is not on the Hub ({_one_line(error)}); try again: "
+            f"{folder} is complete and unchanged, but is not on the Hub ({_one_line(error)}); try again: "
             f"{shlex.join(command)}"
         ) from None
     return commit.commit_url
@@ -178,35 +183,66 @@ def _is_sent(name: str, kind: str) -> bool:
     return wanted and "/." not in name and not name.startswith("figures/mixes/")
 
 
-def _rename(files: dict[str, Path], repository: str, revision: str | None) -> dict[str, bytes]:
-    """Return the card, and the manifest that has its digest, with the repository in its code instead of the folder."""
-    card = files["README.md"].read_text(encoding="utf-8")
+def _rewrite(files: Mapping[str, Path], repository: str, revision: str | None) -> dict[str, bytes]:
+    """Return the files that are sent with another content: local paths give way to the repository or a last part."""
+    rewritten = {"README.md": _rename(_read_card(files["README.md"]), repository, revision).encode()}
+    for name in ("ensemble.json", "eval_results.json", "inputs.json", "manifest.json"):
+        if name in files:
+            found = read_json(files[name])
+            if (portable := _without_paths(found)) != found:
+                rewritten[name] = json.dumps(portable, indent=1).encode()
+    if "manifest.json" in files:
+        manifest = _without_paths(read_json(files["manifest.json"]))
+        checksums = {name: hashlib.sha256(content).hexdigest() for name, content in rewritten.items()}
+        manifest["files"] = {
+            name: checksums.get(name, digest) for name, digest in manifest["files"].items() if name in files
+        }
+        rewritten["manifest.json"] = json.dumps(manifest, indent=1).encode()
+    return rewritten
+
+
+def _rename(card: str, repository: str, revision: str | None) -> str:
+    """Write the repository into a card's code, where it names the folder."""
     if (call := re.search(r'(model=|from_pretrained\(|load_dataset\()("[^"\n]+")', card)) is None:
-        return {}  # a card that somebody wrote anew
+        return card  # written by the user
     argument, pinned = (f', revision="{revision}"', f"@{revision}") if revision else ("", "")
     card = re.sub(
         rf"(model=|from_pretrained\(|load_dataset\(){re.escape(call[2])}", rf'\1"{repository}"{argument}', card
     )
-    card = card.replace(call[2], f'"{repository}{pinned}"').replace("FOLDER_OR_HUB_ID", repository + pinned)
-    renamed = {"README.md": card.encode()}
-    if "manifest.json" in files:
-        manifest = json.loads(files["manifest.json"].read_text(encoding="utf-8"))
-        manifest["files"]["README.md"] = hashlib.sha256(renamed["README.md"]).hexdigest()
-        renamed["manifest.json"] = json.dumps(manifest, indent=1).encode()
-    return renamed
+    return card.replace(call[2], f'"{repository}{pinned}"').replace("FOLDER_OR_HUB_ID", repository + pinned)
 
 
-def _describe(folder: Path) -> str:
+def _without_paths(found: Any) -> Any:
+    """Shorten the path of each network that came from a local folder, and so has no revision, to its last part."""
+    if isinstance(found, list):
+        return [_without_paths(each) for each in found]
+    if not isinstance(found, dict):
+        return found
+    portable = {key: _without_paths(value) for key, value in found.items()}
+    if portable.get("revision", "") is None:
+        portable |= {key: Path(portable[key]).name for key in ("name", "origin") if key in portable}
+    return portable
+
+
+def _commit_message(folder: Path) -> str:
     """Return a commit message that says what this is: step and mIoU, as far as they are known."""
-    if (folder / "manifest.json").exists():
-        manifest = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
+    if manifest := read_json(folder / "manifest.json"):
         return f"Pseudo-labels of {manifest['n_tiles']} tiles, {manifest['labels_sha256'][:12]}"
     kind = "Ensemble" if (folder / "ensemble.json").exists() else "Model"
-    if not (folder / "eval_results.json").exists():
+    results = read_json(folder / "eval_results.json")
+    if not results:
         return f"{kind}, not scored"
-    results = json.loads((folder / "eval_results.json").read_text(encoding="utf-8"))
     step = f" of step {results['step']}" if "step" in results else ""
     return f"{kind}{step}, mIoU {results['mean_iou']:.4f}"
+
+
+def _read_card(path: Path) -> str:
+    with file_errors(path, "cannot be read"):
+        content = path.read_bytes()
+    try:
+        return content.decode()
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path} is damaged: {error}") from None
 
 
 def _one_line(error: Exception) -> str:
