@@ -30,7 +30,7 @@ def plot_member_scores(
     for (name, _), values, color in zip(members, scores, cycle(LINE_COLORS[1:]), strict=False):
         axes.plot(values, range(len(labels)), "o", color=color, markersize=6, label=name, clip_on=False, zorder=3)
     average = _percents(ensemble, rows)
-    diamond = {"color": LINE_COLORS[0], "markersize": 7, "clip_on": False, "zorder": 4}
+    diamond: dict[str, Any] = {"color": LINE_COLORS[0], "markersize": 7, "clip_on": False, "zorder": 4}
     axes.plot(average, range(len(labels)), "D", label="ensemble", **diamond)
     axes.set(yticks=range(len(labels)), yticklabels=labels, ylim=(len(labels) - 0.5, -0.5), xlim=(0, None))
     style_axes(axes, f"Members and ensemble, {ensemble['n_images']:,} tile(s)")
