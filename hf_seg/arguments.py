@@ -4,14 +4,13 @@ import dataclasses
 import re
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 from hf_seg.errors import UserError
 from hf_seg.files import write_atomic
 from hf_seg.settings import LOCAL_PATHS_FILE, Settings, dump_yaml, read_settings, setting
 
 Tta = Literal["none", "flips", "d4", "paper"]
-TTA_PRESETS: tuple[str, ...] = get_args(Tta)
 MAX_SEED = 2**31  # numpy's global generator takes 32 bits, and each process adds its index
 
 

@@ -58,18 +58,23 @@ def atomic_folder(folder: Path) -> Iterator[Path]:
         _empty(temporary)
         try:
             yield temporary
-            for file in temporary.rglob("*"):
-                flush(file)
-            replaced = folder.with_name(f".replaced.{folder.name}")
-            remove(replaced)  # left by a run that was killed
-            if folder.exists():
-                os.replace(folder, replaced)
-            os.replace(temporary, folder)
-            flush(folder.parent)
-            remove(replaced)
+            publish_folder(temporary, folder)
         except BaseException:
             shutil.rmtree(temporary, ignore_errors=True)
             raise
+
+
+def publish_folder(temporary: Path, folder: Path) -> None:
+    """Flush a finished temporary folder and let it replace `folder`."""
+    for file in temporary.rglob("*"):
+        flush(file)
+    replaced = folder.with_name(f".replaced.{folder.name}")
+    remove(replaced)  # left by a run that was killed
+    if folder.exists():
+        os.replace(folder, replaced)
+    os.replace(temporary, folder)
+    flush(folder.parent)
+    remove(replaced)
 
 
 @contextmanager

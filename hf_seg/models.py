@@ -10,7 +10,6 @@ UperNet takes ConvNeXtV2 or SwinV2 as encoder. Whatever is saved opens with `Aut
 import functools
 import logging
 from collections.abc import Collection, Sequence
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -19,7 +18,6 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers import (
     AutoConfig,
-    AutoImageProcessor,
     ConvNextV2Config,
     PretrainedConfig,
     PreTrainedModel,
@@ -117,61 +115,28 @@ def build_model(model_name_or_path: str, *, crop_size: int, from_scratch: bool =
     elif is_bare_encoder:
         model = stock(config)
         backbone = type(model.backbone)
-        model.backbone = _load(
+        model.backbone = load_weights(
             backbone, model_name_or_path, config.backbone_config, may_be_new=("hidden_states_norms",)
         )
     else:
-        model = _load(stock, model_name_or_path, config, may_be_new=("decode_head", "auxiliary_head"))
+        model = load_weights(stock, model_name_or_path, config, may_be_new=("decode_head", "auxiliary_head"))
     _assert_windows(model, crop_size)
     return model
 
 
-def load_trained(model_name_or_path: str, *, subfolder: str = "") -> tuple[PreTrainedModel, int]:
-    """Load a finished model of the nine classes, every tensor of it, and the crop size that it was trained at.
-
-    Args:
-        model_name_or_path: folder, or Hub id; `id@revision` pins a commit, branch or tag.
-        subfolder: where in it the model lies.
-
-    Raises:
-        UserError: no such model, other classes, or tensors that are not among its weights.
-    """
-    name, place = _locate(model_name_or_path, subfolder)
-    config = _find_config(name, from_scratch=False, **place)
-    if config.model_type not in ("segformer", "upernet") or config.id2label != ID2LABEL:
-        raise UserError(f"{model_name_or_path} is no segmentation model of the {len(ID2LABEL)} land-cover classes")
-    stock = SegformerForSemanticSegmentation if config.model_type == "segformer" else UperNetForSemanticSegmentation
-    try:
-        processor = AutoImageProcessor.from_pretrained(name, **place)
-    except OSError:
-        raise UserError(f"{model_name_or_path} has no preprocessor_config.json, which holds the crop size") from None
-    return _load(stock, name, config, may_be_new=(), **place), int(processor.size["height"])
-
-
-def _locate(name: str, subfolder: str) -> tuple[str, dict[str, str]]:
-    """Split `id@revision` and return the name and what `from_pretrained` needs beside it."""
-    revision = "main"
-    if not Path(name).exists():
-        name, _, revision = name.partition("@")
-    return name, {"subfolder": subfolder, "revision": revision or "main"}
-
-
-def _find_config(name: str, from_scratch: bool, **place: str) -> PretrainedConfig:
+def _find_config(name: str, from_scratch: bool) -> PretrainedConfig:
     if from_scratch and name in PRESETS:
         return _presets()[name]
     if name in PRESETS and name.startswith("toy-"):
         raise UserError(f"{name} is a size without pretrained weights; add --from_scratch true")
     try:
-        return AutoConfig.from_pretrained(name, **place)
+        return AutoConfig.from_pretrained(name)
     except (OSError, ValueError) as error:
-        way_out = "fetch it where there is a network (`hf download`), or give a local folder"
-        if not place:  # it is to be trained
-            way_out += ", or add --from_scratch true"
+        hint = "fetch it where there is a network (`hf download`), or give a local folder, or add --from_scratch true"
         if from_scratch:
-            way_out = f"sizes known without a download: {', '.join(PRESETS)}"
+            hint = f"sizes known without a download: {', '.join(PRESETS)}"
         raise UserError(
-            f"model {name!r} is neither a folder with a config.json nor to be had from the Hub now; {way_out} "
-            f"({str(error).strip().splitlines()[0]})"
+            f"model {name!r} was not found locally or on the Hub; {hint} ({str(error).strip().splitlines()[0]})"
         ) from None
 
 
@@ -187,12 +152,11 @@ def _upernet_config(encoder: PretrainedConfig, width: int, auxiliary_width: int)
     )
 
 
-def _load(cls: Any, name: str, config: PretrainedConfig, may_be_new: Collection[str], **place: str) -> Any:
+def load_weights(cls: Any, name: str, config: PretrainedConfig, may_be_new: Collection[str]) -> Any:
     """Load weights and prove that they arrived: only tensors under the prefixes `may_be_new` may start at random."""
     try:
         model, report = cls.from_pretrained(
             name,
-            **place,
             config=config,
             dtype=torch.float32,  # whatever the file has: mixed precision keeps float32 weights
             use_safetensors=True,
@@ -200,12 +164,12 @@ def _load(cls: Any, name: str, config: PretrainedConfig, may_be_new: Collection[
             output_loading_info=True,
         )
     except (OSError, SafetensorError) as error:
-        raise UserError(f"{name}: no whole weights in safetensors format ({str(error).splitlines()[0]})") from None
+        raise UserError(f"{name}: no complete weights in safetensors format ({str(error).splitlines()[0]})") from None
     random = {*report["missing_keys"], *(key for key, *_ in report["mismatched_keys"])}
     lost = sorted(key for key in random if not key.startswith(tuple(may_be_new)))
     if lost:
         raise UserError(
-            f"{name}: {len(lost)} of {len(model.state_dict())} tensors are not among its weights, {lost[0]} for one; "
+            f"{name}: {len(lost)} of {len(model.state_dict())} tensors are not among its weights, e.g. {lost[0]}; "
             "it is damaged or another model than its config.json says"
         )
     loaded, unused = len(model.state_dict()) - len(random), len(report["unexpected_keys"])

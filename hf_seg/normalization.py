@@ -1,5 +1,7 @@
 """From uint8 images to a network's input, and back."""
 
+from typing import NamedTuple
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -9,23 +11,53 @@ IMAGE_MEAN = (0.485, 0.456, 0.406)
 IMAGE_STD = (0.229, 0.224, 0.225)
 
 
-def to_pixel_values(image: np.ndarray) -> Tensor:
+class Normalization(NamedTuple):
+    """Subtract a mean and divide by a deviation, channel by channel, as an image processor does.
+
+    Args:
+        mean, std: three values each, in units of `scale`.
+        scale: the pixel value that counts as 1.
+    """
+
+    mean: tuple[float, ...] = IMAGE_MEAN
+    std: tuple[float, ...] = IMAGE_STD
+    scale: float = 255.0
+
+    def apply(self, pixels: Tensor) -> Tensor:
+        """Return (..., 3, H, W) float32 from (..., 1 or 3, H, W) of any type; one band is replicated to three."""
+        mean, std = self._constants(pixels.device)
+        bands = pixels.expand(*pixels.shape[:-3], 3, *pixels.shape[-2:])
+        return bands.to(torch.float32, copy=True).sub_(mean).div_(std)  # to the bit what the processor computes
+
+    def invert(self, pixel_values: Tensor) -> Tensor:
+        """Return float32 pixels in units of 0..255 from what `apply` returned."""
+        mean, std = self._constants(pixel_values.device)
+        return pixel_values * std + mean
+
+    def _constants(self, device: torch.device) -> list[Tensor]:
+        return [
+            self.scale * torch.tensor(values, device=device).view(len(values), 1, 1) for values in (self.mean, self.std)
+        ]
+
+
+IMAGENET = Normalization()
+
+
+def to_pixel_values(image: np.ndarray, normalization: Normalization = IMAGENET) -> Tensor:
     """Return the network's input, as the saved image processor computes it too.
 
     Args:
         image: (H, W) or (H, W, 3) uint8; one band is replicated to three.
+        normalization: of the network.
 
     Returns:
-        (3, H, W) float32, ImageNet-normalised.
+        (3, H, W) float32.
     """
     bands = torch.from_numpy(np.ascontiguousarray(image))
-    bands = bands.expand(3, *bands.shape) if image.ndim == 2 else bands.permute(2, 0, 1)
-    mean, std = (255 * torch.tensor(values).view(3, 1, 1) for values in (IMAGE_MEAN, IMAGE_STD))
-    return bands.to(torch.float32).sub_(mean).div_(std).contiguous()  # to the bit what the processor computes
+    return normalization.apply(bands[None] if image.ndim == 2 else bands.permute(2, 0, 1)).contiguous()
 
 
-def to_image(pixel_values: Tensor) -> np.ndarray:
+def to_image(pixel_values: Tensor, normalization: Normalization = IMAGENET) -> np.ndarray:
     """Return (H, W, 3) uint8 from (3, H, W) of `to_pixel_values`, on any device."""
-    mean, std = (255 * pixel_values.new_tensor(values).view(3, 1, 1) for values in (IMAGE_MEAN, IMAGE_STD))
-    levels = (pixel_values * std + mean).round().clamp(0, 255)
+    levels = normalization.invert(pixel_values).round().clamp(0, 255)
     return levels.to(torch.uint8).permute(1, 2, 0).cpu().numpy()

@@ -29,6 +29,8 @@ from hf_seg.errors import UserError
 
 LOCAL_PATHS_FILE = "local_paths.yaml"
 
+Filled = TypeVar("Filled")
+
 
 def setting(
     default: Any,
@@ -121,11 +123,13 @@ class Parser(argparse.ArgumentParser):
         """Raise instead of printing all flags."""
         raise UserError(f"{message}; --help lists the settings")
 
-    def add_settings(self, settings: type) -> None:
-        """Add a flag for each field of a settings dataclass, grouped by the class that declares it."""
+    def add_settings(self, settings: type, *, skip: Sequence[str] = ()) -> None:
+        """Add a flag for each field of a settings dataclass but `skip`, grouped by the class that declares it."""
         hints = typing.get_type_hints(settings)
         groups: dict[type, Any] = {}
         for field in dataclasses.fields(settings):
+            if field.name in skip:
+                continue
             owner = [each for each in settings.__mro__ if field.name in vars(each).get("__annotations__", {})][-1]
             if owner not in groups:
                 groups[owner] = self.add_argument_group(str(owner.__doc__).partition("\n")[0].rstrip("."))
@@ -138,6 +142,12 @@ class Parser(argparse.ArgumentParser):
             if default is True:
                 negative = {"dest": field.name, "action": "store_false", "default": argparse.SUPPRESS}
                 groups[owner].add_argument(f"--no_{field.name}", help=argparse.SUPPRESS, **negative)
+
+
+def filled(settings: type[Filled], namespace: argparse.Namespace) -> Filled:
+    """Return a settings dataclass with what was given on a command line that has its flags (`add_settings`)."""
+    names = [field.name for field in dataclasses.fields(settings)]  # type: ignore[arg-type]
+    return settings(**{name: getattr(namespace, name) for name in names if hasattr(namespace, name)})
 
 
 def _with_underscores(word: str) -> str:
@@ -176,6 +186,7 @@ Arguments = TypeVar("Arguments", bound=Settings)
 def parse_arguments(settings: type[Arguments], argv: Sequence[str] | None = None) -> Arguments:
     """Read settings from `--config FILE` and the command line.
 
+    `--config toy/stage2_segformer.yaml` names one of the package's own files, if there is no such file here.
     Beside a `recipe.yaml` that a recipe has written, `local_paths.yaml` tells where its data lies on this machine, and
     is read with it.
 
@@ -193,11 +204,23 @@ def parse_arguments(settings: type[Arguments], argv: Sequence[str] | None = None
     parser.add_settings(settings)
     values = vars(parser.parse_args(argv))
     if values.get("config") is not None:
-        file = Path(values["config"])
+        file = _find_config(values["config"])
         local = file.with_name(LOCAL_PATHS_FILE)
         beside = read_settings(local, settings) if file.name == "recipe.yaml" and local.exists() else {}
         values = {**read_settings(file, settings), **beside, **values}
     return settings(**values)
+
+
+def _find_config(name: str) -> Path:
+    """Return the path of a settings file, or that of one in `recipes/configs`, where there is no such file."""
+    own = packaged_folder("recipes") / "configs" / name
+    return own if own.is_file() and not Path(name).exists() else Path(name)
+
+
+def packaged_folder(name: str) -> Path:
+    """Return `recipes` or `model_cards`: inside an installed package, beside the package in a checkout."""
+    package = Path(__file__).parent
+    return package / name if (package / name).is_dir() else package.parent / name
 
 
 def answer_help(settings: type[Settings], argv: Sequence[str] | None = None) -> None:

@@ -1,20 +1,27 @@
 """Stage 1: teach an optical network from labelled source images and adapt it to unlabelled target images (DACS).
 
-    accelerate launch recipes/stage1.py --config recipes/configs/stage1/segformer_b3.yaml \\
-        --source_dir data/OpenEarthMap_wo_xBD --data_dir data/dfc25_track1 --output_dir runs/stage1_b3
+    accelerate launch -q --config_file recipes/accelerate_configs/one_process.yaml recipes/stage1.py \\
+        --config recipes/configs/stage1/segformer_b3.yaml --source_dir data/OpenEarthMap_wo_xBD \\
+        --data_dir data/dfc25_track1 --output_dir runs/stage1_b3
 
 Some source images are aligned in resolution (RAA). The teacher, an average of the student, labels the target; half of
 each source image's classes are pasted onto a target image, and the student learns both. `--method source_only` and
-`--raa_prob 0` are the baselines. A killed run goes on with `--resume_from_checkpoint latest`.
+`--raa_prob 0` are the baselines. A stopped or killed run resumes with `--resume_from_checkpoint latest`.
 
 The teacher is at the root of the output folder, the student in `student/`. Both are scored on the source's validation
-split, and then on the target's if it has images and labels; `best/` is the best teacher by the last of these.
+split, and on the target's if it has images and labels. `best/` is chosen by the source's score (`--select_best_by`), so
+that no label of the target is used.
 """
+
+from hf_seg.arguments import Stage1Arguments, write_recipe
+from hf_seg.settings import answer_help, parse_arguments
+
+if __name__ == "__main__":
+    answer_help(Stage1Arguments)  # before the slow imports
 
 import contextlib
 import itertools
 import logging
-import sys
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -28,7 +35,6 @@ from hf_seg.adaptation.class_mix import mix_domains, sample_class_mask
 from hf_seg.adaptation.mean_teacher import MeanTeacher
 from hf_seg.adaptation.pseudo_labels import CollapseWatch, describe_pseudo_labels, weigh_pseudo_labels
 from hf_seg.adaptation.strong_augmentation import strong_augment
-from hf_seg.arguments import Stage1Arguments
 from hf_seg.data.dataloaders import (
     AugmentedStream,
     LabelledImages,
@@ -38,22 +44,21 @@ from hf_seg.data.dataloaders import (
     train_dataloader,
 )
 from hf_seg.data.open_earth_map import load_open_earth_map, load_open_earth_map_sar, scan_open_earth_map_sar
+from hf_seg.data.provenance import read_provenance
 from hf_seg.data.transforms import ResolutionAlignment, optical_transform
 from hf_seg.errors import one_line_errors
-from hf_seg.hub.push import publish
-from hf_seg.labels import CLASS_NAMES, IGNORE_INDEX
+from hf_seg.hub.export import write_training_data
+from hf_seg.labels import CLASS_NAMES
 from hf_seg.losses import cross_entropy
 from hf_seg.models import SegmentationLogits
 from hf_seg.report.mix_panel import plot_mix_panel
-from hf_seg.report.plots import plot_curves
-from hf_seg.settings import parse_arguments
-from hf_seg.training.checkpoints import Progress, StopSignal, load_checkpoint, save_checkpoint
-from hf_seg.training.evaluation import draw_results
+from hf_seg.training.checkpoints import Progress, StopSignal, load_checkpoint, save_or_stop
+from hf_seg.training.evaluation import draw_results, trained_predictor
+from hf_seg.training.run import build_network, build_optimization, finish_run, open_run
 from hf_seg.training.run_log import RunLog
-from hf_seg.training.setup import build_network, build_optimization, open_run, window_settings
 from hf_seg.training.teacher_student import evaluate_both, export_both, mean_ious
 
-SOURCE_STREAM, TARGET_STREAM, MIX_STREAM = 0, 1, 2  # of randomness, none follows another
+SOURCE_STREAM, TARGET_STREAM, MIX_STREAM = 0, 1, 2  # ids of independent random streams
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -62,20 +67,22 @@ def main(argv: list[str] | None = None) -> None:
     output_dir = Path(args.output_dir)
     accelerator, checkpoint = open_run(args)
 
+    # Data, student, teacher, optimizer
     source_images, target_images, val_images = load_images(args, accelerator)
     set_seed(args.seed)
-    network = build_network(args, accelerator)
-    optimizer, schedule = build_optimization(network.model, args)
-    teacher = MeanTeacher(network, args.ema_decay)  # before the student is wrapped
-    network, optimizer = accelerator.prepare(network, optimizer)
+    student = build_network(args, accelerator)
+    optimizer, schedule = build_optimization(student.model, args)
+    teacher = MeanTeacher(student, args.ema_decay)  # before the student is wrapped
+    student, optimizer = accelerator.prepare(student, optimizer)
     teacher = accelerator.prepare_model(teacher, evaluation_mode=True)
-    networks = {"student": accelerator.unwrap_model(network), "teacher": teacher.model}
+    networks = {"student": accelerator.unwrap_model(student), "teacher": teacher.model}
     set_seed(args.seed, device_specific=True)  # dropout differs between processes
     progress = Progress() if checkpoint is None else load_checkpoint(accelerator, checkpoint)
 
+    uses_target = args.method == "dacs"
     source_loader = load_stream(source_images, SOURCE_STREAM, progress, args, accelerator)
-    target_loader: Any = itertools.repeat(None)
-    if args.method == "dacs":
+    target_loader: Any = itertools.repeat({})
+    if uses_target:
         target_loader = load_stream(target_images, TARGET_STREAM, progress, args, accelerator)
     to_device = partial(send_to_device, device=accelerator.device, non_blocking=True)
     mix_seed, batch_size = stream_seed(args.seed, MIX_STREAM), args.per_device_train_batch_size
@@ -86,32 +93,39 @@ def main(argv: list[str] | None = None) -> None:
         f"{accelerator.num_processes} process(es), {accelerator.device}"
     )
 
+    if accelerator.is_main_process:
+        source = read_provenance(args.source_dir, "OpenEarthMap")
+        target = read_provenance(args.data_dir, "OpenEarthMap-SAR")
+        write_recipe(args, output_dir)
+        write_training_data(output_dir, {"source": source, "target": target})
     scores: dict[str, Any] | None = None
-    stop = StopSignal(accelerator)
-    log, watch = RunLog(accelerator, args, progress.step), CollapseWatch()
-    network.train()
+    stop, log, watch = StopSignal(accelerator), RunLog(accelerator, args, progress.step), CollapseWatch()
+    student.train()
     for source, target in zip(source_loader, target_loader, strict=False):
         schedule.step_update(progress.step)
-        position = progress.samples_seen + accelerator.process_index * batch_size
-        generators = [torch.Generator().manual_seed(seed_at(mix_seed, position + i)) for i in range(batch_size)]
-        class_masks = torch.stack([sample_class_mask(*pair) for pair in zip(source["labels"], generators, strict=True)])
-        source, class_masks = to_device((source, class_masks))
-        with accelerator.accumulate(network):
-            # with a second backward to come, gradients synchronise there
-            with contextlib.nullcontext() if target is None else accelerator.no_sync(network):
-                source_loss = segmentation_loss(network(source["pixel_values"]), source["labels"], args)
+        source_labels = source["labels"]  # on the CPU, where class masks are drawn
+        source, target = to_device((source, target))
+        with accelerator.accumulate(student):
+            # Source: the student learns labelled images (with a second backward to come, gradients synchronise there)
+            with accelerator.no_sync(student) if uses_target else contextlib.nullcontext():
+                source_loss = segmentation_loss(student(source["pixel_values"]), source["labels"], args)
                 accelerator.backward(source_loss)
             losses = {"loss": source_loss.detach(), "source_loss": source_loss.detach()}
 
-            if target is not None:
-                target = to_device(target)
-                has_ground = target["labels"] != IGNORE_INDEX
+            if uses_target:
+                # Target: the teacher labels it, each image weighted by its share of confident pixels
                 pseudo_labels, weights = weigh_pseudo_labels(
                     teacher(target["pixel_values"]).logits,
                     args.confidence_threshold,
-                    valid=has_ground,
+                    valid=target["valid_mask"],
                     keep_background=args.keep_background,
                 )
+
+                # Mix: half of each source image's classes are pasted onto a target image, then augmented strongly
+                position = progress.samples_seen + accelerator.process_index * batch_size
+                generators = [torch.Generator().manual_seed(seed_at(mix_seed, position + i)) for i in range(batch_size)]
+                masks = [sample_class_mask(*pair) for pair in zip(source_labels, generators, strict=True)]
+                class_masks = to_device(torch.stack(masks))
                 mixed = mix_domains(source, target, class_masks, pseudo_labels, weights)
                 mixed["pixel_values"] = strong_augment(
                     mixed["pixel_values"],
@@ -119,15 +133,18 @@ def main(argv: list[str] | None = None) -> None:
                     jitter_prob=args.strong_jitter_prob,
                     blur_prob=args.strong_blur_prob,
                 )
-                outputs = network(mixed["pixel_values"])
+
+                # The student learns the mixed images
+                outputs = student(mixed["pixel_values"])
                 target_loss = segmentation_loss(outputs, mixed["labels"], args, weights=mixed["weights"])
                 accelerator.backward(target_loss)
                 losses["loss"] = losses["loss"] + target_loss.detach()
                 losses |= {"target_loss": target_loss.detach(), **describe_pseudo_labels(pseudo_labels, weights)}
 
+            # One optimizer step for both losses
             log.require_finite(losses["loss"], progress.step + 1, source["image_id"])
             if accelerator.sync_gradients and args.max_grad_norm:
-                accelerator.clip_grad_norm_(network.parameters(), args.max_grad_norm)
+                accelerator.clip_grad_norm_(student.parameters(), args.max_grad_norm)
             optimizer.step()
             optimizer.zero_grad()
         progress.samples_seen += images_per_pass
@@ -135,54 +152,51 @@ def main(argv: list[str] | None = None) -> None:
         if not accelerator.sync_gradients:
             continue
 
+        # The teacher follows the student
         teacher.update(networks["student"])
         if accelerator.num_processes > 1:  # running statistics are each process's own; those of the first count
             broadcast(list(teacher.model.buffers()))
+
+        # Log, and watch for collapse
         progress.step += 1
         means = log.end_step(progress.step, learning_rate=optimizer.param_groups[0]["lr"])
-        if means is not None and target is not None:
+        if uses_target and means is not None:
+            progress.mean_weight = means["mean_weight"]
             shares = [means[f"pseudo_share_{name}"] for name in CLASS_NAMES]
-            if (warning := watch.update(shares, means["mean_weight"])) is not None:
+            if (warning := watch.update(shares, progress.mean_weight)) is not None:
                 logging.warning("step %d: %s", progress.step, warning)
-        if target is not None and args.panel_steps and progress.step % args.panel_steps == 0:
+        is_panel_due = uses_target and args.panel_steps > 0 and progress.step % args.panel_steps == 0
+        if is_panel_due and accelerator.is_main_process:
             path = output_dir / "figures" / "mixes" / f"step_{progress.step:08d}.png"
-            if accelerator.is_main_process:
-                plot_mix_panel(path, source, target, class_masks, mixed, outputs.logits.argmax(1), weights)
+            plot_mix_panel(path, source, target, class_masks, mixed, outputs.logits.argmax(1), weights)
+
+        # Validate (all ranks), keep the best
         is_last = progress.step == args.max_train_steps
         scores = None
         if val_images and (is_last or progress.step % args.eval_steps == 0):
             scores = evaluate_both(networks, val_images, accelerator, args)
             log.write({"step": progress.step, **mean_ious(scores)})
-            mean_iou = scores["teacher"][list(val_images)[-1]]["mean_iou"]
-            if progress.best_mean_iou is None or mean_iou > progress.best_mean_iou:
-                progress.best_mean_iou = mean_iou
+            score = selection_score(scores, progress, args)
+            if score is not None and (progress.best_score is None or score > progress.best_score):
+                progress.best_score = score
                 export_both(networks, output_dir / "best", scores, args, progress.step, accelerator)
             log.restart_clock()
-        signal = stop.received()
-        if signal or is_last or (args.checkpointing_steps and progress.step % args.checkpointing_steps == 0):
-            saved = save_checkpoint(accelerator, output_dir, progress, args.save_total_limit)
-        if signal and not is_last:
-            log.close()
-            accelerator.end_training()
-            accelerator.print(f"{signal.name}: saved {saved}; go on with --resume_from_checkpoint latest")
-            sys.exit(128 + signal)
+
+        # Checkpoint; a signal stops here
+        save_or_stop(accelerator, progress, stop, log, args)
     stop.restore()
     log.close()
 
+    # Export both networks, their results and figures
     if scores is None and val_images:  # resumed after the last step
         scores = evaluate_both(networks, val_images, accelerator, args)
     export_both(networks, output_dir, scores, args, progress.step, accelerator)
-    if accelerator.is_main_process:
-        plot_curves(output_dir / "metrics.jsonl", output_dir / "figures" / "curves.png")
-        for domain, results in ({} if scores is None else scores["teacher"]).items():
-            figures = output_dir / "figures" / domain
-            settings = {**window_settings(args), "image_title": "optical"}
-            draw_results(teacher.model, val_images[domain], results, figures, accelerator, **settings)
-        print(f"teacher, student, results and figures: {output_dir}")
-    accelerator.wait_for_everyone()
-    accelerator.end_training()
-    if accelerator.is_main_process:  # nobody waits for the Hub
-        publish(output_dir, args)
+    if scores is not None and accelerator.is_main_process:
+        predictor = trained_predictor(teacher.model, accelerator, args)
+        for domain, results in scores["teacher"].items():
+            titles = ("optical", "label", "teacher")
+            draw_results(predictor, val_images[domain], results, output_dir / "figures" / domain, titles=titles)
+    finish_run(accelerator, args)
 
 
 def load_images(
@@ -193,12 +207,16 @@ def load_images(
         source_rows = load_open_earth_map(args.source_dir, "train")
         source = LabelledImages(source_rows, "image", keep_background=args.keep_background)
         target = UnlabelledImages(load_open_earth_map_sar(args.data_dir, "train"), "optical")
-        if not args.eval_steps:
-            return source, target, {}
-        val = {"source": LabelledImages(load_open_earth_map(args.source_dir, "val"), "image")}
-        target_rows = scan_open_earth_map_sar(args.data_dir).rows["val"]
-        if target_rows and all(row.files["optical"] and row.files["label"] for row in target_rows):
-            val["target"] = LabelledImages(load_open_earth_map_sar(args.data_dir, "val"), "optical")
+        val: dict[str, LabelledImages] = {}
+        if args.eval_steps:
+            val["source"] = LabelledImages(load_open_earth_map(args.source_dir, "val"), "image")
+            target_rows = scan_open_earth_map_sar(args.data_dir).rows["val"]
+            if target_rows and all(row.files["optical"] and row.files["label"] for row in target_rows):
+                val["target"] = LabelledImages(load_open_earth_map_sar(args.data_dir, "val"), "optical")
+    by_target = args.select_best_by == "target" and args.eval_steps > 0
+    args.require(
+        "select_best_by", not by_target or "target" in val, "source or weight: val has no labelled optical tiles"
+    )
     return source, target, val
 
 
@@ -239,6 +257,13 @@ def segmentation_loss(
     if outputs.auxiliary_logits is not None:
         loss = loss + args.auxiliary_weight * cross_entropy(outputs.auxiliary_logits, labels, weights=weights)
     return loss
+
+
+def selection_score(scores: dict[str, Any], progress: Progress, args: Stage1Arguments) -> float | None:
+    """Return what chooses `best/`; None if the pseudo-labels' weight is to choose and was not logged yet."""
+    if args.select_best_by == "weight":
+        return progress.mean_weight
+    return scores["teacher"][args.select_best_by]["mean_iou"]
 
 
 if __name__ == "__main__":

@@ -1,17 +1,22 @@
 """Stage 2: teach a SAR network from noisy labels by CE + reverse CE + Lovász-softmax.
 
-    accelerate launch recipes/stage2.py --config recipes/configs/stage2/segformer_b5.yaml \\
-        --data_dir data/dfc25_track1 --output_dir runs/stage2_b5
+    accelerate launch -q --config_file recipes/accelerate_configs/one_process.yaml recipes/stage2.py \\
+        --config recipes/configs/stage2/segformer_b5.yaml --data_dir data/dfc25_track1 --output_dir runs/stage2_b5
 
-Without `--pseudo_labels` the labels are the official pseudo-labels of OpenEarthMap-SAR. A killed run goes on with
-`--resume_from_checkpoint latest`. Every setting: `python recipes/stage2.py --help`.
+Without `--pseudo_labels` the labels are the official pseudo-labels of OpenEarthMap-SAR. A stopped or killed run resumes
+with `--resume_from_checkpoint latest`. Every setting: `python recipes/stage2.py --help`.
 
 Several processes share each global batch and average gradients. Equal to one process are cross entropy and reverse
 cross entropy, where all processes see as many labelled pixels. Lovász-softmax sees the local batch only, and so does
 BatchNorm on a CPU; on GPUs it is synchronised.
 """
 
-import sys
+from hf_seg.arguments import Stage2Arguments, dump_recipe, write_recipe
+from hf_seg.settings import answer_help, parse_arguments
+
+if __name__ == "__main__":
+    answer_help(Stage2Arguments)  # before the slow imports
+
 from pathlib import Path
 from typing import Any
 
@@ -19,21 +24,19 @@ from accelerate import Accelerator
 from accelerate.utils import set_seed
 from torch import Tensor, nn
 
-from hf_seg.arguments import Stage2Arguments, dump_recipe
-from hf_seg.data.dataloaders import AugmentedStream, LabelledImages, load_pseudo_labels, train_dataloader
+from hf_seg.data.dataloaders import AugmentedStream, LabelledImages, train_dataloader
 from hf_seg.data.open_earth_map import load_open_earth_map_sar
+from hf_seg.data.provenance import read_provenance
+from hf_seg.data.pseudo_label_dataset import load_pseudo_labels
 from hf_seg.data.transforms import sar_transform
 from hf_seg.errors import one_line_errors
-from hf_seg.hub.export import export_model
-from hf_seg.hub.push import publish
+from hf_seg.hub.export import export_model, write_training_data
 from hf_seg.losses import noise_robust_loss
 from hf_seg.models import SegmentationLogits
-from hf_seg.report.plots import plot_curves
-from hf_seg.settings import parse_arguments
-from hf_seg.training.checkpoints import Progress, StopSignal, load_checkpoint, save_checkpoint
-from hf_seg.training.evaluation import draw_results, evaluate_network
+from hf_seg.training.checkpoints import Progress, StopSignal, load_checkpoint, save_or_stop
+from hf_seg.training.evaluation import draw_results, evaluate_network, trained_predictor
+from hf_seg.training.run import build_network, build_optimization, finish_run, open_run
 from hf_seg.training.run_log import RunLog
-from hf_seg.training.setup import build_network, build_optimization, open_run, window_settings
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -42,6 +45,7 @@ def main(argv: list[str] | None = None) -> None:
     output_dir = Path(args.output_dir)
     accelerator, checkpoint = open_run(args)
 
+    # Data, network, optimizer
     train_images, val_images = load_images(args, accelerator)
     set_seed(args.seed)
     network = build_network(args, accelerator)
@@ -73,11 +77,15 @@ def main(argv: list[str] | None = None) -> None:
         f"{len(train_images)} images a step on {accelerator.num_processes} process(es), {accelerator.device}"
     )
 
+    if accelerator.is_main_process:
+        target = read_provenance(args.data_dir, "OpenEarthMap-SAR")
+        write_recipe(args, output_dir)
+        write_training_data(output_dir, {"target": target})
     results: dict[str, Any] | None = None
-    stop = StopSignal(accelerator)
-    log = RunLog(accelerator, args, progress.step)
+    stop, log = StopSignal(accelerator), RunLog(accelerator, args, progress.step)
     network.train()
     for batch in loader:
+        # Learn one micro-batch
         schedule.step_update(progress.step)
         with accelerator.accumulate(network):
             outputs = network(batch["pixel_values"].to(accelerator.device, non_blocking=True))
@@ -93,42 +101,34 @@ def main(argv: list[str] | None = None) -> None:
         if not accelerator.sync_gradients:
             continue
 
+        # Log the step
         progress.step += 1
         log.end_step(progress.step, learning_rate=optimizer.param_groups[0]["lr"])
+
+        # Validate (all ranks), keep the best
         is_last = progress.step == args.max_train_steps
         results = None
         if val_images is not None and (is_last or progress.step % args.eval_steps == 0):
             results = evaluate(network, val_images, accelerator, args)
             log.write({"step": progress.step, **results})
-            if progress.best_mean_iou is None or results["mean_iou"] > progress.best_mean_iou:
-                progress.best_mean_iou = results["mean_iou"]
-                if accelerator.is_main_process:
-                    export(accelerator.unwrap_model(network), output_dir / "best", results, args, progress.step)
+            if progress.best_score is None or results["mean_iou"] > progress.best_score:
+                progress.best_score = results["mean_iou"]
+                export(network, output_dir / "best", results, args, progress.step, accelerator)
             log.restart_clock()
-        signal = stop.received()
-        if signal or is_last or (args.checkpointing_steps and progress.step % args.checkpointing_steps == 0):
-            saved = save_checkpoint(accelerator, output_dir, progress, args.save_total_limit)
-        if signal and not is_last:
-            log.close()
-            accelerator.end_training()
-            accelerator.print(f"{signal.name}: saved {saved}; go on with --resume_from_checkpoint latest")
-            sys.exit(128 + signal)
+
+        # Checkpoint; a signal stops here
+        save_or_stop(accelerator, progress, stop, log, args)
     stop.restore()
     log.close()
 
+    # Export the last network, its results and figures
     if results is None and val_images is not None:  # resumed after the last step
         results = evaluate(network, val_images, accelerator, args)
-    if accelerator.is_main_process:
-        network = accelerator.unwrap_model(network)
-        export(network, output_dir, results, args, progress.step)
-        plot_curves(output_dir / "metrics.jsonl", output_dir / "figures" / "curves.png")
-        if results is not None and val_images is not None:
-            draw_results(network, val_images, results, output_dir / "figures", accelerator, **window_settings(args))
-        print(f"model, results and figures: {output_dir}")
-    accelerator.wait_for_everyone()
-    accelerator.end_training()
-    if accelerator.is_main_process:  # nobody waits for the Hub
-        publish(output_dir, args)
+    export(network, output_dir, results, args, progress.step, accelerator)
+    if results is not None and val_images is not None and accelerator.is_main_process:
+        predictor = trained_predictor(accelerator.unwrap_model(network), accelerator, args)
+        draw_results(predictor, val_images, results, output_dir / "figures")
+    finish_run(accelerator, args)
 
 
 def load_images(args: Stage2Arguments, accelerator: Accelerator) -> tuple[LabelledImages, LabelledImages | None]:
@@ -137,7 +137,13 @@ def load_images(args: Stage2Arguments, accelerator: Accelerator) -> tuple[Labell
         pseudo_labels = None if args.pseudo_labels is None else load_pseudo_labels(args.pseudo_labels)
         train_rows = load_open_earth_map_sar(args.data_dir, "train")
         val_rows = load_open_earth_map_sar(args.data_dir, "val") if args.eval_steps else None
-    train_images = LabelledImages(train_rows, "sar", pseudo_labels=pseudo_labels, keep_background=args.keep_background)
+    train_images = LabelledImages(
+        train_rows,
+        "sar",
+        pseudo_labels=pseudo_labels,
+        keep_background=args.keep_background,
+        mask_nodata=args.mask_nodata,
+    )
     return train_images, None if val_rows is None else LabelledImages(val_rows, "sar")
 
 
@@ -155,15 +161,24 @@ def evaluate(
     network: nn.Module, images: LabelledImages, accelerator: Accelerator, args: Stage2Arguments
 ) -> dict[str, Any]:
     """Score the network on whole validation tiles."""
-    results = evaluate_network(accelerator.unwrap_model(network), images, accelerator, **window_settings(args))
+    results = evaluate_network(accelerator.unwrap_model(network), images, accelerator, args)
     accelerator.print(f"\nmIoU {results['mean_iou']:.4f}, overall accuracy {results['overall_accuracy']:.4f}")
     return results
 
 
-def export(network: nn.Module, folder: Path, results: dict[str, Any] | None, args: Stage2Arguments, step: int) -> None:
-    """Write model, recipe and results to a folder."""
-    results = None if results is None else {**results, "step": step}
-    export_model(network.model, folder, crop_size=args.crop_size, recipe=dump_recipe(args), results=results)
+def export(
+    network: nn.Module,
+    folder: Path,
+    results: dict[str, Any] | None,
+    args: Stage2Arguments,
+    step: int,
+    accelerator: Accelerator,
+) -> None:
+    """Write model, recipe and results to a folder; to be called by every process."""
+    if accelerator.is_main_process:
+        results = None if results is None else {**results, "step": step}
+        model = accelerator.unwrap_model(network).model
+        export_model(model, folder, crop_size=args.crop_size, recipe=dump_recipe(args), results=results)
 
 
 if __name__ == "__main__":

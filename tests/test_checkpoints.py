@@ -1,4 +1,4 @@
-"""Checkpoints are whole or absent, the right one is found, and a signal becomes a question."""
+"""Checkpoints are atomic, the right one is found, and a signal is asked for between steps."""
 
 import json
 import logging
@@ -79,14 +79,14 @@ def damage(folder: Path, how: str) -> None:
 DAMAGES = ["file missing", "file cut short", "manifest missing", "manifest cut short", "all files missing"]
 
 
-def test_a_restored_run_goes_on_bit_for_bit(run: Run) -> None:
+def test_a_restored_run_continues_bit_for_bit(run: Run) -> None:
     run.train(3)
     folder = run.save(3, best=0.25)
     losses, tensors = run.train(4), run.tensors()
 
     later = Run(run.output_dir)
     later.train(1)  # of other weights, and the generators elsewhere
-    assert load_checkpoint(later.accelerator, folder) == Progress(step=3, samples_seen=24, best_mean_iou=0.25)
+    assert load_checkpoint(later.accelerator, folder) == Progress(step=3, samples_seen=24, best_score=0.25)
     assert later.train(4) == losses
     assert all(torch.equal(tensor, tensors[key]) for key, tensor in later.tensors().items())
 
@@ -110,14 +110,14 @@ def test_the_manifest_lists_every_file_with_its_size(run: Run) -> None:
 
 
 @pytest.mark.parametrize("how", DAMAGES)
-def test_a_damaged_checkpoint_is_passed_over(run: Run, how: str, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_damaged_checkpoint_is_skipped(run: Run, how: str, caplog: pytest.LogCaptureFixture) -> None:
     older, newer = run.save(1), run.save(2)
     assert find_checkpoint(run.output_dir, "latest") == newer
     damage(newer, how)
     with caplog.at_level(logging.WARNING, "hf_seg"):
         assert find_checkpoint(run.output_dir, "latest") == older
-    assert f"{newer} is not whole" in caplog.text
-    with pytest.raises(UserError, match=f"{newer} is no whole checkpoint; whole ones: {older}"):
+    assert f"{newer} is incomplete" in caplog.text
+    with pytest.raises(UserError, match=f"{newer} is no complete checkpoint; complete ones: {older}"):
         find_checkpoint(run.output_dir, str(newer))
 
 
@@ -128,26 +128,26 @@ def test_with_every_checkpoint_damaged_the_run_begins_anew(run: Run, how: str) -
 
 
 def test_a_checkpoint_that_is_still_being_written_is_never_chosen(run: Run) -> None:
-    whole = run.save(1)
-    shutil.copytree(whole, whole.with_name("step_00000009.partial"))
-    assert find_checkpoint(run.output_dir, "latest") == whole
+    complete = run.save(1)
+    shutil.copytree(complete, complete.with_name(".partial.step_00000009"))
+    assert find_checkpoint(run.output_dir, "latest") == complete
 
 
 def test_what_a_killed_save_left_is_cleared_away(run: Run) -> None:
-    aside = run.output_dir / "checkpoints/step_00000003.partial"
-    aside.mkdir(parents=True)
-    (aside / "leftover.bin").write_bytes(b"half")
+    temporary = run.output_dir / "checkpoints/.partial.step_00000003"
+    temporary.mkdir(parents=True)
+    (temporary / "leftover.bin").write_bytes(b"half")
     folder = run.save(3)
-    assert not aside.exists()
+    assert not temporary.exists()
     assert not (folder / "leftover.bin").exists()
 
 
-def test_a_step_saved_twice_holds_the_second(run: Run) -> None:
+def test_a_step_saved_twice_keeps_the_second(run: Run) -> None:
     run.save(3, best=0.1)
     run.train(1)
     folder, tensors = run.save(3, best=0.2), run.tensors()
     run.train(1)
-    assert load_checkpoint(run.accelerator, folder).best_mean_iou == 0.2
+    assert load_checkpoint(run.accelerator, folder).best_score == 0.2
     assert all(torch.equal(tensor, tensors[key]) for key, tensor in run.tensors().items())
 
 
@@ -175,7 +175,7 @@ def test_a_new_run_needs_an_empty_folder(run: Run) -> None:
     (run.output_dir / "recipe.yaml").write_text("seed: 0")
     assert find_checkpoint(run.output_dir, None) is None
     (run.output_dir / "metrics.jsonl").write_text("")
-    with pytest.raises(UserError, match=f"{run.output_dir} already holds a run; .*--resume_from_checkpoint latest"):
+    with pytest.raises(UserError, match=f"{run.output_dir} already contains a run; .*--resume_from_checkpoint latest"):
         find_checkpoint(run.output_dir, None)
     (run.output_dir / "metrics.jsonl").unlink()
     run.save(1)
@@ -196,16 +196,16 @@ def test_a_checkpoint_can_be_named(run: Run, tmp_path: Path) -> None:
     assert find_checkpoint(run.output_dir, str(first)) == first
     assert find_checkpoint(tmp_path / "another run", str(first)) == first
     for wrong in (run.output_dir, tmp_path / "absent"):
-        with pytest.raises(UserError, match=f"--resume_from_checkpoint {wrong} is no whole checkpoint"):
+        with pytest.raises(UserError, match=f"--resume_from_checkpoint {wrong} is no complete checkpoint"):
             find_checkpoint(run.output_dir, str(wrong))
-    with pytest.raises(UserError, match="whole ones: none"):
+    with pytest.raises(UserError, match="complete ones: none"):
         find_checkpoint(tmp_path / "another run", "1")
 
 
 def test_a_checkpoint_of_another_model_is_refused(run: Run, tmp_path: Path) -> None:
     folder = run.save(1)
     other = Run(tmp_path / "other", width=5)
-    with pytest.raises(UserError, match=f"{folder} holds another model or optimizer"):
+    with pytest.raises(UserError, match=f"{folder} contains another model or optimizer"):
         load_checkpoint(other.accelerator, folder)
 
 

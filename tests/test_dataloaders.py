@@ -1,4 +1,4 @@
-"""The training stream is a function of (seed, position), and labels are joined and cleaned once."""
+"""The training stream is a function of (seed, position); labels are joined and masked once."""
 
 import random
 import shutil
@@ -16,15 +16,15 @@ from hf_seg.data.dataloaders import (
     AugmentedStream,
     LabelledImages,
     PositionSampler,
+    UnlabelledImages,
     collate,
     index_at,
-    load_pseudo_labels,
     seed_at,
     train_dataloader,
 )
 from hf_seg.data.open_earth_map import load_open_earth_map_sar
-from hf_seg.data.transforms import sar_transform
-from hf_seg.errors import DatasetError, UserError
+from hf_seg.data.transforms import optical_transform, sar_transform
+from hf_seg.errors import DatasetError
 from hf_seg.labels import IGNORE_INDEX
 from hf_seg.normalization import to_pixel_values
 
@@ -100,7 +100,7 @@ def test_processes_share_each_global_batch(stream: AugmentedStream, accumulation
 
 
 @pytest.mark.parametrize("seen", [2, 6, 18])
-def test_a_resumed_stream_goes_on_as_if_never_stopped(stream: AugmentedStream, seen: int) -> None:
+def test_a_resumed_stream_equals_one_that_never_stopped(stream: AugmentedStream, seen: int) -> None:
     assert same(batches(stream)[seen // 2 :], batches(stream, start=seen))
 
 
@@ -150,15 +150,17 @@ def test_loading_leaves_the_global_generators_alone(stream: AugmentedStream) -> 
     assert random.getstate() == pythons_before
 
 
-def tiles(*labels: np.ndarray | None) -> datasets.Dataset:
-    """Rows like OpenEarthMap-SAR's, with images of each label's size."""
+def tiles(*labels: np.ndarray | None, **images: list[np.ndarray]) -> datasets.Dataset:
+    """Rows like OpenEarthMap-SAR's; SAR images not given have the label's size, and their number as value."""
     shapes = [(4, 4) if label is None else label.shape for label in labels]
+    images.setdefault("sar", [np.full(shape, number, np.uint8) for number, shape in enumerate(shapes)])
     columns = {
         "image_id": [f"TrainArea_{number:03d}" for number in range(len(labels))],
-        "sar": [Image.fromarray(np.full(shape, number, np.uint8)) for number, shape in enumerate(shapes)],
         "label": [label if label is None else Image.fromarray(label) for label in labels],
+        **{column: [Image.fromarray(image) for image in values] for column, values in images.items()},
     }
-    features = {"image_id": datasets.Value("string"), "sar": datasets.Image(), "label": datasets.Image(mode="L")}
+    features = {"image_id": datasets.Value("string"), "label": datasets.Image(mode="L")}
+    features |= {column: datasets.Image() for column in images}
     return datasets.Dataset.from_dict(columns, features=datasets.Features(features))
 
 
@@ -177,7 +179,83 @@ def test_class_0_becomes_ignored_unless_it_is_kept() -> None:
     assert ignored.dtype == kept.dtype == np.uint8
 
 
-def test_images_come_as_they_are_with_their_ids(rows: datasets.Dataset) -> None:
+def test_pixels_outside_the_swath_are_masked_on_request() -> None:
+    sar = np.full((4, 6), 9, np.uint8)
+    sar[:, 0] = 0  # outside the swath
+    sar[2, 3] = 0  # radar shadow
+    rows = tiles(np.full((4, 6), 5, np.uint8), sar=[sar])
+    masked, plain = (LabelledImages(rows, "sar", mask_nodata=mask)[0].label for mask in (True, False))
+    assert (masked[:, 0] == IGNORE_INDEX).all() and (masked[:, 1:] == 5).all()
+    assert (plain == 5).all()
+
+
+def colour_tiles(*nodata_rows: int, size: int = 60) -> datasets.Dataset:
+    """Fully labelled tiles with an optical image whose first rows are nodata."""
+    images = np.random.default_rng(0).integers(1, 256, (len(nodata_rows), size, size, 3), dtype=np.uint8)
+    for image, rows in zip(images, nodata_rows, strict=True):
+        image[:rows] = 0
+    return tiles(*[np.ones((size, size), np.uint8)] * len(nodata_rows), optical=[*images])
+
+
+def test_an_unlabelled_sample_is_valid_where_any_band_has_data() -> None:
+    sample = UnlabelledImages(colour_tiles(10), "optical")[0]
+    assert sample.image_id == "TrainArea_000"
+    assert (sample.valid_mask.shape, sample.valid_mask.dtype) == ((60, 60), bool)
+    assert not sample.valid_mask[:10].any() and sample.valid_mask[10:].all()
+    grey = UnlabelledImages(tiles(np.ones((4, 4), np.uint8)), "sar")[0]  # its only image is all zero
+    assert not grey.valid_mask.any()
+
+
+def test_an_unlabelled_stream_has_a_valid_mask_and_the_crops_of_a_labelled_one() -> None:
+    rows = colour_tiles(0, 20, 60)
+    transform = optical_transform(96, scale_range=(0.5, 2), jitter_prob=0)
+    labelled = AugmentedStream(LabelledImages(rows, "optical"), transform, 5)
+    unlabelled = AugmentedStream(UnlabelledImages(rows, "optical"), transform, 5)
+    batch = next(iter(train_dataloader(unlabelled, start=0, stop=12, batch_size=12)))
+    assert {*batch} == {"image_id", "pixel_values", "valid_mask"}
+    assert (batch["valid_mask"].shape, batch["valid_mask"].dtype) == ((12, 96, 96), torch.bool)
+    black = to_pixel_values(np.zeros((1, 1), np.uint8))[:, 0, 0]
+    for position in range(12):
+        expected = labelled[position]
+        assert torch.equal(batch["pixel_values"][position], expected["pixel_values"])
+        valid, is_padding = batch["valid_mask"][position], expected["labels"] == IGNORE_INDEX
+        assert not (valid & is_padding).any()
+        is_black = (expected["pixel_values"] == black.view(3, 1, 1)).all(0)
+        assert (valid == ~is_black).float().mean() > 0.95  # but for bilinear pixels at the border of nodata
+    assert batch["valid_mask"].any() and not batch["valid_mask"].all()
+
+
+def test_nodata_does_not_redraw_the_crop_of_an_unlabelled_image() -> None:
+    """What is valid is no class: an image without any data is cropped as one that is valid everywhere."""
+    crops = []
+    for nodata_rows in (0, 60):
+        rows = colour_tiles(nodata_rows)
+        valid = UnlabelledImages(rows, "optical")
+        stream = AugmentedStream(valid, optical_transform(96, scale_range=(0.5, 0.6), jitter_prob=0), 2)
+        crops.append([stream[position]["valid_mask"] for position in range(8)])
+    full, empty = crops
+    assert all(mask.any() for mask in full) and not any(mask.any() for mask in empty)
+    inside = [mask.nonzero().amin(0).tolist() for mask in full]
+    assert len({tuple(corner) for corner in inside}) == 8
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_a_damaged_file_raises_its_own_error_from_workers_too(oem_sar: Path, tmp_path: Path, num_workers: int) -> None:
+    root = tmp_path / oem_sar.name
+    shutil.copytree(oem_sar, root)
+    images = LabelledImages(load_open_earth_map_sar(root, "train"), "sar")
+    (root / "train/sar_images/TrainArea_003.tif").write_bytes(b"damaged")
+    loader = train_dataloader(
+        AugmentedStream(images, sar_transform(32), 0), start=0, stop=6, batch_size=2, num_workers=num_workers
+    )
+    with pytest.raises(DatasetError) as caught:
+        list(loader)
+    assert type(caught.value) is DatasetError
+    assert str(caught.value).startswith("TrainArea_003: cannot be read any more (cannot identify image file")
+    assert "Traceback" not in str(caught.value) and "worker" not in str(caught.value)
+
+
+def test_images_are_unchanged_and_have_their_ids(rows: datasets.Dataset) -> None:
     images = LabelledImages(rows, "sar", keep_background=True)
     assert len(images) == 6
     for index, row in enumerate(rows):
@@ -189,7 +267,7 @@ def test_images_come_as_they_are_with_their_ids(rows: datasets.Dataset) -> None:
         assert sample.label.flags.writeable
 
 
-def test_the_optical_column_comes_in_colour(rows: datasets.Dataset) -> None:
+def test_the_optical_column_has_three_bands(rows: datasets.Dataset) -> None:
     sample = LabelledImages(rows, "optical")[0]
     assert sample.image.shape == (*sample.label.shape, 3)
     assert to_pixel_values(sample.image).shape == (3, *sample.label.shape)
@@ -209,7 +287,7 @@ def test_an_image_of_another_size_than_its_label_is_named() -> None:
         images[1]
 
 
-def test_a_file_that_vanishes_during_training_is_named(oem_sar: Path, tmp_path: Path) -> None:
+def test_a_file_that_disappears_during_training_is_named(oem_sar: Path, tmp_path: Path) -> None:
     root = tmp_path / oem_sar.name
     shutil.copytree(oem_sar, root)
     images = LabelledImages(load_open_earth_map_sar(root, "train"), "sar")
@@ -236,37 +314,7 @@ def test_an_image_without_pseudo_label_is_named() -> None:
         LabelledImages(tiles(None, None, None), "sar", pseudo_labels=labels)
 
 
-@pytest.mark.parametrize("layout", ["train.parquet", "data/train-00000-of-00001.parquet"])
-def test_pseudo_labels_load_from_a_folder_of_parquet(tmp_path: Path, layout: str) -> None:
-    labels = {f"TrainArea_{number:03d}": np.full((3, 5), number + 1, np.uint8) for number in range(2)}
-    labels["TrainArea_001"][0] = IGNORE_INDEX
-    saved = pseudo_labels_of(**labels)
-    saved = saved.add_column("kept_share", [1.0, 0.9])
-    (tmp_path / layout).parent.mkdir(exist_ok=True)
-    saved.to_parquet(tmp_path / layout)
-    (tmp_path / "manifest.json").write_text('{"models": []}')
-    loaded = load_pseudo_labels(str(tmp_path))
-    assert loaded.column_names == ["image_id", "pseudo_label"]
-    assert loaded["image_id"][:] == [*labels]
-    for row, label in zip(loaded, labels.values(), strict=True):
-        np.testing.assert_array_equal(np.asarray(row["pseudo_label"]), label)
-
-
-@pytest.mark.parametrize("kind", ["absent", "empty", "text", "other columns"])
-def test_a_folder_that_holds_no_pseudo_labels_is_named(tmp_path: Path, kind: str) -> None:
-    folder = tmp_path / "labels"
-    if kind != "absent":
-        folder.mkdir()
-    if kind == "text":
-        (folder / "train.parquet").write_text("not parquet")
-    if kind == "other columns":
-        tiles(np.ones((4, 4), np.uint8)).to_parquet(folder / "train.parquet")
-    message = "no column pseudo_label among" if kind == "other columns" else "cannot be loaded"
-    with pytest.raises(UserError, match=f"--pseudo_labels {folder}: {message}"):
-        load_pseudo_labels(str(folder))
-
-
-def test_the_stream_of_a_real_folder_learns_no_class_0(realdata: Path) -> None:
+def test_the_stream_of_a_real_folder_has_no_class_0(realdata: Path) -> None:
     rows = load_open_earth_map_sar(realdata / "dfc25_track1", "train")
     stream = AugmentedStream(LabelledImages(rows, "sar"), sar_transform(64), seed=0)
     batch = next(iter(train_dataloader(stream, start=0, stop=4, batch_size=4)))

@@ -29,9 +29,16 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "recipes"))
 import pseudo_label
 
 from hf_seg.arguments import FREE_ON_RESUME, PseudoLabelArguments
-from hf_seg.data.dataloaders import LabelledImages, load_pseudo_labels
+from hf_seg.data.dataloaders import LabelledImages
+from hf_seg.data.nodata import outside_swath
 from hf_seg.data.open_earth_map import load_open_earth_map_sar
-from hf_seg.data.pseudo_label_dataset import CONFIDENCE_STEP, LabelledTile, beyond_swath, summarize, write_shard
+from hf_seg.data.pseudo_label_dataset import (
+    CONFIDENCE_STEP,
+    LabelledTile,
+    load_pseudo_labels,
+    summarize,
+    write_shard,
+)
 from hf_seg.errors import one_line_errors
 from hf_seg.hub.cards import write_pseudo_label_card
 from hf_seg.hub.export import export_model
@@ -263,7 +270,7 @@ def test_several_networks_are_averaged_and_agreement_ignores_where_they_disagree
     first, second = (expected_probs(world, folder / "student", views="flips") for folder in stage1)
     probs = {name: (first[name] + second[name]) / 2 for name in first}
     optical = no_optical_data(world)
-    swath = {row["image_id"]: beyond_swath(np.array(row["sar"])) for row in load_open_earth_map_sar(world, "train")}
+    swath = {row["image_id"]: outside_swath(np.array(row["sar"])) for row in load_open_earth_map_sar(world, "train")}
     disagree = {name: first[name].argmax(0) != second[name].argmax(0) for name in first}
     low = {name: probs[name].max(0) < 0.25 for name in first}
 

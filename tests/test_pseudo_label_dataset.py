@@ -1,27 +1,32 @@
-"""Shards of pseudo-labels: small, whole or absent, the same bytes for the same tiles."""
+"""The dataset of pseudo-labels: small shards, complete or absent, the same bytes for the same tiles."""
 
+import json
 from pathlib import Path
 
+import datasets
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from hf_seg.data.pseudo_label_dataset import (
     LabelledTile,
-    beyond_swath,
     check_inputs,
-    is_whole,
+    is_complete,
+    load_pseudo_labels,
     plan_shards,
     read_maps,
     summarize,
+    write_manifest,
     write_shard,
 )
-from hf_seg.errors import UserError
+from hf_seg.errors import FileError, UserError
+from hf_seg.files import sha256_of
 from hf_seg.labels import IGNORE_INDEX, NUM_LABELS
 
 
 def make_tile(image_id: str, label: np.ndarray, confidence: np.ndarray, ignored: int = 0) -> LabelledTile:
-    """Make a tile in which the networks gave each class what the label says, and two pixels of class 1 more."""
+    """Make a tile whose predictions equal its label, but for two more pixels of class 1."""
     kept = np.bincount(label[label != IGNORE_INDEX], minlength=NUM_LABELS)
     predicted = kept + 2 * (np.arange(NUM_LABELS) == 1)
     return LabelledTile(image_id, label, confidence, predicted, kept, {"some reason": ignored})
@@ -34,19 +39,6 @@ def random_tile(seed: int) -> LabelledTile:
     return make_tile(f"TrainArea_{seed:03d}", label, rng.random((20, 30), dtype=np.float32), ignored=seed)
 
 
-def test_beyond_the_swath_are_zeros_joined_to_the_border_side_by_side() -> None:
-    sar = np.full((6, 7), 9, np.uint8)
-    sar[0, 2] = sar[1, 2] = 0  # from the border inwards
-    sar[2, 3] = 0  # touches that at a corner only
-    sar[4, 4:6] = 0  # inside
-    sar[5, 0] = 0  # a corner of the image
-    beyond = np.zeros((6, 7), bool)
-    beyond[0, 2] = beyond[1, 2] = beyond[5, 0] = True
-    assert np.array_equal(beyond_swath(sar), beyond)
-    assert beyond_swath(np.zeros((3, 4), np.uint8)).all()
-    assert not beyond_swath(np.ones((3, 4), np.uint8)).any()
-
-
 @pytest.mark.parametrize(("n_tiles", "tiles_per_shard", "expected"), [(5, 2, 3), (4, 2, 2), (1, 16, 1), (3, 1, 3)])
 def test_every_tile_is_in_one_shard(n_tiles: int, tiles_per_shard: int, expected: int) -> None:
     shards = plan_shards(Path("data"), "train", n_tiles, tiles_per_shard)
@@ -56,7 +48,7 @@ def test_every_tile_is_in_one_shard(n_tiles: int, tiles_per_shard: int, expected
     ]
 
 
-def test_a_shard_holds_the_maps_and_is_the_same_bytes_again(tmp_path: Path) -> None:
+def test_a_shard_contains_the_maps_and_equal_tiles_give_equal_bytes(tmp_path: Path) -> None:
     tiles = [random_tile(seed) for seed in (1, 2, 3)]
     for name in ("first", "second"):
         write_shard(tmp_path / name / "a.parquet", tiles)
@@ -65,15 +57,15 @@ def test_a_shard_holds_the_maps_and_is_the_same_bytes_again(tmp_path: Path) -> N
         assert np.array_equal(read_maps(tmp_path / "first" / "a.parquet", row)[0], tile.label)
 
 
-def test_a_shard_that_is_cut_short_is_not_whole(tmp_path: Path) -> None:
+def test_a_truncated_shard_is_not_complete(tmp_path: Path) -> None:
     path = tmp_path / "a.parquet"
-    assert not is_whole(path)
+    assert not is_complete(path)
     write_shard(path, [random_tile(0)])
-    assert is_whole(path)
+    assert is_complete(path)
     content = path.read_bytes()
     for length in (0, 1, len(content) // 2, len(content) - 1):
         path.write_bytes(content[:length])
-        assert not is_whole(path), length
+        assert not is_complete(path), length
 
 
 def test_counts_of_all_shards_are_added(tmp_path: Path) -> None:
@@ -91,18 +83,18 @@ def test_counts_of_all_shards_are_added(tmp_path: Path) -> None:
     assert summarize(paths)["labels_sha256"] != summary["labels_sha256"]
 
 
-def test_a_class_that_nobody_chose_has_no_kept_share(tmp_path: Path) -> None:
+def test_a_class_that_was_never_predicted_has_no_kept_share(tmp_path: Path) -> None:
     write_shard(tmp_path / "a.parquet", [make_tile("a", np.full((4, 4), 6, np.uint8), np.ones((4, 4), np.float32))])
     shares = summarize([tmp_path / "a.parquet"])["kept_share"]
     assert shares["water"] == 1 and shares["bareland"] == 0 and shares["road"] is None
 
 
-def test_a_folder_that_holds_a_run_of_another_kind_is_left_alone(tmp_path: Path) -> None:
+def test_a_folder_with_another_run_is_refused(tmp_path: Path) -> None:
     (tmp_path / "recipe.yaml").touch()
-    (tmp_path / "inputs.json.partial").touch()
+    (tmp_path / ".partial.inputs.json").touch()
     check_inputs(tmp_path, {"models": [], "image_ids": []})  # of a launch that was killed at once
     (tmp_path / "metrics.jsonl").touch()
-    with pytest.raises(UserError, match=r"already holds something else, metrics.jsonl for one; choose another"):
+    with pytest.raises(UserError, match=r"already contains other files, e.g. metrics.jsonl; choose another"):
         check_inputs(tmp_path, {"models": [], "image_ids": []})
 
 
@@ -129,3 +121,72 @@ def test_confidence_keeps_its_ends_and_is_rounded_to_the_nearest_step(tmp_path: 
     write_shard(tmp_path / "a.parquet", [LabelledTile("a", np.ones((1, 7), np.uint8), confidence, counts, counts, {})])
     found = read_maps(tmp_path / "a.parquet", 0)[1]
     assert found.tolist() == [[0, 0, 5, 130, 250, 255, 255]]
+
+
+def make_dataset(**labels: np.ndarray) -> datasets.Dataset:
+    """Make rows {image_id, pseudo_label}."""
+    features = datasets.Features({"image_id": datasets.Value("string"), "pseudo_label": datasets.Image()})
+    columns = {"image_id": [*labels], "pseudo_label": [Image.fromarray(label) for label in labels.values()]}
+    return datasets.Dataset.from_dict(columns, features=features)
+
+
+@pytest.mark.parametrize("layout", ["train.parquet", "data/train-00000-of-00001.parquet"])
+def test_pseudo_labels_load_from_a_folder_of_parquet(tmp_path: Path, layout: str) -> None:
+    labels = {f"TrainArea_{number:03d}": np.full((3, 5), number + 1, np.uint8) for number in range(2)}
+    labels["TrainArea_001"][0] = IGNORE_INDEX
+    saved = make_dataset(**labels)
+    saved = saved.add_column("kept_share", [1.0, 0.9])
+    (tmp_path / layout).parent.mkdir(exist_ok=True)
+    saved.to_parquet(tmp_path / layout)
+    (tmp_path / "manifest.json").write_text('{"models": []}')
+    loaded = load_pseudo_labels(str(tmp_path))
+    assert loaded.column_names == ["image_id", "pseudo_label"]
+    assert loaded["image_id"][:] == [*labels]
+    for row, label in zip(loaded, labels.values(), strict=True):
+        np.testing.assert_array_equal(np.asarray(row["pseudo_label"]), label)
+
+
+@pytest.mark.parametrize("kind", ["absent", "empty", "text", "other columns"])
+def test_a_folder_without_pseudo_labels_is_named(tmp_path: Path, kind: str) -> None:
+    folder = tmp_path / "labels"
+    if kind != "absent":
+        folder.mkdir()
+    if kind == "text":
+        (folder / "train.parquet").write_text("not parquet")
+    if kind == "other columns":
+        make_dataset(a=np.ones((4, 4), np.uint8)).rename_column("pseudo_label", "label").to_parquet(
+            folder / "train.parquet"
+        )
+    message = "no column pseudo_label among" if kind == "other columns" else "cannot be loaded"
+    with pytest.raises(UserError, match=f"--pseudo_labels {folder}: {message}"):
+        load_pseudo_labels(str(folder))
+
+
+def test_confidence_is_loaded_if_asked_for_and_present(tmp_path: Path) -> None:
+    columns = ("image_id", "pseudo_label", "confidence")
+    write_shard(tmp_path / "with" / "train.parquet", [random_tile(0)])
+    loaded = load_pseudo_labels(str(tmp_path / "with"), columns)
+    assert loaded.column_names == [*columns]
+    stored = read_maps(tmp_path / "with" / "train.parquet", 0)[1]
+    np.testing.assert_array_equal(np.asarray(loaded[0]["confidence"]), stored)
+    assert load_pseudo_labels(str(tmp_path / "with")).column_names == ["image_id", "pseudo_label"]
+    (tmp_path / "without").mkdir()
+    make_dataset(a=np.ones((4, 4), np.uint8)).to_parquet(tmp_path / "without" / "train.parquet")
+    assert load_pseudo_labels(str(tmp_path / "without"), columns).column_names == ["image_id", "pseudo_label"]
+
+
+def test_the_manifest_lists_every_shared_file(tmp_path: Path) -> None:
+    write_shard(tmp_path / "data" / "train.parquet", [random_tile(0)])
+    for name in ("recipe.yaml", "local_paths.yaml", ".partial.README.md"):
+        (tmp_path / name).touch()
+    write_manifest(tmp_path, {"n_tiles": 1})
+    manifest = json.loads((tmp_path / "manifest.json").read_text())
+    assert manifest["n_tiles"] == 1
+    assert {*manifest["files"]} == {"data/train.parquet", "recipe.yaml"}
+    assert manifest["files"]["data/train.parquet"] == sha256_of(tmp_path / "data" / "train.parquet")
+
+
+def test_a_shard_that_cannot_be_written_is_a_file_error(tmp_path: Path) -> None:
+    (tmp_path / "data").touch()
+    with pytest.raises(FileError, match=r"a\.parquet cannot be written"):
+        write_shard(tmp_path / "data" / "a.parquet", [random_tile(0)])

@@ -48,29 +48,42 @@ def read_log(output_dir: Path) -> list[dict]:
 
 
 @pytest.fixture(scope="module")
-def whole_run(oem_sar: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def finished_run(oem_sar: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run of eight steps that nothing disturbed."""
-    output_dir = tmp_path_factory.mktemp("whole") / "run"
+    output_dir = tmp_path_factory.mktemp("finished") / "run"
     result = run_recipe("stage2", *command_line(oem_sar, output_dir), log=output_dir.parent / "log")
     assert result.exit_codes == [0], result.output
     return output_dir
 
 
-def test_run_leaves_a_whole_folder(whole_run: Path) -> None:
+def test_run_leaves_a_complete_folder(finished_run: Path) -> None:
     model = {"config.json", "model.safetensors", "preprocessor_config.json", "recipe.yaml", "eval_results.json"}
-    for folder, wanted in ((whole_run, model | {"README.md", "metrics.jsonl"}), (whole_run / "best", model)):
+    for folder, wanted in (
+        (finished_run, model | {"README.md", "metrics.jsonl", "local_paths.yaml", "training_data.json"}),
+        (finished_run / "best", model),
+    ):
         assert {path.name for path in folder.iterdir() if path.is_file()} == wanted
-    assert {path.name for path in (whole_run / "figures").iterdir()} == {
+    assert {path.name for path in (finished_run / "figures").iterdir()} == {
         "curves.png",
         "confusion_matrix.png",
         "panel.png",
     }
-    assert [path.name for path in sorted((whole_run / "checkpoints").iterdir())] == ["step_00000006", "step_00000008"]
+    assert [path.name for path in sorted((finished_run / "checkpoints").iterdir())] == [
+        "step_00000006",
+        "step_00000008",
+    ]
 
 
-def test_results_are_those_of_the_exported_weights(whole_run: Path, oem_sar: Path, tmp_path: Path) -> None:
-    results = json.loads((whole_run / "eval_results.json").read_text())
-    command = [sys.executable, PROJECT / "scripts" / "evaluate.py", "--model", whole_run, "--data_dir", oem_sar]
+def test_results_are_those_of_the_exported_weights(finished_run: Path, oem_sar: Path, tmp_path: Path) -> None:
+    results = json.loads((finished_run / "eval_results.json").read_text())
+    command = [
+        sys.executable,
+        PROJECT / "scripts" / "evaluate_model.py",
+        "--model",
+        finished_run,
+        "--data_dir",
+        oem_sar,
+    ]
     subprocess.run([*command, "--split", "val", "--output", tmp_path / "scores.json"], check=True, timeout=120)
     again = json.loads((tmp_path / "scores.json").read_text())
     assert results["n_images"] == again["n_images"] == 3
@@ -79,18 +92,18 @@ def test_results_are_those_of_the_exported_weights(whole_run: Path, oem_sar: Pat
     assert again["mean_iou"] == results["mean_iou"]
 
 
-def test_stock_transformers_opens_the_folder(whole_run: Path) -> None:
-    model = AutoModelForSemanticSegmentation.from_pretrained(whole_run)
+def test_stock_transformers_opens_the_folder(finished_run: Path) -> None:
+    model = AutoModelForSemanticSegmentation.from_pretrained(finished_run)
     assert type(model).__name__ == "SegformerForSemanticSegmentation"
     assert model.config.id2label[8] == "building"
     grey = Image.fromarray(np.arange(96 * 96, dtype=np.uint8).reshape(96, 96), mode="L")
-    segments = pipeline("image-segmentation", model=str(whole_run))(grey)
+    segments = pipeline("image-segmentation", model=str(finished_run))(grey)
     assert {segment["mask"].size for segment in segments} == {(96, 96)}
     assert {segment["label"] for segment in segments} <= set(model.config.id2label.values())
 
 
-def test_log_holds_every_step_and_every_validation(whole_run: Path) -> None:
-    log = read_log(whole_run)
+def test_log_has_every_step_and_every_validation(finished_run: Path) -> None:
+    log = read_log(finished_run)
     assert [line["step"] for line in log if "loss" in line] == list(range(1, 9))
     assert [line["step"] for line in log if "mean_iou" in line] == [4, 8]
     for line in log:
@@ -100,9 +113,9 @@ def test_log_holds_every_step_and_every_validation(whole_run: Path) -> None:
     assert rates[2] == max(rates) == 1e-3 and rates[-1] == pytest.approx(1e-3 / 6)
 
 
-def test_best_is_the_best_validation(whole_run: Path) -> None:
-    scores = {line["step"]: line["mean_iou"] for line in read_log(whole_run) if "mean_iou" in line}
-    best = json.loads((whole_run / "best" / "eval_results.json").read_text())
+def test_best_is_the_best_validation(finished_run: Path) -> None:
+    scores = {line["step"]: line["mean_iou"] for line in read_log(finished_run) if "mean_iou" in line}
+    best = json.loads((finished_run / "best" / "eval_results.json").read_text())
     assert best["mean_iou"] == max(scores.values()) == scores[best["step"]]
 
 
@@ -119,7 +132,7 @@ def test_best_is_the_best_validation(whole_run: Path) -> None:
     ],
 )
 def test_killed_and_resumed_run_ends_with_the_same_bits(
-    disturb: str, workers: int, whole_run: Path, oem_sar: Path, tmp_path: Path
+    disturb: str, workers: int, finished_run: Path, oem_sar: Path, tmp_path: Path
 ) -> None:
     output_dir = tmp_path / "run"
     argv = command_line(oem_sar, output_dir, dataloader_num_workers=workers)
@@ -134,21 +147,21 @@ def test_killed_and_resumed_run_ends_with_the_same_bits(
     assert resumed.exit_codes == [0], resumed.output
 
     for name in ("model.safetensors", "eval_results.json", "best/model.safetensors", "best/eval_results.json"):
-        assert (output_dir / name).read_bytes() == (whole_run / name).read_bytes(), name
-    assert read_log(output_dir) == read_log(whole_run)
-    assert not list(output_dir.rglob("*.partial"))
+        assert (output_dir / name).read_bytes() == (finished_run / name).read_bytes(), name
+    assert read_log(output_dir) == read_log(finished_run)
+    assert not list(output_dir.rglob("*.partial*"))
 
 
-def test_damaged_checkpoint_is_passed_over(whole_run: Path, oem_sar: Path, tmp_path: Path) -> None:
+def test_damaged_checkpoint_is_skipped(finished_run: Path, oem_sar: Path, tmp_path: Path) -> None:
     output_dir = tmp_path / "run"
     argv = command_line(oem_sar, output_dir)
     run_recipe("stage2", *argv, log=tmp_path / "killed", disturb="kill_after_step:7")
     newest = output_dir / "checkpoints" / "step_00000006" / "optimizer.bin"
     os.truncate(newest, newest.stat().st_size // 2)
     resumed = run_recipe("stage2", *argv, "--resume_from_checkpoint", "latest", log=tmp_path / "resumed")
-    assert f"{newest.parent} is not whole" in resumed.output
+    assert f"{newest.parent} is incomplete" in resumed.output
     assert "steps 3 to 8" in resumed.output
-    assert (output_dir / "model.safetensors").read_bytes() == (whole_run / "model.safetensors").read_bytes()
+    assert (output_dir / "model.safetensors").read_bytes() == (finished_run / "model.safetensors").read_bytes()
 
 
 def test_gradient_accumulation_sees_the_same_images(oem_sar: Path, tmp_path: Path) -> None:
@@ -212,7 +225,7 @@ def test_upernet_trains_on_two_processes_with_its_auxiliary_head(model: str, oem
     assert [line["step"] for line in read_log(tmp_path / "run")] == [3]
 
 
-def test_sigterm_to_one_of_two_processes_leaves_a_whole_checkpoint(oem_sar: Path, tmp_path: Path) -> None:
+def test_sigterm_to_one_of_two_processes_leaves_a_complete_checkpoint(oem_sar: Path, tmp_path: Path) -> None:
     argv = command_line(oem_sar, tmp_path / "run", checkpointing_steps=0, max_train_steps=400, eval_steps=0)
     disturb = {"disturb": "terminate_after_step:3", "disturbed": range(1, 2)}
     result = run_recipe("stage2", *argv, log=tmp_path / "log", processes=2, **disturb)
@@ -222,11 +235,11 @@ def test_sigterm_to_one_of_two_processes_leaves_a_whole_checkpoint(oem_sar: Path
     assert manifest["step"] == 3 and manifest["samples_seen"] == 12 and manifest["num_processes"] == 2
 
 
-def test_settings_saved_with_a_run_repeat_it(whole_run: Path, tmp_path: Path) -> None:
-    argv = ["--config", str(whole_run / "recipe.yaml"), "--output_dir", str(tmp_path / "run")]
+def test_settings_saved_with_a_run_repeat_it(finished_run: Path, tmp_path: Path) -> None:
+    argv = ["--config", str(finished_run / "recipe.yaml"), "--output_dir", str(tmp_path / "run")]
     result = run_recipe("stage2", *argv, log=tmp_path / "log")
     assert result.exit_codes == [0], result.output
-    assert (tmp_path / "run" / "model.safetensors").read_bytes() == (whole_run / "model.safetensors").read_bytes()
+    assert (tmp_path / "run" / "model.safetensors").read_bytes() == (finished_run / "model.safetensors").read_bytes()
 
 
 def write_pseudo_labels(oem_sar: Path, folder: Path, value: int) -> Path:
@@ -274,11 +287,11 @@ BAD_SETTINGS = [
     ({"report_to": "wandb"}, "pip install 'hf_seg[wandb]'"),
     ({"config": "nowhere.yaml"}, "nowhere.yaml: cannot be read as settings"),
     ({"data_dir": "nowhere"}, "nowhere does not exist"),
-    ({"model_name_or_path": "nvidia/mit-b9"}, "'nvidia/mit-b9' is neither a folder"),
+    ({"model_name_or_path": "nvidia/mit-b9"}, "'nvidia/mit-b9' was not found locally or on the Hub"),
     ({"from_scratch": "false"}, "toy-segformer is a size without pretrained weights"),
     ({"model_name_or_path": "toy-swinv2", "per_device_train_batch_size": 1}, "at least 2 for UperNet; it is 1"),
     ({"pseudo_labels": "nowhere"}, "--pseudo_labels nowhere: cannot be loaded"),
-    ({"resume_from_checkpoint": "nowhere"}, "--resume_from_checkpoint nowhere is no whole checkpoint"),
+    ({"resume_from_checkpoint": "nowhere"}, "--resume_from_checkpoint nowhere is no complete checkpoint"),
     ({"learning_rate": 1e6, "head_lr_multiplier": 1e6, "warmup_steps": 0}, "at step"),
 ]
 
@@ -292,6 +305,7 @@ def test_mistake_gives_one_line(settings: dict, message: str, oem_sar: Path, tmp
     errors = [line for line in result.output.splitlines() if line.startswith("error: ")]
     assert len(errors) == 1 and message in errors[0], result.output
     assert "Traceback" not in result.output
+    assert message == "at step" or not Path(output_dir).exists()  # a failed start leaves nothing behind
 
 
 def test_divergence_names_the_images(oem_sar: Path, tmp_path: Path) -> None:
@@ -301,15 +315,15 @@ def test_divergence_names_the_images(oem_sar: Path, tmp_path: Path) -> None:
     assert result.output.count("TrainArea_") == 2
 
 
-def test_a_second_run_does_not_overwrite_the_first(whole_run: Path, oem_sar: Path, tmp_path: Path) -> None:
-    before = (whole_run / "model.safetensors").read_bytes()
-    result = run_recipe("stage2", *command_line(oem_sar, whole_run), log=tmp_path / "log")
-    assert result.exit_codes == [2] and "already holds a run" in result.output
-    assert (whole_run / "model.safetensors").read_bytes() == before
+def test_a_second_run_does_not_overwrite_the_first(finished_run: Path, oem_sar: Path, tmp_path: Path) -> None:
+    before = (finished_run / "model.safetensors").read_bytes()
+    result = run_recipe("stage2", *command_line(oem_sar, finished_run), log=tmp_path / "log")
+    assert result.exit_codes == [2] and "already contains a run" in result.output
+    assert (finished_run / "model.safetensors").read_bytes() == before
 
 
-def test_resume_under_other_settings_is_refused(whole_run: Path, oem_sar: Path, tmp_path: Path) -> None:
-    argv = command_line(oem_sar, whole_run, learning_rate=2e-3, resume_from_checkpoint="latest")
+def test_resume_under_other_settings_is_refused(finished_run: Path, oem_sar: Path, tmp_path: Path) -> None:
+    argv = command_line(oem_sar, finished_run, learning_rate=2e-3, resume_from_checkpoint="latest")
     result = run_recipe("stage2", *argv, log=tmp_path / "log")
     assert result.exit_codes == [2] and "learning_rate: 0.001 then, 0.002 now" in result.output
 
@@ -340,12 +354,12 @@ def test_bf16_trains_on_a_cpu(oem_sar: Path, tmp_path: Path) -> None:
     assert {weight.dtype for weight in weights.values() if weight.is_floating_point()} == {torch.float32}
 
 
-def test_evaluation_on_two_processes_counts_every_tile_once(whole_run: Path, oem_sar: Path, tmp_path: Path) -> None:
+def test_evaluation_on_two_processes_counts_every_tile_once(finished_run: Path, oem_sar: Path, tmp_path: Path) -> None:
     command = [Path(sys.executable).with_name("torchrun"), "--standalone", "--nproc_per_node", "2"]
-    command += [PROJECT / "scripts" / "evaluate.py", "--model", whole_run, "--data_dir", oem_sar]
+    command += [PROJECT / "scripts" / "evaluate_model.py", "--model", finished_run, "--data_dir", oem_sar]
     subprocess.run([*command, "--output", tmp_path / "scores.json"], check=True, timeout=120)
     scores = json.loads((tmp_path / "scores.json").read_text())
-    alone = json.loads((whole_run / "eval_results.json").read_text())
+    alone = json.loads((finished_run / "eval_results.json").read_text())
     assert scores["confusion_matrix"] == alone["confusion_matrix"]
     assert sorted(scores["images"]) == ["ValArea_001", "ValArea_002", "ValArea_003"]
     assert list(scores["images"].values()) == sorted(scores["images"].values())

@@ -143,6 +143,22 @@ def test_a_hopeless_image_still_gives_a_crop() -> None:
     assert (crop(position_image(100, 100), label, 32, (1, 1), 0, 0.5)[1] == IGNORE_INDEX).all()
 
 
+@pytest.mark.parametrize("share", [0.75, 1.0])
+def test_a_crop_without_a_labelled_pixel_is_redrawn(share: float) -> None:
+    label = np.full((200, 200), IGNORE_INDEX, np.uint8)
+    label[:120, :60:2], label[:120, 1:60:2] = 1, 2  # a plain draw of 32 pixels has labels in about one of four
+    transform = A.Compose([RandomScaledCrop(32, (1, 1), share)])
+    labelled = {"mask": 0, "masks": 0}
+    for key in labelled:
+        for seed in range(100):
+            transform.set_random_seed(seed)
+            result = transform(image=position_image(), **{key: label if key == "mask" else [label]})
+            mask = result["mask"] if key == "mask" else result["masks"][0]
+            labelled[key] += bool((mask != IGNORE_INDEX).any())
+    assert labelled["mask"] > 85
+    assert labelled["masks"] < 40  # these are no labels to redraw by
+
+
 def test_ignored_pixels_do_not_count_as_a_class() -> None:
     label = np.full((64, 64), IGNORE_INDEX, np.uint8)
     label[:4, :4], label[4:8, :4] = 1, 2
@@ -258,6 +274,29 @@ def test_optical_jitter_changes_colours_and_never_labels() -> None:
         before, after = plain(image=image, mask=label), jittered(image=image, mask=label)
         np.testing.assert_array_equal(before["mask"], after["mask"])
         assert (before["image"] != after["image"]).any()
+
+
+def test_optical_jitter_has_the_released_ranges() -> None:
+    jitter = optical_transform(32, jitter_prob=1.0).transforms[-1]
+    jitter.set_random_seed(0)
+    draws = [jitter.get_params() for _ in range(2000)]
+    for name, (low, high) in {
+        "hue": (-0.1, 0.1),
+        "contrast": (0.5, 1.5),
+        "saturation": (0.5, 1.5),
+        "brightness": (0.8, 1.2),
+    }.items():
+        values = [draw[name] for draw in draws]
+        assert (min(values), max(values)) == pytest.approx((low, high), abs=0.005), name
+
+
+def test_the_hue_is_counted_as_a_share_of_the_circle() -> None:
+    """OpenCV counts 180 steps, so a tenth of the circle turns pure red by the released 18."""
+    red = np.zeros((4, 4, 3), np.uint8)
+    red[..., 0] = 255
+    keep = (1, 1)
+    turned = A.Compose([A.ColorJitter(keep, keep, keep, hue=(0.1, 0.1), p=1)])(image=red)["image"]
+    assert cv2.cvtColor(turned, cv2.COLOR_RGB2HSV)[0, 0].tolist() == [18, 255, 255]
 
 
 @pytest.mark.filterwarnings("ignore::rasterio.errors.NotGeoreferencedWarning")

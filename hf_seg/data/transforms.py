@@ -17,16 +17,18 @@ from hf_seg.labels import IGNORE_INDEX
 
 
 class RandomScaledCrop(A.DualTransform):
-    """Zoom by a random factor and cut a square; what lies outside the image is black and ignored.
+    """Zoom by a random factor and crop a square; pixels outside the image are black and ignored.
 
-    The window of `crop_size / scale` pixels is cut first and then resized, which equals resizing the whole image by
-    `scale` and cutting `crop_size` pixels, at a fraction of the cost. Image bilinear, label nearest.
+    The window of `crop_size / scale` pixels is cropped first and then resized, which equals resizing the whole image
+    by `scale` and cropping `crop_size` pixels, at a fraction of the cost. Image bilinear, label nearest.
+
+    A crop is redrawn, ten times at most, if its `mask` has no labelled pixel or too much of one class. Masks passed as
+    `masks` are cropped alike, but do not cause a redraw.
 
     Args:
         crop_size: side of the result in pixels.
         scale_range: the zoom is uniform in it.
-        max_class_share: a crop in which one class covers more than this share of the labelled pixels is drawn again,
-            ten times at most.
+        max_class_share: largest share of the labelled pixels that one class may cover.
     """
 
     def __init__(
@@ -45,11 +47,11 @@ class RandomScaledCrop(A.DualTransform):
             # where the window is larger than the image, the image lies anywhere in the window
             top = self.py_random.randint(min(0, height - side), max(0, height - side))
             left = self.py_random.randint(min(0, width - side), max(0, width - side))
-            if self.max_class_share >= 1 or "mask" not in data:
+            if "mask" not in data:
                 break
             window = data["mask"][max(top, 0) : top + side, max(left, 0) : left + side]
             counts = np.bincount(window.ravel(), minlength=IGNORE_INDEX + 1)[:IGNORE_INDEX]
-            if counts.max() <= self.max_class_share * counts.sum():
+            if 0 < counts.max() <= self.max_class_share * counts.sum():
                 break
         return {"top": top, "left": left, "side": side}
 
@@ -190,12 +192,17 @@ def optical_transform(
     resolution_alignment: ResolutionAlignment | None = None,
     jitter_prob: float = 0.5,
 ) -> A.Compose:
-    """Augment optical images for training: scaled crop, the eight flips and rotations, colour jitter of 0.2.
+    """Augment optical images for training: scaled crop, the eight flips and rotations, colour jitter.
+
+    Contrast, saturation and hue vary as in the authors' release; its brightness is additive, +- 32 of 255, where this
+    one is a factor.
 
     Args:
         resolution_alignment: comes before the jitter; for the source domain only.
     """
-    span = (0.8, 1.2)
-    jitter = A.ColorJitter(brightness=span, contrast=span, saturation=span, hue=(-0.2, 0.2), p=jitter_prob)
-    geometry = [RandomScaledCrop(crop_size, scale_range, max_class_share), A.D4(p=1)]
-    return A.Compose([*geometry, *([resolution_alignment] if resolution_alignment else []), jitter])
+    transforms = [RandomScaledCrop(crop_size, scale_range, max_class_share), A.D4(p=1)]
+    if resolution_alignment is not None:
+        transforms.append(resolution_alignment)
+    hue = 18 / 180  # as a share of the circle; the release counts it in OpenCV's 180 steps
+    jitter = A.ColorJitter((0.8, 1.2), contrast=(0.5, 1.5), saturation=(0.5, 1.5), hue=(-hue, hue), p=jitter_prob)
+    return A.Compose([*transforms, jitter])

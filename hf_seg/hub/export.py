@@ -1,17 +1,22 @@
 """Write a trained model as a folder that stock transformers opens: weights, image processor, recipe, results."""
 
 import json
-import os
-import shutil
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from transformers import PreTrainedModel, SegformerImageProcessor
 
-from hf_seg.normalization import IMAGE_MEAN, IMAGE_STD
+from hf_seg.errors import UserError, file_errors
+from hf_seg.files import atomic_update, write_atomic
+from hf_seg.normalization import IMAGENET, Normalization
+
+TRAINING_DATA_FILE = "training_data.json"
+LAYOUTS = {"source": "OpenEarthMap", "target": "OpenEarthMap-SAR"}
+_PROVENANCE_KEYS = ("name", "layout", "description", "license", "synthetic", "released", "labels")
 
 
-def image_processor(crop_size: int) -> SegformerImageProcessor:
+def image_processor(crop_size: int, normalization: Normalization = IMAGENET) -> SegformerImageProcessor:
     """Build the processor that repeats training's preprocessing; grey images become RGB in a stock pipeline.
 
     It does not resize, since the ground sampling distance matters; `size` records the crop, which is the window to
@@ -21,10 +26,10 @@ def image_processor(crop_size: int) -> SegformerImageProcessor:
         do_resize=False,
         size={"height": crop_size, "width": crop_size},
         do_rescale=True,
-        rescale_factor=1 / 255,
+        rescale_factor=1 / normalization.scale,
         do_normalize=True,
-        image_mean=list(IMAGE_MEAN),
-        image_std=list(IMAGE_STD),
+        image_mean=list(normalization.mean),
+        image_std=list(normalization.std),
         do_reduce_labels=False,
     )
 
@@ -34,24 +39,73 @@ def export_model(
 ) -> None:
     """Write weights (safetensors), config, processor, `recipe.yaml` and `eval_results.json`.
 
-    Everything is written beside its place first, so a model that was there is not lost to a full disk or a kill.
+    Everything is written to a temporary folder first, so a full disk or a kill does not damage an earlier model. While
+    the files are replaced there is no `config.json`, so no mixture of two models is taken for one.
 
     Args:
         model: a stock model.
         crop_size: see `image_processor`.
         recipe: the resolved settings as YAML.
-        results: of `evaluate_network`; None if the model was not scored.
+        results: from `evaluate_network`; None if the model was not scored.
+
+    Raises:
+        FileError: the folder cannot be written.
     """
-    aside = folder / ".partial"
-    if aside.exists():
-        shutil.rmtree(aside)
-    model.save_pretrained(aside)
-    image_processor(crop_size).save_pretrained(aside)
-    (aside / "recipe.yaml").write_text(recipe, encoding="utf-8")
-    if results is not None:
-        (aside / "eval_results.json").write_text(json.dumps(results, indent=1), encoding="utf-8")
-    else:  # those of the model that was here are not this one's
-        (folder / "eval_results.json").unlink(missing_ok=True)
-    for file in sorted(aside.iterdir()):
-        os.replace(file, folder / file.name)
-    aside.rmdir()
+    # the scores of an earlier model are not those of this one
+    with atomic_update(folder, first=("config.json", "eval_results.json"), last=("config.json",)) as temporary:
+        model.save_pretrained(temporary)
+        image_processor(crop_size).save_pretrained(temporary)
+        (temporary / "recipe.yaml").write_text(recipe, encoding="utf-8")
+        if results is not None:
+            (temporary / "eval_results.json").write_text(json.dumps(results, indent=1), encoding="utf-8")
+
+
+def write_training_data(folder: Path, provenance: Mapping[str, Mapping[str, Any]]) -> None:
+    """Write `training_data.json`, which tells a card what data a model or dataset was made from.
+
+    Args:
+        folder: of the model, the ensemble or the pseudo-labels.
+        provenance: "source" and "target" for stage 1, "target" for everything else (an ensemble: the tiles that it was
+            scored on); each as `read_provenance` returns it.
+
+    Raises:
+        FileError: the folder cannot be written.
+    """
+    kept = {domain: {key: found[key] for key in _PROVENANCE_KEYS} for domain, found in provenance.items()}
+    write_atomic(folder / TRAINING_DATA_FILE, json.dumps(kept, indent=1))
+
+
+def read_training_data(folder: Path) -> dict[str, dict[str, Any]]:
+    """Read `training_data.json`.
+
+    Returns:
+        Provenance of "source" and "target"; where nothing was recorded, it names the layout alone.
+
+    Raises:
+        UserError: the file is damaged.
+    """
+    recorded = read_json(folder / TRAINING_DATA_FILE)
+    unknown = {"description": None, "license": None, "synthetic": False, "released": False, "labels": None}
+    return {
+        domain: {"name": f"data laid out as {layout}", "layout": layout, **unknown, **recorded.get(domain, {})}
+        for domain, layout in LAYOUTS.items()
+    }
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Read a JSON object; an empty one if there is no such file.
+
+    Raises:
+        UserError: the file cannot be read, or is damaged.
+    """
+    if not path.exists():
+        return {}
+    with file_errors(path, "cannot be read"):
+        content = path.read_bytes()
+    try:
+        found = json.loads(content)
+    except ValueError as error:
+        raise UserError(f"{path} is damaged: {error}") from None
+    if not isinstance(found, dict):
+        raise UserError(f"{path} is damaged: it contains no JSON object")
+    return found

@@ -18,8 +18,7 @@ from hf_seg.arguments import HubSettings
 from hf_seg.data.pseudo_label_dataset import sha256_of
 from hf_seg.errors import UserError
 from hf_seg.hub.cards import write_model_card
-from hf_seg.hub.ensemble_folder import read_ensemble
-from hf_seg.models import load_trained
+from hf_seg.inference.load import load_networks
 
 _WEIGHTS = ("config.json", "preprocessor_config.json", "model*.safetensors", "model.safetensors.index.json")
 _RECORD = ("README.md", "recipe.yaml", "eval_results.json", "metrics.jsonl", "figures/*.png")
@@ -104,12 +103,11 @@ def check_whole(folder: Path) -> dict[str, Path]:
     if absent := [link for link in re.findall(r"\]\((figures/[^)]+)\)", card) if link not in files]:
         raise UserError(f"{folder} is not whole: its card shows {absent[0]}, which is not there")
     if kind == "ensemble":
-        for member in read_ensemble(folder, str(folder))[1]:
-            load_trained(str(member))
+        load_networks(folder)
     elif kind == "model":
-        load_trained(str(folder))  # classes, crop, and every tensor
+        load_networks(folder)  # classes, crop, and every tensor
         if (folder / "student").is_dir():
-            load_trained(str(folder), subfolder="student")
+            load_networks(folder, subfolder="student")
     return files
 
 

@@ -1,165 +1,169 @@
-"""One network or several, loaded or at hand, as one function from uint8 windows to class probabilities.
+"""One network or several as functions from uint8 images to class probabilities.
 
-predictor = Predictor(load_members("runs/ensemble"), device=torch.device("cpu"))
-probs = predictor.probs(0, windows)        # of the first network; (B, 1 or 3, h, w) uint8 -> (B, 9, h, w)
+predictor = Predictor(load_networks("runs/ensemble"), device=torch.device("cpu"), tta="flips")
+accumulator = predictor.predict(image)              # (H, W) or (H, W, 3) uint8 of any size
+accumulator.label_map()                             # (H, W) class ids
 """
 
 import contextlib
-import dataclasses
 import functools
 import hashlib
 import logging
 import time
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
+import numpy as np
 import torch
 from torch import Tensor, nn
-from transformers import (
-    AutoImageProcessor,
-    PreTrainedModel,
-    SegformerForSemanticSegmentation,
-    UperNetForSemanticSegmentation,
-)
 
+from hf_seg.arguments import PredictionSettings
 from hf_seg.errors import UserError
-from hf_seg.hub.ensemble_folder import CONFIG_FILE, find_folder, read_ensemble
+from hf_seg.inference.load import LoadedNetwork, normalized_weights
 from hf_seg.inference.sliding_window import sliding_window_probs
-from hf_seg.inference.tta import VIEW_PRESETS, average_views
+from hf_seg.inference.tta import TTA_PRESETS, average_views
+from hf_seg.inference.vote import VoteAccumulator
 from hf_seg.labels import NUM_LABELS
-from hf_seg.models import SegmentationNetwork, load_trained
-from hf_seg.normalization import IMAGE_MEAN, IMAGE_STD
+from hf_seg.normalization import to_pixel_values
 
 logger = logging.getLogger(__name__)
 
 PRECISIONS = {"no": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
-@dataclass(eq=False)
-class Member:
-    """One network, the window it sees, and its share of the average.
-
-    Args:
-        network: (B, 3, window, window) float32 -> logits (B, 9, h, w), bare or as the `.logits` of its output; of any
-            height and width, which are brought to the window's.
-        window: the crop that it was trained at, in pixels.
-        weight: relative to the other members.
-        mean, std: the input's normalisation, three values each, in units of 0..255.
-    """
-
-    network: nn.Module
-    window: int
-    weight: float = 1.0
-    mean: Tensor = field(default_factory=lambda: 255 * torch.tensor(IMAGE_MEAN))
-    std: Tensor = field(default_factory=lambda: 255 * torch.tensor(IMAGE_STD))
-
-
-def load_members(model: str | Path | nn.Module | Sequence[Member], *, window: int | None = None) -> list[Member]:
-    """Return the networks that a model consists of.
-
-    Args:
-        model: folder or Hub id (`id@revision` pins it) of a trained network, or of an ensemble as in
-            hf_seg/hub/ensemble_folder.py; or a network in memory; or members.
-        window: replaces the crop that the networks were trained at. A network in memory needs it, and gets our
-            normalisation, unless it came from a folder or the Hub with its image processor.
-
-    Raises:
-        UserError: no such model, other classes, damaged weights or ensemble, or a window that is missing.
-    """
-    if window is not None and window < 1:
-        raise UserError(f"window must be at least 1 pixel; it is {window}")
-    if isinstance(model, nn.Module):
-        members = [_wrap(model, window)]
-    elif isinstance(model, str | Path):
-        members = _load_ensemble(str(model)) or [_with_processor(load_trained(str(model))[0], str(model))]
-    else:
-        members = list(model)
-    return members if window is None else [dataclasses.replace(member, window=window) for member in members]
-
-
-def _wrap(network: nn.Module, window: int | None) -> Member:
-    """Make a member of a network in memory."""
-    if isinstance(network, SegformerForSemanticSegmentation | UperNetForSemanticSegmentation):
-        if network.name_or_path:  # loaded, not built
-            with contextlib.suppress(OSError):
-                return _with_processor(network, network.name_or_path)
-        network = SegmentationNetwork(network)  # stock UperNet would also compute its auxiliary head
-    if window is None:
-        raise UserError("this network does not tell the crop that it was trained at: pass window=..., in pixels")
-    return Member(network, window)
-
-
-def _with_processor(model: PreTrainedModel, name: str) -> Member:
-    """Join a model and the image processor that was saved with it."""
-    processor = AutoImageProcessor.from_pretrained(name)
-    scale = 1 / processor.rescale_factor if processor.do_rescale else 1.0
-    mean, std = (processor.image_mean, processor.image_std) if processor.do_normalize else ([0.0] * 3, [1.0] * 3)
-    return Member(
-        SegmentationNetwork(model),
-        int(processor.size["height"]),
-        mean=scale * torch.tensor(mean),
-        std=scale * torch.tensor(std),
-    )
-
-
-def _load_ensemble(name: str) -> list[Member]:
-    """Load the networks of an ensemble; none if the name is of a single network, or of nothing."""
-    try:
-        folder, _ = find_folder(name, (CONFIG_FILE, "member_*/*"))
-    except UserError:  # the loader of a single network says better what is wrong
-        return []
-    if not (folder / CONFIG_FILE).exists():
-        return []
-    members, folders = read_ensemble(folder, name)
-    networks = [_with_processor(load_trained(str(place))[0], str(place)) for place in folders]
-    return [dataclasses.replace(n, weight=m.weight) for n, m in zip(networks, members, strict=True)]
-
-
 class Predictor:
-    """Networks in eval mode on one device, whose probabilities are to be averaged by their weights.
+    """Networks in eval mode on one device, whose probabilities are averaged by their weights.
 
     Args:
-        members: the networks; moved to the device.
-        views: test-time augmentation of each window, one of `VIEW_PRESETS`.
+        networks: of `load_networks` or `use_network`; moved to the device. Those left on disk are loaded one at a time.
+        device: where they compute.
+        tta: test-time augmentation, one of `TTA_PRESETS`.
+        stride: step of the window through an image, as a share of the window.
+        batch_size: windows of an image per forward pass.
         mixed_precision: "no", "bf16" or "fp16" (accelerators only).
+        dtype: of the networks' weights.
+
+    Attributes:
+        weights: of the networks, with a sum of 1.
+        seconds: spent in the networks.
 
     Raises:
         UserError: a setting that does not exist here.
     """
 
     def __init__(
-        self, members: Sequence[Member], *, device: torch.device, views: str = "none", mixed_precision: str = "no"
+        self,
+        networks: Sequence[LoadedNetwork],
+        *,
+        device: torch.device,
+        tta: str = "none",
+        stride: float = 0.5,
+        batch_size: int = 4,
+        mixed_precision: str = "no",
+        dtype: torch.dtype = torch.float32,
     ) -> None:
-        if views not in VIEW_PRESETS:
-            raise UserError(f"unknown views {views!r}; choose one of {', '.join(VIEW_PRESETS)}")
+        if tta not in TTA_PRESETS:
+            raise UserError(f"unknown tta {tta!r}; choose one of {', '.join(TTA_PRESETS)}")
         if mixed_precision not in PRECISIONS or (mixed_precision == "fp16" and device.type == "cpu"):
             raise UserError(f"mixed_precision is {mixed_precision!r}; it must be no or bf16, or fp16 on an accelerator")
-        self.members = list(members)
-        self.device, self.views, self.mixed_precision = device, views, mixed_precision
-        self.seconds = 0.0  # spent in the networks
-        total = sum(member.weight for member in self.members)
-        self.weights = [member.weight / total for member in self.members]
-        for member in self.members:
-            member.network.to(device).eval()
-            member.mean, member.std = (values.view(3, 1, 1).to(device) for values in (member.mean, member.std))
-        self.batches = device.type != "cpu" and views == "none"  # on a CPU a batch saves no time
+        self.networks = list(networks)
+        self.device, self.tta, self.mixed_precision, self.dtype = device, tta, mixed_precision, dtype
+        self.stride, self.batch_size = stride, batch_size
+        self.weights = normalized_weights(self.networks)
+        self.seconds = 0.0
+        for loaded in self.networks:
+            if loaded.module is not None:
+                loaded.module.to(device).eval()
+        self.batches = device.type != "cpu" and tta == "none"  # on a CPU a batch saves no time
         self._steady: dict[tuple[int, ...], bool] = {}
 
-    def probs(self, index: int, windows: Tensor) -> Iterable[Tensor]:
-        """Return what one member says about some windows, to the same bits however they are batched.
+    @classmethod
+    def with_settings(
+        cls, networks: Sequence[LoadedNetwork], settings: PredictionSettings, *, device: torch.device
+    ) -> Self:
+        """Build a predictor from the settings of a command."""
+        return cls(
+            networks,
+            device=device,
+            tta=settings.tta,
+            stride=settings.stride,
+            batch_size=settings.batch_size,
+            mixed_precision=settings.mixed_precision,
+        )
+
+    def predict(self, image: np.ndarray) -> VoteAccumulator:
+        """Predict one image of any size; see `predict_all`."""
+        (accumulator,) = self.predict_all([image])
+        return accumulator
+
+    def predict_all(
+        self,
+        images: Sequence[np.ndarray],
+        *,
+        keep_on: torch.device | None = None,
+        on_image: Callable[[], object] = lambda: None,
+    ) -> list[VoteAccumulator]:
+        """Predict images of any size, each network through its own sliding window, network by network.
 
         Args:
-            index: of the member.
+            images: (H, W) or (H, W, 3) uint8 each; a sequence that reads them when they are asked for will do.
+            keep_on: where the running sums of all images are kept; None: on the networks' device.
+            on_image: called after each image of each network.
+
+        Returns:
+            The accumulated votes for each image.
+        """
+        accumulators = [VoteAccumulator(keep_on) for _ in range(len(images))]
+        for loaded, weight in zip(self.networks, self.weights, strict=True):
+            network = self._place(loaded)
+            for index, accumulator in enumerate(accumulators):
+                pixel_values = to_pixel_values(images[index], loaded.normalization).to(self.device)
+                accumulator.add(self._image_probs(network, loaded, pixel_values, self.stride, self.batch_size), weight)
+                on_image()
+            del network  # its memory goes before the next one's comes
+        return accumulators
+
+    def window_probs(self, index: int, windows: Tensor) -> Iterable[Tensor]:
+        """Return what one network says about some windows, to the same bits however they are batched.
+
+        Args:
+            index: of the network.
             windows: (B, 1 or 3, h, w) uint8; one band is replicated to three.
 
         Returns:
             B times (9, h, w) float32 on the device, sums to 1 over the classes.
         """
         if self._is_steady(index, windows.shape):
-            return self._probs(index, windows)
-        return (self._probs(index, window[None])[0] for window in windows)
+            return self._window_probs(index, windows)
+        return (self._window_probs(index, window[None])[0] for window in windows)
+
+    def _place(self, loaded: LoadedNetwork) -> nn.Module:
+        return loaded.module or loaded.network().to(self.device, self.dtype)
+
+    @torch.no_grad()
+    def _image_probs(
+        self, network: nn.Module, loaded: LoadedNetwork, pixel_values: Tensor, stride: float, batch_size: int
+    ) -> Tensor:
+        """Average over the views of an image, each through the sliding window; (3, H, W) -> (9, H, W) float32."""
+        window = loaded.crop_size
+        step = max(1, round(stride * window))
+
+        def predict(view: Tensor) -> Tensor:
+            return sliding_window_probs(
+                lambda windows: self._logits(network, windows), view, window=window, stride=step, batch_size=batch_size
+            )
+
+        return average_views(predict, pixel_values, self.tta)
+
+    @torch.no_grad()
+    def _window_probs(self, index: int, windows: Tensor) -> Tensor:
+        loaded = self.networks[index]
+        network = self._place(loaded)
+        pixel_values = loaded.normalization.apply(windows.to(self.device))
+        if self.tta == "none":
+            return self._logits(network, pixel_values).float().softmax(dim=1)
+        # a view may be of another size than the window, the network sees it in windows
+        return torch.stack([self._image_probs(network, loaded, image, 0.5, 1) for image in pixel_values])
 
     def _is_steady(self, index: int, shape: Sequence[int]) -> bool:
         """Tell whether a batch has the bits of its windows, tried once per shape on noise.
@@ -171,41 +175,29 @@ class Predictor:
         key = (index, *shape)
         if key not in self._steady:
             noise = torch.randint(0, 256, tuple(shape), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
-            self._steady[key] = is_steady(lambda windows: self._probs(index, windows), noise)
+            self._steady[key] = is_steady(lambda windows: self._window_probs(index, windows), noise)
             if not self._steady[key]:
                 logger.info("batches of %d windows would change the last bits: windows go one by one", shape[0])
         return self._steady[key]
 
-    @torch.inference_mode()
-    def _probs(self, index: int, windows: Tensor) -> Tensor:
-        member = self.members[index]
-        images = windows.to(self.device).expand(-1, 3, -1, -1).float().sub_(member.mean).div_(member.std)
-        if self.views == "none":
-            return self._logits(member, images).float().softmax(dim=1)
-
-        def predict(image: Tensor) -> Tensor:  # a view may be of another size than the window, the network sees it so
-            stride = max(1, member.window // 2)
-            return sliding_window_probs(lambda x: self._logits(member, x), image, window=member.window, stride=stride)
-
-        return torch.stack([average_views(predict, image, self.views) for image in images])
-
-    def _logits(self, member: Member, images: Tensor) -> Tensor:
+    def _logits(self, network: nn.Module, pixel_values: Tensor) -> Tensor:
         start = time.perf_counter()
         dtype = PRECISIONS[self.mixed_precision]
         try:
             with torch.autocast(self.device.type, dtype) if dtype else contextlib.nullcontext():
-                output: Any = member.network(images)
+                output: Any = network(pixel_values.to(self.dtype))
         except torch.OutOfMemoryError:
-            size = f"{len(images)} windows of {member.window} pixels"
+            size = f"{len(pixel_values)} windows of {pixel_values.shape[-1]} pixels"
             raise UserError(f"{size} do not fit into the memory of {self.device}; lower --batch_size") from None
         logits = output if isinstance(output, Tensor) else output.logits
-        if logits.ndim != 4 or logits.shape[:2] != (len(images), NUM_LABELS):
+        if logits.ndim != 4 or logits.shape[:2] != (len(pixel_values), NUM_LABELS):
             raise UserError(
-                f"the network returns {tuple(logits.shape)} for {tuple(images.shape)}; expected logits of "
-                f"{NUM_LABELS} classes, ({len(images)}, {NUM_LABELS}, height, width)"
+                f"the network returns {tuple(logits.shape)} for {tuple(pixel_values.shape)}; expected logits of "
+                f"{NUM_LABELS} classes, ({len(pixel_values)}, {NUM_LABELS}, height, width)"
             )
-        if logits.shape[2:] != images.shape[2:]:
-            logits = nn.functional.interpolate(logits, images.shape[2:], mode="bilinear", align_corners=False)
+        if logits.shape[2:] != pixel_values.shape[2:]:
+            size = pixel_values.shape[2:]
+            logits = nn.functional.interpolate(logits, size, mode="bilinear", align_corners=False)
         if self.device.type != "cpu":
             torch.accelerator.synchronize()
         self.seconds += time.perf_counter() - start
@@ -213,12 +205,12 @@ class Predictor:
 
     @functools.cached_property
     def fingerprint(self) -> str:
-        """A digest of all that the probabilities depend on: weights, normalisation, windows, arithmetic."""
-        digest = hashlib.sha256(repr((self.device.type, self.views, self.mixed_precision, self.weights)).encode())
-        for member in self.members:
-            digest.update(repr((member.window, member.network)).encode())
-            state = member.network.state_dict() | {"mean": member.mean, "std": member.std}
-            for name, tensor in state.items():
+        """Digest of all that the probabilities depend on: weights, normalisation, windows, arithmetic."""
+        digest = hashlib.sha256(repr((self.device.type, self.tta, self.mixed_precision, self.weights)).encode())
+        for loaded in self.networks:
+            network = loaded.network()
+            digest.update(repr((loaded.crop_size, loaded.normalization, network)).encode())
+            for name, tensor in network.state_dict().items():
                 digest.update(name.encode())
                 digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
         return digest.hexdigest()

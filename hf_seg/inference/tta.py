@@ -1,4 +1,4 @@
-"""Several opinions on one image: those of one network on several views of it, and those of several networks.
+"""Test-time augmentation: one network's predictions on several views of an image, averaged.
 
     probs = average_views(predict, image, "flips")        # predict: (C, h, w) -> (K, h, w)
 
@@ -11,8 +11,6 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 from torch.nn.functional import interpolate
-
-from hf_seg.labels import BACKGROUND
 
 ROWS, COLUMNS = -2, -1
 
@@ -44,7 +42,7 @@ _PRESETS: dict[str, tuple[View, ...]] = {
     "d4": tuple(View(flip=flip, transpose=transpose) for transpose in (False, True) for flip in _FLIPS),
     "paper": tuple(View(scale, flip) for scale in (0.5, 0.75, 1.0, 1.25, 1.5, 1.75) for flip in _FLIPS),
 }
-VIEW_PRESETS = tuple(_PRESETS)
+TTA_PRESETS = tuple(_PRESETS)
 
 
 @torch.no_grad()
@@ -54,7 +52,7 @@ def average_views(predict: Callable[[Tensor], Tensor], image: Tensor, preset: st
     Args:
         predict: (C, h, w) -> (K, h, w) probabilities, for any h and w.
         image: (C, H, W) float.
-        preset: one of `VIEW_PRESETS`: the image itself; with its mirror images; with quarter turns too; or the
+        preset: one of `TTA_PRESETS`: the image itself; with its mirror images; with quarter turns too; or the
             mirror images at six scales.
 
     Returns:
@@ -64,7 +62,7 @@ def average_views(predict: Callable[[Tensor], Tensor], image: Tensor, preset: st
         ValueError: an unknown preset, or maps that are not at the size of their view.
     """
     if preset not in _PRESETS:
-        raise ValueError(f"unknown views {preset!r}; choose one of {', '.join(VIEW_PRESETS)}")
+        raise ValueError(f"unknown preset {preset!r}; choose one of {', '.join(TTA_PRESETS)}")
     total: Tensor | None = None
     for view in _PRESETS[preset]:
         shown = view.apply(image)
@@ -77,42 +75,6 @@ def average_views(predict: Callable[[Tensor], Tensor], image: Tensor, preset: st
         total += maps
     assert total is not None  # every preset has a view
     return total.div_(len(_PRESETS[preset]))
-
-
-class Decision(NamedTuple):
-    """What several networks make of one image; (H, W) each."""
-
-    choice: Tensor  # uint8, the class of the largest mean probability
-    confidence: Tensor  # float32, that probability
-    disagreement: Tensor  # bool, True where not all networks alone choose one class
-
-
-class Votes:
-    """Averages the class probabilities that several networks give to one image, and sees where they disagree.
-
-    There is one running sum, on the CPU, whatever the number of networks. Background never wins.
-    """
-
-    def __init__(self) -> None:
-        self._sum = self._first_choice = self._disagreement = torch.empty(0)
-        self._count = 0
-
-    def add(self, probs: Tensor) -> None:
-        """Take the (K, H, W) probabilities of one more network."""
-        probs = probs[BACKGROUND + 1 :].cpu()
-        choice = probs.argmax(0)
-        if self._count == 0:
-            self._sum, self._first_choice = torch.zeros_like(probs, dtype=torch.float32), choice
-            self._disagreement = torch.zeros_like(choice, dtype=torch.bool)
-        self._sum += probs
-        self._disagreement |= choice != self._first_choice
-        self._count += 1
-
-    def decide(self) -> Decision:
-        """Choose by the mean of the networks taken so far, at least one."""
-        largest, choice = self._sum.max(0)
-        choice = (choice + BACKGROUND + 1).to(torch.uint8)
-        return Decision(choice, largest / self._count, self._disagreement)
 
 
 def _resize(maps: Tensor, size: list[int]) -> Tensor:

@@ -1,7 +1,7 @@
 """Map scenes of any size: GeoTIFF in, GeoTIFF out.
 
     hf-seg-predict scene.tif map.tif --model org/name-or-folder
-    hf-seg-predict 'scenes/*.tif' more_scenes/ maps/ --model runs/ensemble --views flips --confidence --preview
+    hf-seg-predict 'scenes/*.tif' more_scenes/ maps/ --model runs/ensemble --tta flips --confidence --preview
     accelerate launch -m hf_seg.mapping.cli scenes/ maps/ --model runs/ensemble
 
 The last argument is the map, or the folder of the maps where there are several scenes. Several processes share the
@@ -26,11 +26,11 @@ from accelerate import PartialState
 from transformers.utils.logging import disable_progress_bar
 
 from hf_seg.errors import UserError, one_line_errors
-from hf_seg.inference.predict import PRECISIONS, Predictor, load_members
-from hf_seg.inference.tta import VIEW_PRESETS
+from hf_seg.inference.predict import PRECISIONS, Predictor
+from hf_seg.inference.tta import TTA_PRESETS
 from hf_seg.mapping.job import MapJob
 from hf_seg.mapping.options import RasterOptions
-from hf_seg.mapping.raster import GDAL_CACHE, map_scene
+from hf_seg.mapping.raster import GDAL_CACHE, find_networks, map_scene
 from hf_seg.mapping.scene import UNITS
 from hf_seg.settings import nearest
 
@@ -61,7 +61,7 @@ def parse(argv: Sequence[str] | None = None) -> tuple[argparse.Namespace, Raster
     parser.add_argument("destination", metavar="DESTINATION", help="the map, or the folder of the maps")
     parser.add_argument("--model", required=True, help="folder or Hub id of a trained network or an ensemble")
     parser.add_argument("--window", type=int, help="side of the window in pixels; default: the crop of the training")
-    parser.add_argument("--views", default="none", choices=VIEW_PRESETS, help="test-time augmentation (none)")
+    parser.add_argument("--tta", default="none", choices=TTA_PRESETS, help="test-time augmentation (none)")
     parser.add_argument("--mixed_precision", default="no", choices=tuple(PRECISIONS), help="no")
     special: dict[str, dict[str, Any]] = {
         "bands": {"type": _band_numbers, "metavar": "N[,N,N]"},
@@ -189,9 +189,9 @@ def run(argv: Sequence[str] | None = None) -> None:
     if not pairs:
         return
     predictor = Predictor(
-        load_members(args.model, window=args.window),
+        find_networks(args.model, window=args.window),
         device=state.device,
-        views=args.views,
+        tta=args.tta,
         mixed_precision=args.mixed_precision,
     )
     if len(pairs) < state.num_processes:

@@ -16,6 +16,7 @@ from tqdm import tqdm
 from hf_seg.errors import UserError
 from hf_seg.inference.predict import Predictor
 from hf_seg.inference.sliding_window import RowBlender, window_starts
+from hf_seg.inference.vote import VoteAccumulator
 from hf_seg.labels import BACKGROUND, CLASS_NAMES, NUM_LABELS
 from hf_seg.mapping.band_store import BandStore
 from hf_seg.mapping.figure import plot_map
@@ -81,7 +82,7 @@ class MapJob:
     ) -> None:
         self._start, self._networks_start = time.perf_counter(), predictor.seconds
         self.predictor, self.destination, self.options = predictor, Path(destination), options
-        if options.disagreement and len(predictor.members) < 2:
+        if options.disagreement and len(predictor.networks) < 2:
             raise UserError("one network cannot disagree with itself: disagreement needs an ensemble")
         self.layers = choose_layers(
             confidence=options.confidence, disagreement=options.disagreement, probabilities=options.probabilities
@@ -93,7 +94,7 @@ class MapJob:
             self._extras[write_polygons] = options.polygon_path(self.destination)
         folder = self.destination.with_name(f".{self.destination.name}.partial")
         self._check_targets(Path(source), is_resumed=folder.exists())
-        windows = [member.window for member in predictor.members]
+        windows = [network.crop_size for network in predictor.networks]
         self.geometry = [(window, max(1, round(options.stride * window))) for window in windows]
         self.scene = Scene(
             source,
@@ -233,7 +234,7 @@ class MapJob:
 
         window, stride = self.geometry[index]
         return RowBlender(
-            lambda windows: self.predictor.probs(index, windows),
+            lambda windows: self.predictor.window_probs(index, windows),
             read_rows,
             height=self.scene.height,
             width=self.scene.width,
@@ -255,24 +256,20 @@ class MapJob:
     @torch.inference_mode()
     def _map_rows(self, blenders: list[RowBlender], top: int, bottom: int) -> np.ndarray:
         """Turn probabilities into bytes: (bands of all layers, bottom - top, width) uint8."""
-        members = [blender.rows(bottom) for blender in blenders]
-        probs = members[0] if len(members) == 1 else members[0] * self.predictor.weights[0]
-        for member, weight in zip(members[1:], self.predictor.weights[1:], strict=True):
-            probs += member * weight
-        confidence, classes = _winner(probs)
-        valid = torch.from_numpy(self.scene.rows(top, bottom)[1]).to(probs.device)
+        accumulator = VoteAccumulator()
+        for blender, weight in zip(blenders, self.predictor.weights, strict=True):
+            accumulator.add(blender.rows(bottom), weight)
+        confidence, classes = accumulator.confidence(), accumulator.label_map()
+        valid = torch.from_numpy(self.scene.rows(top, bottom)[1]).to(confidence.device)
         keep = valid & (confidence >= self.options.abstain)
         rows = [torch.where(keep, classes, BACKGROUND).to(torch.uint8)[None]]
         scores = []
         if self.options.confidence:
             scores.append(confidence[None])
         if self.options.disagreement:
-            others = torch.zeros_like(confidence)
-            for member, weight in zip(members, self.predictor.weights, strict=True):
-                others += weight * (_winner(member)[1] != classes)
-            scores.append(others[None])
+            scores.append(accumulator.disagreement()[None])
         if self.options.probabilities:
-            scores.append(probs)
+            scores.append(accumulator.probs())
         for score in scores:
             levels = (score * SCORE_MAX).round().clamp(0, SCORE_MAX)
             rows.append(torch.where(valid, levels, SCORE_NODATA).to(torch.uint8))
@@ -305,7 +302,7 @@ class MapJob:
             "units": self.scene.units,
             "windows": " ".join(str(window) for window, _ in self.geometry),
             "strides": " ".join(str(stride) for _, stride in self.geometry),
-            "views": self.predictor.views,
+            "tta": self.predictor.tta,
             "networks_sha256": self.predictor.fingerprint,
         }
         if self.scene.stretch is not None:
@@ -332,9 +329,3 @@ class MapJob:
     def _clear_errors(self) -> Any:
         way_out = f"what is finished stays in {self.store.folder}: make room or choose another target, and run it again"
         return clear_errors(self.destination, way_out)
-
-
-def _winner(probs: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the highest probability and its class, (rows, width) each; class 0 never wins."""
-    confidence, index = probs[BACKGROUND + 1 :].max(dim=0)
-    return confidence, index + BACKGROUND + 1

@@ -9,6 +9,7 @@ on how often the work was interrupted or how it was shared.
 
 from collections.abc import Sequence
 from contextlib import closing
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,9 @@ import torch
 from torch import nn
 
 from hf_seg.ensemble import EnsembleForSemanticSegmentation
-from hf_seg.inference.predict import Member, Predictor, load_members
+from hf_seg.errors import UserError
+from hf_seg.inference.load import LoadedNetwork, load_networks, use_network
+from hf_seg.inference.predict import Predictor
 from hf_seg.mapping.job import MapJob, MapSummary
 from hf_seg.mapping.options import RasterOptions
 
@@ -25,12 +28,12 @@ GDAL_CACHE = 128  # MiB; by default GDAL takes a share of the machine's memory
 
 
 def predict_raster(
-    model: str | Path | nn.Module | Sequence[Member],
+    model: str | Path | nn.Module | Sequence[LoadedNetwork],
     source: str | Path,
     destination: str | Path,
     *,
     window: int | None = None,
-    views: str = "none",
+    tta: str = "none",
     mixed_precision: str = "no",
     device: str | torch.device | None = None,
     show_progress: bool = True,
@@ -54,15 +57,40 @@ def predict_raster(
         UserError: a model, scene, target or option that cannot be; the message names it and the way out.
     """
     chosen = RasterOptions(**options)
-    if isinstance(model, EnsembleForSemanticSegmentation):
-        model = [Member(model.network(i), crop, model.shares[i]) for i, crop in enumerate(model.crops)]
-    members = load_members(model, window=window)
+    networks = find_networks(model, window=window)
     if device is None and not isinstance(model, str | Path):
-        device = next((weight.device for m in members for weight in m.network.parameters()), torch.device("cpu"))
+        weights = (weight for each in networks if each.module is not None for weight in each.module.parameters())
+        device = next((weight.device for weight in weights), torch.device("cpu"))
     elif device is None:
         device = torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
-    predictor = Predictor(members, device=torch.device(device), views=views, mixed_precision=mixed_precision)
+    predictor = Predictor(networks, device=torch.device(device), tta=tta, mixed_precision=mixed_precision)
     return map_scene(predictor, source, destination, chosen, show_progress=show_progress)
+
+
+def find_networks(
+    model: str | Path | nn.Module | Sequence[LoadedNetwork], *, window: int | None = None
+) -> list[LoadedNetwork]:
+    """Return the networks that a model consists of, in memory.
+
+    Args:
+        model: see `predict_raster`.
+        window: replaces the crop that the networks were trained at.
+
+    Raises:
+        UserError: see `load_networks` and `use_network`; or a window of no pixel.
+    """
+    if window is not None and window < 1:
+        raise UserError(f"window must be at least 1 pixel; it is {window}")
+    if isinstance(model, EnsembleForSemanticSegmentation):
+        networks = list(model.members)
+    elif isinstance(model, nn.Module):
+        networks = [use_network(model, crop_size=window)]
+    elif isinstance(model, str | Path):
+        networks = load_networks(model)
+    else:
+        networks = list(model)
+    # those of a low-memory ensemble are needed window by window
+    return [replace(each, crop_size=window or each.crop_size, module=each.network()) for each in networks]
 
 
 def map_scene(

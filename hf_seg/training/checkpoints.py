@@ -1,15 +1,14 @@
-"""Checkpoints that are whole or absent, and the orderly stop of a run.
+"""Atomic checkpoints, and the orderly stop of a run.
 
 A checkpoint is `<output_dir>/checkpoints/step_00001000/`: accelerate's state (weights, optimizer, scaler, every RNG)
-and `manifest.json` (progress, and the size of each file). It is written beside its place and renamed into it.
+and `manifest.json` (progress, and the size of each file).
 """
 
 import json
 import logging
-import os
-import shutil
 import signal
-from dataclasses import asdict, dataclass
+import sys
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -17,7 +16,10 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 
-from hf_seg.errors import UserError
+from hf_seg.arguments import RecipeArguments
+from hf_seg.errors import UserError, file_errors
+from hf_seg.files import DISK_HINT, publish_folder, remove, temporary_path
+from hf_seg.training.run_log import RunLog
 
 logger = logging.getLogger(__name__)
 
@@ -28,64 +30,55 @@ class Progress:
 
     step: int = 0  # optimizer steps done
     samples_seen: int = 0  # position in the stream, over all processes
-    best_mean_iou: float | None = None
+    best_score: float | None = None  # of the model in best/
+    mean_weight: float | None = None  # of the target's pseudo-labels (lambda), as last logged
 
 
 def save_checkpoint(accelerator: Accelerator, output_dir: Path, progress: Progress, keep: int) -> Path:
     """Write a checkpoint on an optimizer-step boundary, then delete all but the newest `keep` and any of a later step.
 
     To be called by every process.
+
+    Raises:
+        FileError: it cannot be written; earlier checkpoints stay.
     """
     place = output_dir / "checkpoints" / f"step_{progress.step:08d}"
-    aside = place.with_name(place.name + ".partial")
-    if accelerator.is_main_process and aside.exists():
-        shutil.rmtree(aside)
-    accelerator.wait_for_everyone()
-    accelerator.save_state(str(aside))
-    accelerator.wait_for_everyone()
-    if accelerator.is_main_process:
-        files = {str(file.relative_to(aside)): file.stat().st_size for file in aside.rglob("*") if file.is_file()}
-        manifest = {**asdict(progress), "num_processes": accelerator.num_processes, "files": files}
-        (aside / "manifest.json").write_text(json.dumps(manifest, indent=1))
-        for file in aside.rglob("*"):
-            _flush(file)
-        if place.exists():  # from a run that was resumed further back
-            shutil.rmtree(place)
-        os.replace(aside, place)
-        _flush(place.parent)
-        whole = _whole_checkpoints(output_dir)
-        newest = whole.index(place) + 1  # later ones are of a run that was resumed further back
-        for old in whole[: max(newest - keep, 0)] + whole[newest:]:
-            shutil.rmtree(old)
+    temporary = temporary_path(place)
+    with file_errors(place, "cannot be written", DISK_HINT):
+        if accelerator.is_main_process:
+            remove(temporary)  # left by a run that was killed
+        accelerator.wait_for_everyone()
+        accelerator.save_state(str(temporary))
+        accelerator.wait_for_everyone()
+        if accelerator.is_main_process:
+            files = {str(f.relative_to(temporary)): f.stat().st_size for f in temporary.rglob("*") if f.is_file()}
+            manifest = {**asdict(progress), "num_processes": accelerator.num_processes, "files": files}
+            (temporary / "manifest.json").write_text(json.dumps(manifest, indent=1))
+            publish_folder(temporary, place)
+            complete = _complete_checkpoints(output_dir)
+            newest = complete.index(place) + 1  # later ones are of a run that was resumed further back
+            for old in complete[: max(newest - keep, 0)] + complete[newest:]:
+                remove(old)
     accelerator.wait_for_everyone()
     return place
-
-
-def _flush(path: Path) -> None:
-    """Make sure that a file or a folder's entries survive a power cut."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _read_manifest(folder: Path) -> dict[str, Any] | None:
     """Return a checkpoint's manifest, or None if anything of the checkpoint is missing or cut short."""
     try:
         manifest = json.loads((folder / "manifest.json").read_text())
-        whole = all((folder / name).stat().st_size == size for name, size in manifest["files"].items())
+        is_complete = all((folder / name).stat().st_size == size for name, size in manifest["files"].items())
     except (OSError, ValueError, KeyError):
         return None
-    return manifest if whole else None
+    return manifest if is_complete else None
 
 
-def _whole_checkpoints(output_dir: Path) -> list[Path]:
-    """Return the whole checkpoints, oldest first, and tell of the others."""
+def _complete_checkpoints(output_dir: Path) -> list[Path]:
+    """Return the complete checkpoints, oldest first, and warn of the others."""
     folders = sorted(output_dir.glob("checkpoints/step_*[0-9]"))
     for folder in folders:
         if _read_manifest(folder) is None:
-            logger.warning("%s is not whole and is passed over", folder)
+            logger.warning("%s is incomplete and is skipped", folder)
     return [folder for folder in folders if _read_manifest(folder) is not None]
 
 
@@ -94,16 +87,16 @@ def find_checkpoint(output_dir: Path, choice: str | None) -> Path | None:
 
     Args:
         output_dir: of the run.
-        choice: None, "latest" (the newest whole one, if any) or a checkpoint folder.
+        choice: None, "latest" (the newest complete one, if any) or a checkpoint folder.
 
     Raises:
-        UserError: the output folder holds a run that would be lost, or the folder named is no whole checkpoint.
+        UserError: the output folder contains a run that would be lost, or the folder named is no complete checkpoint.
     """
-    existing = _whole_checkpoints(output_dir)
+    existing = _complete_checkpoints(output_dir)
     if choice is None:
         if existing or (output_dir / "metrics.jsonl").exists():
             raise UserError(
-                f"{output_dir} already holds a run; add --resume_from_checkpoint latest to go on with it, "
+                f"{output_dir} already contains a run; add --resume_from_checkpoint latest to resume it, "
                 "choose another --output_dir, or delete it"
             )
         return None
@@ -113,7 +106,7 @@ def find_checkpoint(output_dir: Path, choice: str | None) -> Path | None:
         return existing[-1] if existing else None
     if _read_manifest(Path(choice)) is None:
         others = ", ".join(str(folder) for folder in existing) or "none"
-        raise UserError(f"--resume_from_checkpoint {choice} is no whole checkpoint; whole ones: {others}")
+        raise UserError(f"--resume_from_checkpoint {choice} is no complete checkpoint; complete ones: {others}")
     return Path(choice)
 
 
@@ -127,13 +120,13 @@ def load_checkpoint(accelerator: Accelerator, folder: Path) -> Progress:
         accelerator.load_state(str(folder))
     except (RuntimeError, ValueError) as error:  # a size mismatch of a model, of an optimizer
         reason = " ".join(str(error).split())[:300]
-        raise UserError(f"{folder} holds another model or optimizer than these settings build: {reason}") from None
+        raise UserError(f"{folder} contains another model or optimizer than these settings build: {reason}") from None
     manifest = json.loads((folder / "manifest.json").read_text())
     if manifest["num_processes"] != accelerator.num_processes:
         logger.warning(
             "the checkpoint is of %d processes, now there are %d", manifest["num_processes"], accelerator.num_processes
         )
-    return Progress(manifest["step"], manifest["samples_seen"], manifest["best_mean_iou"])
+    return Progress(**{field.name: manifest[field.name] for field in fields(Progress)})
 
 
 class StopSignal:
@@ -164,3 +157,23 @@ class StopSignal:
         mine = torch.tensor([int(self._received or 0)], device=self._accelerator.device)
         number = int(self._accelerator.gather(mine).max())
         return signal.Signals(number) if number else None
+
+
+def save_or_stop(
+    accelerator: Accelerator, progress: Progress, stop: StopSignal, log: RunLog, args: RecipeArguments
+) -> None:
+    """After a step, write a checkpoint if one is due; after a signal write one and exit with 128 + its number.
+
+    To be called by every process.
+    """
+    is_last = progress.step == args.max_train_steps
+    received = stop.received()
+    is_due = args.checkpointing_steps > 0 and progress.step % args.checkpointing_steps == 0
+    if not (received or is_last or is_due):
+        return
+    saved = save_checkpoint(accelerator, Path(args.output_dir), progress, args.save_total_limit)
+    if received and not is_last:
+        log.close()
+        accelerator.end_training()
+        accelerator.print(f"{received.name}: saved {saved}; resume with --resume_from_checkpoint latest")
+        sys.exit(128 + received)

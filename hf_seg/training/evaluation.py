@@ -1,5 +1,6 @@
-"""Score a network on whole tiles: sliding window, one confusion matrix over all processes, nothing stored."""
+"""Score networks on whole tiles: sliding window, confusion matrices over all processes, nothing stored."""
 
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -7,150 +8,114 @@ from typing import Any
 import numpy as np
 import torch
 from accelerate import Accelerator
-from torch import Tensor
+from torch import nn
 from tqdm import tqdm
 
+from hf_seg.arguments import RecipeArguments
 from hf_seg.data.dataloaders import LabelledImages
 from hf_seg.errors import DatasetError
-from hf_seg.inference.sliding_window import sliding_window_probs
-from hf_seg.inference.tta import average_views
-from hf_seg.labels import BACKGROUND
+from hf_seg.inference.load import use_network
+from hf_seg.inference.predict import Predictor
+from hf_seg.labels import NUM_LABELS
 from hf_seg.metrics import ConfusionMatrix
-from hf_seg.models import SegmentationNetwork
-from hf_seg.normalization import to_pixel_values
 from hf_seg.report.plots import plot_confusion_matrix, plot_panel
 
-
-def predict_probs(
-    network: SegmentationNetwork,
-    image: np.ndarray,
-    accelerator: Accelerator,
-    *,
-    window: int,
-    stride: int,
-    batch_size: int,
-    views: str = "none",
-) -> Tensor:
-    """Compute the class probabilities of one image of any size.
-
-    Class 0 gets 0, and the others are not scaled up in its place: where a network sees no land cover it counts for
-    less in an average of several, and less confident alone.
-
-    Args:
-        network: in eval mode.
-        image: (H, W) or (H, W, 3) uint8.
-        window: side of the sliding window in pixels; the crop size that the network was trained at.
-        stride: its step in pixels.
-        batch_size: windows per forward pass.
-        views: one of `VIEW_PRESETS`; the probabilities are averaged over them.
-
-    Returns:
-        (NUM_LABELS, H, W) float32 on the network's device.
-    """
-
-    def forward(windows: Tensor) -> Tensor:
-        with accelerator.autocast():
-            return network(windows).logits
-
-    def predict(view: Tensor) -> Tensor:
-        return sliding_window_probs(forward, view, window=window, stride=stride, batch_size=batch_size)
-
-    probs = average_views(predict, to_pixel_values(image).to(accelerator.device), views)
-    probs[BACKGROUND] = 0
-    return probs
-
-
-def predict_image(
-    network: SegmentationNetwork,
-    image: np.ndarray,
-    accelerator: Accelerator,
-    *,
-    window: int,
-    stride: int,
-    batch_size: int,
-    views: str = "none",
-) -> np.ndarray:
-    """Map one image of any size; arguments as of `predict_probs`.
-
-    Returns:
-        (H, W) uint8 class ids 1..8; class 0 never wins.
-    """
-    settings: dict[str, Any] = {"window": window, "stride": stride, "batch_size": batch_size, "views": views}
-    probs = predict_probs(network, image, accelerator, **settings)
-    probs[BACKGROUND] = -1  # below the 0 of a class that has underflowed
-    return probs.argmax(0).to(torch.uint8).cpu().numpy()
+PANEL_ROWS = 4
 
 
 def evaluate_network(
-    network: SegmentationNetwork,
+    network: nn.Module, images: LabelledImages, accelerator: Accelerator, args: RecipeArguments
+) -> dict[str, Any]:
+    """Score a network in training (not wrapped for distributed training); it is put into eval mode and back.
+
+    Returns:
+        As `evaluate`.
+    """
+    was_training = network.training
+    results, _ = evaluate(trained_predictor(network, accelerator, args), images, accelerator)
+    network.train(was_training)
+    return results
+
+
+def trained_predictor(network: nn.Module, accelerator: Accelerator, args: RecipeArguments) -> Predictor:
+    """Predict with a network in training: windows of its crop, in the training's arithmetic."""
+    return Predictor(
+        [use_network(network, crop_size=args.crop_size)],
+        device=accelerator.device,
+        stride=args.eval_stride,
+        batch_size=args.eval_batch_size,
+        mixed_precision=accelerator.mixed_precision,
+    )
+
+
+def evaluate(
+    predictor: Predictor,
     images: LabelledImages,
     accelerator: Accelerator,
     *,
-    window: int,
-    stride: int,
-    batch_size: int,
-    views: str = "none",
+    title: str = "validation",
     on_prediction: Callable[[str, np.ndarray, np.ndarray], None] | None = None,
-) -> dict[str, Any]:
-    """Score a network on whole images, shared among the processes, each image counted once.
+) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """Score networks and their average in one pass over the images, shared among the processes.
 
     Args:
-        network: the unwrapped network; put into eval mode and back.
-        on_prediction: called with (image_id, prediction, label) of each image of this process.
+        predictor: the networks.
+        title: of the progress bar.
+        on_prediction: called with (image_id, label map, label) of each image of this process.
 
     Returns:
-        `mean_iou`, `overall_accuracy`, `iou`, `n_classes_present`, `confusion_matrix`, `n_images` over all processes.
+        The scores of the average: `mean_iou`, `overall_accuracy`, `iou`, `n_classes_present`, `confusion_matrix`,
+        `n_images` over all processes; and those of each network, without `n_images`.
 
     Raises:
         DatasetError: no pixel of any image is labelled.
     """
-    settings: dict[str, Any] = {"window": window, "stride": stride, "batch_size": batch_size, "views": views}
-    was_training = network.training
-    network.eval()
-    counts = ConfusionMatrix()
+    counts = [ConfusionMatrix() for _ in range(1 + len(predictor.networks))]
     mine = range(accelerator.process_index, len(images), accelerator.num_processes)
-    for index in tqdm(mine, desc="validation", unit="tile", leave=False, disable=not accelerator.is_main_process):
+    for index in tqdm(mine, desc=title, unit="tile", leave=False, disable=not accelerator.is_main_process):
         image_id, image, label = images[index]
-        prediction = predict_image(network, image, accelerator, **settings)
-        counts.update(prediction, label)
+        accumulator = predictor.predict(image)
+        label_map = accumulator.label_map().cpu().numpy()
+        for matrix, prediction in zip(counts, (label_map, *accumulator.label_maps), strict=True):
+            matrix.update(prediction, label)
         if on_prediction is not None:
-            on_prediction(image_id, prediction, label)
-    network.train(was_training)
-    total = accelerator.reduce(torch.from_numpy(counts.matrix).to(accelerator.device), reduction="sum")
-    counts.matrix[:] = total.cpu().numpy()
-    results = {**counts.compute(), "n_images": len(images)}
+            on_prediction(image_id, label_map, label)
+    matrices = torch.from_numpy(np.stack([matrix.matrix for matrix in counts])).to(accelerator.device)
+    for matrix, total in zip(counts, accelerator.reduce(matrices, reduction="sum").cpu().numpy(), strict=True):
+        matrix.matrix[:] = total
+    results, *each = (matrix.compute() for matrix in counts)
     if results["mean_iou"] is None:
-        raise DatasetError(f"the labels of all {len(images)} validation images are empty: no pixel is of class 1 to 8")
-    return results
+        raise DatasetError(f"the labels of all {len(images)} {title} images are empty: no pixel is of class 1 to 8")
+    return {**results, "n_images": len(images)}, each
 
 
 def draw_results(
-    network: SegmentationNetwork,
+    predictor: Predictor,
     images: LabelledImages,
     results: dict[str, Any],
     folder: Path,
-    accelerator: Accelerator,
     *,
-    window: int,
-    stride: int,
-    batch_size: int,
-    views: str = "none",
-    rows: int = 4,
-    image_title: str = "SAR",
+    titles: tuple[str, str, str] = ("SAR", "label", "prediction"),
+    with_uncertainty: bool = False,
 ) -> None:
     """Draw the confusion matrix, and a panel of image | label | prediction on a few evenly spread images.
 
     Args:
-        results: of `evaluate_network`.
-        folder: takes `confusion_matrix.png` and `panel.png`.
-        image_title: what the images are.
+        results: of `evaluate`.
+        folder: takes `confusion_matrix.png`, `panel.png` and, with the entropy in place of the image,
+            `uncertainty.png`.
+        titles: of the panel's columns.
     """
-    settings: dict[str, Any] = {"window": window, "stride": stride, "batch_size": batch_size, "views": views}
-    network.eval()
     plot_confusion_matrix(results, folder / "confusion_matrix.png")
-    panel = []
-    for index in np.unique(np.linspace(0, len(images) - 1, rows).round().astype(int)).tolist():
+    panel, entropies = [], []
+    for index in np.unique(np.linspace(0, len(images) - 1, PANEL_ROWS).round().astype(int)).tolist():
         image_id, image, label = images[index]
-        prediction = predict_image(network, image, accelerator, **settings)
-        panel.append((image_id, image, label, prediction))
-    plot_panel(panel, folder / "panel.png", titles=(image_title, "label", "prediction"))
+        accumulator = predictor.predict(image)
+        label_map = accumulator.label_map().cpu().numpy()
+        panel.append((image_id, image, label, label_map))
+        if with_uncertainty:
+            entropy = (255 / math.log(NUM_LABELS - 1) * accumulator.entropy()).clamp(0, 255).to(torch.uint8)
+            entropies.append((image_id, np.dstack([entropy.cpu().numpy()] * 3), label, label_map))
+    plot_panel(panel, folder / "panel.png", titles=titles)
+    if with_uncertainty:
+        plot_panel(entropies, folder / "uncertainty.png", titles=("entropy, white = uniform", *titles[1:]))

@@ -2,7 +2,6 @@
 
 import json
 import math
-import os
 import time
 from dataclasses import asdict
 from importlib.util import find_spec
@@ -16,6 +15,7 @@ from tqdm import tqdm
 
 from hf_seg.arguments import RecipeArguments
 from hf_seg.errors import UserError
+from hf_seg.files import write_atomic
 
 
 def check_tracker(report_to: str) -> None:
@@ -43,9 +43,7 @@ class RunLog:
         self._since = time.perf_counter()
         if accelerator.is_main_process:
             kept = [line for line in read_metrics(self.path) if line["step"] <= step]
-            aside = self.path.with_suffix(".partial")
-            aside.write_text("".join(json.dumps(line) + "\n" for line in kept))
-            os.replace(aside, self.path)
+            write_atomic(self.path, "".join(json.dumps(line) + "\n" for line in kept))
         settings = {key: value for key, value in asdict(args).items() if isinstance(value, int | float | str)}
         run = Path(args.output_dir)
         names = {"wandb": {"name": run.name, "dir": str(run)}, "trackio": {"name": run.name}}
@@ -92,7 +90,7 @@ class RunLog:
         return means
 
     def restart_clock(self) -> None:
-        """Begin a new average, for instance after a validation."""
+        """Begin a new average, e.g. after a validation."""
         self._sums, self._count, self._images, self._since = {}, 0, 0, time.perf_counter()
 
     def write(self, record: dict[str, Any]) -> None:

@@ -10,7 +10,6 @@ from hf_seg.data.dataloaders import LabelledImages
 from hf_seg.hub.export import export_model
 from hf_seg.models import SegmentationNetwork
 from hf_seg.training.evaluation import evaluate_network
-from hf_seg.training.setup import window_settings
 
 Networks = dict[str, SegmentationNetwork]  # "student" and "teacher"
 Scores = dict[str, dict[str, dict[str, Any]]]  # "student" | "teacher" -> domain -> results of `evaluate_network`
@@ -20,12 +19,10 @@ def evaluate_both(
     networks: Networks, val_images: dict[str, LabelledImages], accelerator: Accelerator, args: RecipeArguments
 ) -> Scores:
     """Score both networks on the images of each domain."""
-    scores: Scores = {}
-    for name, network in networks.items():
-        scores[name] = {
-            domain: evaluate_network(network, images, accelerator, **window_settings(args))
-            for domain, images in val_images.items()
-        }
+    scores: Scores = {
+        name: {domain: evaluate_network(network, images, accelerator, args) for domain, images in val_images.items()}
+        for name, network in networks.items()
+    }
     accelerator.print("\nmIoU", ", ".join(f"{key} {value:.4f}" for key, value in mean_ious(scores).items()))
     return scores
 
@@ -44,7 +41,7 @@ def export_both(
 ) -> None:
     """Write the teacher to a folder and the student to `student/` in it; to be called by every process.
 
-    `eval_results.json` of each holds the source's results, and those of the target, if it was scored, under `target`.
+    `eval_results.json` of each has the source's results, and those of the target, if it was scored, under `target`.
     """
     if not accelerator.is_main_process:
         return

@@ -1,4 +1,4 @@
-"""What every training recipe does before its loop."""
+"""What the recipes do before and after their work."""
 
 import logging
 from pathlib import Path
@@ -12,53 +12,74 @@ from torch import nn
 from transformers import PreTrainedModel, UperNetForSemanticSegmentation
 from transformers.utils.logging import disable_progress_bar
 
-from hf_seg.arguments import HubSettings, RecipeArguments, check_same_recipe, dump_recipe
+from hf_seg.arguments import HubSettings, RecipeArguments, check_same_recipe
 from hf_seg.errors import UserError
-from hf_seg.hub.push import check_login
+from hf_seg.hub.push import check_login, publish
 from hf_seg.models import SegmentationNetwork, build_model
+from hf_seg.report.plots import plot_curves
 from hf_seg.training.checkpoints import find_checkpoint
 from hf_seg.training.optimization import build_optimizer, build_schedule
 from hf_seg.training.run_log import check_tracker
 
 
-def open_run(args: RecipeArguments) -> tuple[Accelerator, Path | None]:
-    """Start the accelerator and the log, find the checkpoint to resume from, and write `recipe.yaml`.
+def start_accelerator(args: HubSettings, mixed_precision: str, **options: Any) -> Accelerator:
+    """Start the accelerator and the console's log, and make sure that the result can be pushed, if it is to be.
 
     Raises:
-        UserError: the output folder holds another run, or the settings do not fit this machine.
+        UserError: settings that do not fit this machine, or a Hub that would refuse the push.
+    """
+    has_fp16 = mixed_precision != "fp16" or torch.accelerator.is_available()
+    args.require("mixed_precision", has_fp16, "no or bf16 on a CPU")
+    accelerator = Accelerator(cpu=not torch.accelerator.is_available(), mixed_precision=mixed_precision, **options)
+    logging.basicConfig(level=logging.INFO if accelerator.is_main_process else logging.ERROR, format="%(message)s")
+    logging.getLogger("accelerate").setLevel(logging.WARNING)
+    disable_progress_bar()
+    _require_login(args, accelerator)
+    return accelerator
+
+
+def open_run(args: RecipeArguments) -> tuple[Accelerator, Path | None]:
+    """Start the accelerator and find the checkpoint to resume from; nothing is written yet.
+
+    Raises:
+        UserError: the output folder contains another run, or the settings do not fit this machine.
     """
     check_tracker(args.report_to)
-    has_fp16 = args.mixed_precision != "fp16" or torch.accelerator.is_available()
-    args.require("mixed_precision", has_fp16, "no or bf16 on a CPU")
     output_dir = Path(args.output_dir)
-    accelerator = Accelerator(
-        cpu=not torch.accelerator.is_available(),
-        mixed_precision=args.mixed_precision,
+    accelerator = start_accelerator(
+        args,
+        args.mixed_precision,
         gradient_accumulation_steps=args.gradient_accumulation_steps,
         log_with=None if args.report_to == "none" else args.report_to,
         project_dir=output_dir / "tracker",
     )
-    logging.basicConfig(level=logging.INFO if accelerator.is_main_process else logging.ERROR, format="%(message)s")
-    logging.getLogger("accelerate").setLevel(logging.WARNING)
-    disable_progress_bar()
-    require_login(args, accelerator)
-
     checkpoint = find_checkpoint(output_dir, args.resume_from_checkpoint)
     if checkpoint is not None:
         check_same_recipe(args, checkpoint.parent.parent / "recipe.yaml")
     accelerator.wait_for_everyone()
-    if accelerator.is_main_process:
-        output_dir.mkdir(parents=True, exist_ok=True)
-        (output_dir / "recipe.yaml").write_text(dump_recipe(args), encoding="utf-8")
     return accelerator, checkpoint
 
 
-def require_login(args: HubSettings, accelerator: Accelerator) -> None:
-    """Make sure that what a recipe makes can be pushed, if it is to be; only the main process asks the Hub.
+def finish_run(accelerator: Accelerator, args: RecipeArguments) -> None:
+    """Draw the curves of a run whose models are exported, end the tracker, write the card, and push if asked to.
+
+    To be called by every process, last of all.
 
     Raises:
-        UserError: in every process, so that none waits for another.
+        UserError: the push failed; the folder is as complete as without it.
     """
+    output_dir = Path(args.output_dir)
+    if accelerator.is_main_process:
+        plot_curves(output_dir / "metrics.jsonl", output_dir / "figures" / "curves.png")
+        print(f"models, results and figures: {output_dir}")
+    accelerator.wait_for_everyone()
+    accelerator.end_training()
+    if accelerator.is_main_process:  # nobody waits for the Hub
+        publish(output_dir, args)
+
+
+def _require_login(args: HubSettings, accelerator: Accelerator) -> None:
+    """Make sure that a push will be accepted; only the main process asks the Hub, and all raise what it found."""
     if not args.push_to_hub or args.hub_model_id is None:
         return
     for client in ("httpx", "httpx2"):  # of the Hub, by its version
@@ -97,9 +118,3 @@ def build_optimization(model: PreTrainedModel, args: RecipeArguments) -> tuple[t
     )
     steps = {"max_train_steps": args.max_train_steps, "warmup_steps": args.warmup_steps}
     return optimizer, build_schedule(optimizer, **steps, power=args.lr_power)
-
-
-def window_settings(args: RecipeArguments) -> dict[str, Any]:
-    """Return the sliding window that fits the crop."""
-    stride = max(1, round(args.eval_stride * args.crop_size))
-    return {"window": args.crop_size, "stride": stride, "batch_size": args.eval_batch_size}

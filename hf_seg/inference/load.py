@@ -1,0 +1,265 @@
+"""Trained networks from a folder or the Hub: a single model is an ensemble of one.
+
+    for loaded in load_networks("runs/ensemble"):          # or org/name@revision
+        loaded.network(), loaded.crop_size, loaded.normalization, loaded.weight
+
+A model is a folder that stock transformers opens: config.json, model.safetensors, preprocessor_config.json. An ensemble
+is a folder of such folders and
+
+    ensemble.json    {"version", "masked_classes", "members": [{"folder", "origin", "crop", "weight", "revision"}, ...]}
+"""
+
+import functools
+import hashlib
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import snapshot_download
+from torch import nn
+from transformers import (
+    AutoConfig,
+    AutoImageProcessor,
+    SegformerForSemanticSegmentation,
+    UperNetForSemanticSegmentation,
+)
+
+from hf_seg.errors import UserError
+from hf_seg.files import sha256_of
+from hf_seg.labels import BACKGROUND, ID2LABEL
+from hf_seg.models import SegmentationNetwork, load_weights
+from hf_seg.normalization import IMAGENET, Normalization
+
+ENSEMBLE_FILE = "ensemble.json"
+ENSEMBLE_FORMAT = {"version": 1, "masked_classes": [BACKGROUND]}
+MODEL_FILES = ("config.json", "preprocessor_config.json", "model*.safetensors*")
+
+
+@dataclass(eq=False, kw_only=True)
+class LoadedNetwork:
+    """One network and what a prediction needs to know of it.
+
+    Args:
+        crop_size: side in pixels of the crop that it was trained at, and of the window to predict with.
+        normalization: of its input.
+        weight: relative to the other networks of an ensemble.
+        origin: folder or Hub id.
+        revision: commit on the Hub; None for a folder.
+        folder: of its files; None for a network in memory.
+        module: the network, (B, 3, h, w) float32 -> logits (B, 9, any, any), bare or as `.logits` of its output; None
+            leaves it on disk.
+    """
+
+    crop_size: int
+    normalization: Normalization = IMAGENET
+    weight: float = 1.0
+    origin: str = "memory"
+    revision: str | None = None
+    folder: Path | None = None
+    module: nn.Module | None = field(default=None, repr=False)
+
+    def network(self) -> nn.Module:
+        """Return the network; one left on disk is loaded, in eval mode, and lives while the caller keeps it."""
+        if self.module is not None:
+            return self.module
+        assert self.folder is not None
+        return _open_model(self.folder, str(self.folder)).eval()
+
+    @property
+    def name(self) -> str:
+        """The Hub id, or the last part of the folder: a name that may be published."""
+        return self.origin if self.revision else Path(self.origin).resolve().name
+
+    @functools.cached_property
+    def sha256(self) -> str | None:
+        """Digest of the files of weights, config and processor, in hexadecimal; None for a network in memory."""
+        if self.folder is None:
+            return None
+        files = sorted([*self.folder.glob("*config.json"), *self.folder.glob("*.safetensors")])
+        return hashlib.sha256("".join(f"{file.name} {sha256_of(file)}\n" for file in files).encode()).hexdigest()
+
+
+def load_networks(
+    name: str | Path, *, subfolder: str = "", low_memory: bool = False, **hub: Any
+) -> list[LoadedNetwork]:
+    """Load a trained network, or the networks of an ensemble.
+
+    Args:
+        name: folder, or Hub id; `id@revision` pins a commit, branch or tag.
+        subfolder: folder of a single network in it, e.g. "student".
+        low_memory: leave the networks on disk, to be loaded one at a time.
+        hub: settings of `snapshot_download`: revision (that of the name wins), token, cache_dir, force_download,
+            local_files_only.
+
+    Returns:
+        The networks, in eval mode.
+
+    Raises:
+        UserError: not found, incomplete or damaged, or of other classes; the message names it.
+    """
+    prefix = f"{subfolder}/" if subfolder else ""
+    patterns = [f"{prefix}{file}" for file in MODEL_FILES]
+    if not subfolder:
+        patterns += [ENSEMBLE_FILE, *(f"member_*/{file}" for file in MODEL_FILES)]
+    root, revision = find_folder(str(name), patterns, **hub)
+    folder = root / subfolder
+    if not subfolder and (folder / ENSEMBLE_FILE).is_file():
+        networks = _read_ensemble(folder, str(name))
+    elif (folder / "config.json").is_file():
+        networks = [_describe(folder, str(name), origin=str(name).partition("@")[0] if revision else str(name))]
+        networks[0].revision = revision
+    elif subfolder:
+        raise UserError(f"{name} has no folder {subfolder} with a model")
+    else:
+        raise UserError(f"{name} is neither a model nor an ensemble: it has no config.json and no {ENSEMBLE_FILE}")
+    if not low_memory:
+        for loaded in networks:
+            loaded.module = loaded.network()
+    return networks
+
+
+def use_network(module: nn.Module, *, crop_size: int | None = None) -> LoadedNetwork:
+    """Describe a network in memory.
+
+    Args:
+        module: a stock model that came from a folder or the Hub brings its crop size and normalisation; any other
+            module gets ours.
+        crop_size: replaces that of the model.
+
+    Raises:
+        UserError: the crop size is unknown.
+    """
+    described = None
+    if isinstance(module, SegformerForSemanticSegmentation | UperNetForSemanticSegmentation):
+        described = _find_processor(module)
+        module = SegmentationNetwork(module)  # stock UperNet would also compute its auxiliary head
+    if described is None and crop_size is None:
+        raise UserError("this network does not tell the crop that it was trained at: pass window=..., in pixels")
+    crop, normalization = described or (0, IMAGENET)
+    return LoadedNetwork(crop_size=crop_size or crop, normalization=normalization, module=module)
+
+
+def normalized_weights(networks: Sequence[LoadedNetwork]) -> list[float]:
+    """Return the networks' weights, scaled to a sum of 1.
+
+    Raises:
+        UserError: no network, or a weight that is not above 0.
+    """
+    if not networks:
+        raise UserError("an ensemble needs one network or more")
+    for network in networks:
+        if not 0 < network.weight < math.inf:
+            raise UserError(f"the weight of {network.origin} must be above 0 and finite; it is {network.weight}")
+    return [network.weight / sum(each.weight for each in networks) for network in networks]
+
+
+def find_folder(name: str, patterns: Sequence[str], **hub: Any) -> tuple[Path, str | None]:
+    """Find a folder, or fetch its files from the Hub.
+
+    Args:
+        name: folder, or Hub id; `id@revision` pins a commit, branch or tag.
+        patterns: the files that are needed.
+        hub: settings of `snapshot_download`; its `revision` is weaker than that of the name.
+
+    Returns:
+        The folder, and the commit if it came from the Hub.
+
+    Raises:
+        UserError: neither.
+    """
+    if Path(name).is_dir():
+        return Path(name), None
+    repository, _, pinned = name.partition("@")
+    hub["revision"] = pinned or hub.get("revision")
+    try:
+        folder = Path(snapshot_download(repository, allow_patterns=list(patterns), **hub))
+    except Exception as error:  # network, login, name: the Hub's client raises many kinds; each is about this name
+        reason = " ".join(str(error).split())[:200]
+        raise UserError(
+            f"{name} was not found locally or on the Hub ({reason}); check the name and the network; a private "
+            "repository needs `hf auth login` or token=..."
+        ) from None
+    return folder, folder.name  # a snapshot is named by its commit
+
+
+def _describe(folder: Path, name: str, **known: Any) -> LoadedNetwork:
+    """Describe the model in a folder without loading it."""
+    if absent := [pattern for pattern in MODEL_FILES if not any(folder.glob(pattern))]:
+        raise UserError(f"{name} is incomplete: it has no {absent[0]}; fetch or export it again")
+    crop_size, normalization = _read_processor(folder)
+    return LoadedNetwork(crop_size=crop_size, normalization=normalization, folder=folder, **known)
+
+
+def _read_processor(folder: Path) -> tuple[int, Normalization]:
+    """Return the crop size and the normalisation that the image processor of a folder has."""
+    try:
+        processor = AutoImageProcessor.from_pretrained(folder)
+        scale = 1 / processor.rescale_factor if processor.do_rescale else 1.0
+        mean, std = (processor.image_mean, processor.image_std) if processor.do_normalize else ([0.0] * 3, [1.0] * 3)
+        return int(processor.size["height"]), Normalization(tuple(mean), tuple(std), scale)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(
+            f"{folder}/preprocessor_config.json is not one that this project writes ({' '.join(str(error).split())})"
+        ) from None
+
+
+def _find_processor(model: Any) -> tuple[int, Normalization] | None:
+    """Find the image processor saved with a stock model in memory; None if the model was built, not loaded."""
+    if not model.name_or_path:
+        return None
+    try:
+        revision = getattr(model.config, "_commit_hash", None)
+        folder, _ = find_folder(model.name_or_path, ["preprocessor_config.json"], revision=revision)
+        return _read_processor(folder)
+    except UserError:
+        return None
+
+
+def _open_model(folder: Path, name: str) -> SegmentationNetwork:
+    """Load every tensor of a model of the nine classes."""
+    try:
+        config = AutoConfig.from_pretrained(folder)
+    except (OSError, ValueError) as error:
+        raise UserError(f"{name}: config.json cannot be read ({str(error).splitlines()[0]})") from None
+    if config.model_type not in ("segformer", "upernet") or config.id2label != ID2LABEL:
+        raise UserError(f"{name} is no segmentation model of the {len(ID2LABEL)} land-cover classes")
+    stock = SegformerForSemanticSegmentation if config.model_type == "segformer" else UperNetForSemanticSegmentation
+    return SegmentationNetwork(load_weights(stock, str(folder), config, may_be_new=()))
+
+
+def _read_ensemble(folder: Path, name: str) -> list[LoadedNetwork]:
+    """Read `ensemble.json` and find its networks complete."""
+    path = folder / ENSEMBLE_FILE
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+        found_format = {key: config[key] for key in ENSEMBLE_FORMAT}
+        members = [
+            {
+                "member": Path(entry["folder"]).name,
+                "crop": int(entry["crop"]),
+                "weight": float(entry["weight"]),
+                "origin": str(entry["origin"]),
+                "revision": entry["revision"],
+            }
+            for entry in config["members"]
+        ]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(
+            f"{path} does not list members as this version writes them ({error!r}); export it again"
+        ) from None
+    if found_format != ENSEMBLE_FORMAT:
+        raise UserError(f"{path} has another format, {found_format}, than this version reads, {ENSEMBLE_FORMAT}")
+    networks = []
+    for entry in members:
+        member, crop = entry.pop("member"), entry.pop("crop")
+        loaded = _describe(folder / member, f"{name}/{member}", **entry)
+        if loaded.crop_size != crop:
+            raise UserError(
+                f"{name}/{member} has crop size {loaded.crop_size}, but {ENSEMBLE_FILE} says {crop}; export it again"
+            )
+        networks.append(loaded)
+    normalized_weights(networks)  # what is wrong with them shows before anything is loaded
+    return networks
