@@ -131,7 +131,7 @@ def _draw_scores(axes: Axes, scores: dict[str, Any]) -> None:
     style_axes(axes, "IoU with the truth, on the same pixels")
     axes.grid(visible=False, axis="y")
     axes.tick_params(axis="y", length=0)
-    axes.legend(loc="upper right", bbox_to_anchor=(1, 1.08), ncols=2, frameon=False, fontsize=11)
+    axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.08), ncols=2, frameon=False, fontsize=11)
 
 
 def _paint(label: np.ndarray | None) -> np.ndarray | None:

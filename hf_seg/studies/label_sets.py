@@ -10,6 +10,7 @@ import datasets
 import numpy as np
 from tqdm import tqdm
 
+from hf_seg.data.pseudo_label_dataset import load_pseudo_labels
 from hf_seg.errors import DatasetError, UserError, file_errors
 from hf_seg.labels import BACKGROUND, IGNORE_INDEX, NUM_LABELS
 from hf_seg.studies.images import LOSSLESS, list_images, read_image
@@ -85,18 +86,6 @@ class LabelSet:
             found = f"{confidence.shape} {confidence.dtype}"
             raise DatasetError(f"{place}: expected confidence as {label.shape} uint8, found {found}")
         return np.where(label == IGNORE_INDEX, BACKGROUND, label).astype(np.uint8), confidence
-
-
-def load_pseudo_labels(source: str, columns: Sequence[str]) -> datasets.Dataset:
-    """Load pseudo-labels from a folder of Parquet files or the Hub; "confidence" is kept if it is present."""
-    # TODO: delete this copy for hf_seg.data.pseudo_label_dataset.load_pseudo_labels, which has the same signature.
-    try:
-        rows = datasets.load_dataset(str(Path(source).resolve()) if Path(source).exists() else source, split="train")
-    except Exception as error:  # datasets raises many kinds; each is about this path
-        raise UserError(f"{source}: cannot be loaded ({' '.join(str(error).split())})") from None
-    if missing := {*columns} - {"confidence", *rows.column_names}:
-        raise UserError(f"{source}: no column {', '.join(sorted(missing))} among {rows.column_names}")
-    return rows.select_columns([column for column in columns if column in rows.column_names])
 
 
 def default_name(source: str) -> str:
