@@ -221,7 +221,7 @@ def test_bootstrap_equals_scoring_each_redrawn_set_by_itself() -> None:
     assert found["mean_iou"]["high"] == pytest.approx(high)
 
 
-def test_bootstrap_follows_its_seed_alone() -> None:
+def test_bootstrap_depends_on_its_seed_only() -> None:
     truth = random_maps(6)
     a, b = spoil(truth, 0.4, 1), spoil(truth, 0.2, 2)
     first, again, other = (summarize(a, b, truth, seed=seed)["truth"]["difference"] for seed in (0, 0, 1))
@@ -230,12 +230,12 @@ def test_bootstrap_follows_its_seed_alone() -> None:
     assert first["mean_iou"]["low"] != other["mean_iou"]["low"]
 
 
-def test_pixels_that_one_set_leaves_unlabelled_change_no_score_on_the_same_pixels() -> None:
+def test_pixels_that_one_set_does_not_label_change_no_score_on_the_same_pixels() -> None:
     truth = random_maps(4)
     a, b = spoil(truth, 0.4, 1), spoil(truth, 0.2, 2)
-    holes = {key: np.where(np.arange(24) < 6, 0, label).astype(np.uint8) for key, label in b.items()}
+    incomplete = {key: np.where(np.arange(24) < 6, 0, label).astype(np.uint8) for key, label in b.items()}
     cut = {key: label[:, 6:] for key, label in a.items()}
-    result = summarize(a, holes, truth)["truth"]
+    result = summarize(a, incomplete, truth)["truth"]
     expected = summarize(cut, {k: v[:, 6:] for k, v in b.items()}, {k: v[:, 6:] for k, v in truth.items()})["truth"]
     assert result["same_pixels"] == expected["same_pixels"]
     assert result["difference"] == expected["difference"]
@@ -244,7 +244,7 @@ def test_pixels_that_one_set_leaves_unlabelled_change_no_score_on_the_same_pixel
     assert result["compared"] == 0.75
 
 
-def test_confidence_that_tells_the_truth_has_no_calibration_error() -> None:
+def test_calibrated_confidence_has_no_calibration_error() -> None:
     levels = np.zeros((256, 2), dtype=int)
     levels[51:256:51] = [(100, 20), (100, 40), (100, 60), (100, 80), (100, 100)]  # 0.2, 0.4 ... 1.0
     result = label_audit.calibrate(levels)
@@ -257,7 +257,7 @@ def test_confidence_that_tells_the_truth_has_no_calibration_error() -> None:
     assert result is not None and [row["share"] for row in result["deciles"]] == [0.9, 0.1]
 
 
-def test_overconfidence_is_the_calibration_error_and_deciles_are_equally_full() -> None:
+def test_overconfidence_is_the_calibration_error_and_deciles_have_equal_pixels() -> None:
     levels = np.stack([np.full(256, 1000), np.arange(256) * 1000 // 510], axis=1)  # right half as often as it says
     result = label_audit.calibrate(levels)
     assert result is not None and result["calibration_error"] == pytest.approx(0.25, abs=0.001)
@@ -377,7 +377,7 @@ def test_tiles_without_a_counterpart_are_counted_and_named(tmp_path: Path, capsy
     assert f"4 ({', '.join(names[:3])}, ...)" in (tmp_path / "audit/audit.md").read_text()
 
 
-def test_a_truth_of_some_tiles_judges_those_and_all_are_compared(tmp_path: Path) -> None:
+def test_a_truth_of_some_tiles_scores_those_and_all_are_compared(tmp_path: Path) -> None:
     truth = random_maps(4)
     a, b = write_folder(tmp_path / "a", spoil(truth, 0.4, 1)), write_folder(tmp_path / "b", truth)
     t = write_folder(tmp_path / "t", {key: truth[key] for key in ("TrainArea_001", "TrainArea_003")})
