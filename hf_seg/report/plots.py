@@ -197,17 +197,9 @@ def _mark_best(axes: Axes, steps: np.ndarray, scores: np.ndarray) -> None:
     if not np.isfinite(scores).any():
         return
     best = int(np.nanargmax(scores))
-    step, percent = float(steps[best]), 100 * float(scores[best])
-    axes.plot(
-        step,
-        percent,
-        linestyle="none",
-        marker="*",
-        markersize=14,
-        color="#c8553d",
-        zorder=3,
-        label=f"best mIoU {percent:.2f} at step {int(step):,}",
-    )
+    step, score = float(steps[best]), 100 * float(scores[best])
+    label = f"best mIoU {score:.2f} at step {int(step):,}"
+    axes.plot(step, score, "*", markersize=14, color="#c8553d", zorder=3, label=label)
 
 
 def draw_matrix(axes: Axes, counts: np.ndarray, shown: Sequence[int]) -> None:
