@@ -10,9 +10,7 @@ import pytest
 import rasterio
 from conftest import write_tiff
 from rasterio.enums import ColorInterp
-from scipy.ndimage import label as label_components
 
-from hf_seg.data.nodata import ZeroCollar
 from hf_seg.errors import UserError
 from hf_seg.mapping.scene import READ_ROWS, SAR_LEVELS, Scene
 
@@ -35,28 +33,6 @@ def test_uint8_stays_as_it_is_and_rows_do_not_depend_on_how_they_are_read(tmp_pa
         for top, bottom in [(0, 582), (0, 1), (255, 257), (200, 560), (581, 582), (3, 4)]:
             pixels, valid = scene.rows(top, bottom)
             assert np.array_equal(pixels, image[None, top:bottom]) and valid.all() and valid.shape == (bottom - top, 40)
-
-
-@pytest.mark.parametrize("seed", range(20))
-def test_the_collar_is_every_zero_from_which_the_border_can_be_reached(seed: int) -> None:
-    rng = np.random.default_rng(seed)
-    height, width = rng.integers(1, 40, 2)
-    zeros = rng.random((height, width)) < rng.uniform(0.3, 0.8)
-    labels = label_components(zeros)[0]
-    on_border = np.unique(np.concatenate([labels[0], labels[-1], labels[:, 0], labels[:, -1]]))
-    expected = np.isin(labels, on_border[on_border > 0])
-    rows = int(rng.integers(1, 9))
-    bands = [zeros[top : top + rows] for top in range(0, height, rows)]
-    collar = ZeroCollar(bands)
-    assert np.array_equal(np.concatenate([collar.mask(i, band) for i, band in enumerate(bands)]), expected)
-
-
-def test_the_collar_follows_a_spiral_across_bands() -> None:
-    image = np.ones((2 * READ_ROWS, 9), np.uint8)
-    image[:, 1] = image[-2, 1:8] = image[2:-1, 7] = image[2, 3:8] = image[2:-4, 3] = 0  # reaches the top border only
-    collar = ZeroCollar(band == 0 for band in np.split(image, 4))
-    found = np.concatenate([collar.mask(i, band == 0) for i, band in enumerate(np.split(image, 4))])
-    assert np.array_equal(found, image == 0)
 
 
 def test_zeros_inside_the_swath_hold_data_and_the_search_can_be_left_out(tmp_path: Path) -> None:

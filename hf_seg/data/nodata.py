@@ -1,7 +1,8 @@
-"""The collar of zeros around a SAR swath: zeros connected with the border of the scene, found in bounded memory.
+"""Pixels outside a SAR swath: zeros connected with the border of the image (the "collar"), in bounded memory.
 
-One pass over bands of rows labels each band's zeros by themselves and remembers which components touch the band's
-edge; a graph of those tells which hang together, and with the border. Of each band no more than that is kept.
+Zeros inside the swath (calm water, radar shadow) are data. The image is read once, in bands of rows. In each band the
+connected components of zeros are labelled; those that touch the band's edge become nodes of a graph, whose connected
+components tell which of them reach the border of the image. Only these labels are kept in memory.
 """
 
 from collections.abc import Iterable
@@ -11,16 +12,28 @@ from scipy.ndimage import label as label_components
 from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
 
-OUTSIDE, NOWHERE = 0, -1  # the node of all that lies outside the scene; a pixel that belongs to no node
+OUTSIDE = 0  # node of everything outside the image
+NO_NODE = -1  # pixel that belongs to no node
+
+
+def outside_swath(sar: np.ndarray) -> np.ndarray:
+    """Find the pixels outside the SAR swath of an image in memory.
+
+    Args:
+        sar: (H, W) uint8.
+
+    Returns:
+        (H, W) bool, True on zeros that are connected with the image's border (4-connectivity).
+    """
+    zeros = sar == 0
+    return ZeroCollar([zeros]).mask(0, zeros)
 
 
 class ZeroCollar:
-    """Zeros from which the border of the scene can be reached through zeros, in steps to the four neighbours.
-
-    Zeros inside the swath (calm water, radar shadow) are not among them.
+    """The zeros that are connected with the border of an image (4-connectivity).
 
     Args:
-        bands: (rows, width) bool arrays, True where a pixel is zero, which stacked from top to bottom are the scene.
+        bands: (rows, width) bool arrays from top to bottom, True where a pixel is zero.
     """
 
     def __init__(self, bands: Iterable[np.ndarray]) -> None:
@@ -34,11 +47,10 @@ class ZeroCollar:
             edges = [labels[0], labels[-1], labels[:, 0], labels[:, -1]]
             touching = np.setdiff1d(np.concatenate(edges), [0])
             top, bottom, left, right = (
-                np.where(edge > 0, number_of_nodes + np.searchsorted(touching, edge), NOWHERE) for edge in edges
+                np.where(edge > 0, number_of_nodes + np.searchsorted(touching, edge), NO_NODE) for edge in edges
             )
-            outside = np.full_like(top, OUTSIDE)
-            links += [_links(outside if above is None else above, top), _links(np.full_like(left, OUTSIDE), left)]
-            links.append(_links(np.full_like(right, OUTSIDE), right))
+            links.append(_links(np.full_like(top, OUTSIDE) if above is None else above, top))
+            links += [_links(np.full_like(side, OUTSIDE), side) for side in (left, right)]
             self._labels.append(touching)
             self._first_nodes.append(number_of_nodes)
             number_of_nodes += len(touching)
@@ -54,8 +66,8 @@ class ZeroCollar:
         """Find the collar in one band.
 
         Args:
-            band: its number.
-            zeros: (rows, width) bool, as it was when the collar was built.
+            band: index of the band.
+            zeros: (rows, width) bool, the same array that was passed to the constructor.
 
         Returns:
             (rows, width) bool, True on the collar.
@@ -71,11 +83,11 @@ class ZeroCollar:
 
 
 def _label(zeros: np.ndarray) -> np.ndarray:
-    """Number the components of (rows, width) bool; int32, 0 where there is none."""
+    """Label the connected components of (rows, width) bool; int32, 0 on the background."""
     return label_components(zeros)[0] if zeros.any() else np.zeros(zeros.shape, np.int32)
 
 
 def _links(nodes: np.ndarray, neighbours: np.ndarray) -> np.ndarray:
-    """Return the different pairs of nodes that lie beside each other; (2, n) int64."""
+    """Return the distinct pairs of adjacent nodes; (2, n) int64."""
     pairs = np.stack([nodes, neighbours])
-    return np.unique(pairs[:, (pairs != NOWHERE).all(axis=0)], axis=1)
+    return np.unique(pairs[:, (pairs != NO_NODE).all(axis=0)], axis=1)
