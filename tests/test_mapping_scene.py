@@ -1,4 +1,4 @@
-"""What the networks see of a raster: values, nodata, and the collar of zeros."""
+"""Rasters as the networks expect them: values, nodata, and the zero collar."""
 
 import logging
 import re
@@ -142,7 +142,9 @@ def test_a_damaged_row_is_named_when_it_is_read(tmp_path: Path) -> None:
     (tmp_path / "a.tif").write_bytes(content[: len(content) * 3 // 4])
     with Scene(tmp_path / "a.tif", zero_collar=False) as scene:
         assert np.array_equal(scene.rows(0, 200)[0][0], image[:200])
-        with pytest.raises(UserError, match=r"a\.tif: rows 256 to 511 cannot be read; it is damaged or cut short"):
+        with pytest.raises(
+            UserError, match=r"a\.tif: rows 256 to 511 cannot be read; the file is damaged or truncated"
+        ):
             scene.rows(256, 300)
     with pytest.raises(UserError, match="rows 256 to 511 cannot be read"):
         Scene(tmp_path / "a.tif")
