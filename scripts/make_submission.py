@@ -21,7 +21,8 @@ from PIL import Image
 from hf_seg.errors import FileError, UserError, file_errors, one_line_errors
 from hf_seg.files import atomic_file
 from hf_seg.labels import BACKGROUND, NUM_LABELS
-from hf_seg.mapping.scene import GDAL_ERRORS, Scene, gdal_reason, gdal_session
+from hf_seg.mapping.gdal import GDAL_ERRORS, gdal_reason, gdal_session
+from hf_seg.mapping.scene import Scene
 from hf_seg.settings import Parser
 
 TILES = {"val": 210, "test": 490}

@@ -138,8 +138,8 @@ def map_scene(
     is_shared: bool,
 ) -> None:
     """Map one scene and print its summary; a shared scene is mapped by all processes, each a part of its bands."""
+    from hf_seg.mapping.gdal import gdal_session
     from hf_seg.mapping.job import MapJob
-    from hf_seg.mapping.scene import gdal_session
 
     is_main = state.is_main_process or not is_shared
     wait = state.wait_for_everyone if is_shared else lambda: None
@@ -182,6 +182,7 @@ def run(argv: Sequence[str] | None = None) -> None:
     logging.getLogger("rasterio").setLevel(logging.ERROR)  # its errors are raised as exceptions too
     disable_progress_bar()
     pairs = pair_targets(scenes, args.destination, overwrite=options.overwrite)
+    state.wait_for_everyone()  # no process writes a map before all have listed the missing ones
     if not pairs:
         return
     predictor = Predictor(

@@ -16,10 +16,11 @@ from hf_seg.inference.predict import Predictor
 from hf_seg.labels import BACKGROUND
 from hf_seg.mapping.band_mapper import ROWS_AT_ONCE, BandMapper
 from hf_seg.mapping.band_store import BandStore
+from hf_seg.mapping.gdal import GDAL_ERRORS, gdal_reason
 from hf_seg.mapping.options import RasterOptions
 from hf_seg.mapping.output import choose_layers, write_layers
 from hf_seg.mapping.polygons import write_polygons
-from hf_seg.mapping.scene import GDAL_ERRORS, READ_ROWS, Scene, gdal_reason
+from hf_seg.mapping.scene import READ_ROWS, Scene
 from hf_seg.mapping.statistics import MapStatistics, MapSummary
 
 logger = logging.getLogger(__name__)

@@ -17,9 +17,9 @@ from torch import nn
 
 from hf_seg.ensemble import EnsembleForSemanticSegmentation
 from hf_seg.inference.predict import Member, Predictor, load_members
+from hf_seg.mapping.gdal import gdal_session
 from hf_seg.mapping.job import MapJob
 from hf_seg.mapping.options import RasterOptions
-from hf_seg.mapping.scene import gdal_session
 from hf_seg.mapping.statistics import MapSummary
 
 

@@ -10,27 +10,18 @@ import contextlib
 import functools
 import logging
 import math
-import warnings
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
-import rasterio
-from rasterio._err import CPLE_BaseError
-from rasterio.dtypes import in_dtype_range
-from rasterio.enums import ColorInterp, MaskFlags
-from rasterio.errors import NotGeoreferencedWarning, RasterioError
 from rasterio.windows import Window
 
 from hf_seg.data.nodata import ZeroCollar
-from hf_seg.errors import FileError, UserError, file_errors
+from hf_seg.errors import FileError, UserError
+from hf_seg.mapping.gdal import GDAL_ERRORS, choose_bands, declares_nodata, gdal_reason, open_raster
 from hf_seg.mapping.options import UNITS
 
 logger = logging.getLogger(__name__)
-
-# GDAL's errors; rasterio does not turn every one into an error of its own.
-GDAL_ERRORS = (RasterioError, CPLE_BaseError)
-GDAL_CACHE = 128  # MiB; GDAL's default is a fraction of the machine's memory
 
 READ_ROWS = 256  # rows per read
 SAMPLED_PIXELS = 4_000_000  # per band, in full rows spread over the scene, for the percentiles
@@ -74,18 +65,18 @@ class Scene:
         if stretch is not None and not (len(stretch) == 2 and -math.inf < stretch[0] < stretch[1] < math.inf):
             raise UserError(f"stretch must be two ascending numbers, for 0 and 255; got {list(stretch)}")
         self.name = str(source)
-        self.dataset = _open(self.name)
+        self.dataset = open_raster(self.name)
         with contextlib.ExitStack() as on_error:
             on_error.callback(self.dataset.close)
-            self.bands = _choose_bands(self.dataset, self.name, bands)
+            self.bands = choose_bands(self.dataset, bands)
             self.height, self.width = self.dataset.height, self.dataset.width
             self.units = units
-            self._declares_nodata = any(_declares_nodata(self.dataset, band) for band in self.bands)
+            self._declares_nodata = any(declares_nodata(self.dataset, band) for band in self.bands)
             self._collar: ZeroCollar | None = None
             self._chunk = functools.lru_cache(maxsize=cached_rows // READ_ROWS + 2)(self._read_chunk)
             if zero_collar and not self._declares_nodata:
                 tops = range(0, self.height, READ_ROWS)
-                self._collar = ZeroCollar(_zeros(self._read(top, self._end(top))[0]) for top in tops)
+                self._collar = ZeroCollar(_zeros(self._read(top, READ_ROWS)[0]) for top in tops)
             self.stretch: tuple[float, float] | None = None
             if stretch is not None:
                 self.stretch = (float(stretch[0]), float(stretch[1]))
@@ -137,18 +128,15 @@ class Scene:
                 f"({gdal_reason(error)})"
             ) from None
 
-    def _end(self, top: int) -> int:
-        return min(top + READ_ROWS, self.height)
-
     def _read_chunk(self, number: int) -> tuple[np.ndarray, np.ndarray]:
-        top = number * READ_ROWS
-        raw, valid = self._read(top, self._end(top))
+        raw, valid = self._read(number * READ_ROWS, READ_ROWS)
         if self._collar is not None:
             valid &= ~self._collar.mask(number, _zeros(raw))
         return self._to_uint8(raw, valid), valid
 
-    def _read(self, top: int, bottom: int) -> tuple[np.ndarray, np.ndarray]:
+    def _read(self, top: int, count: int) -> tuple[np.ndarray, np.ndarray]:
         """Return raw values (bands, rows, width), and (rows, width) bool: not declared nodata, and finite."""
+        bottom = min(top + count, self.height)
         window = Window(0, top, self.width, bottom - top)
         with self._reading(f"rows {top} to {bottom - 1}"):
             raw = self.dataset.read(self.bands, window=window)
@@ -188,7 +176,7 @@ class Scene:
         count = min(self.height, max(1, SAMPLED_PIXELS // self.width))
         sample = []
         for row in np.unique(np.linspace(0, self.height - 1, count).round().astype(int)).tolist():
-            raw, valid = self._read(row, row + 1)
+            raw, valid = self._read(row, 1)
             valid &= ~_zeros(raw)  # leaves out the collar
             sample.append(self._to_linear(raw[:, valid][:, None])[:, 0])
         values = np.concatenate(sample, axis=1)
@@ -209,77 +197,6 @@ class Scene:
         return stretch
 
 
-@contextlib.contextmanager
-def gdal_session() -> Iterator[None]:
-    """Limit GDAL's cache, and accept rasters without a georeference silently."""
-    with rasterio.Env(GDAL_CACHEMAX=GDAL_CACHE), warnings.catch_warnings():
-        warnings.simplefilter("ignore", NotGeoreferencedWarning)
-        yield
-
-
-def gdal_reason(error: BaseException) -> str:
-    """Return what GDAL reports, in one line; rasterio's own message often only points to it."""
-    return " ".join(str(error.__cause__ or error).split())
-
-
 def _zeros(raw: np.ndarray) -> np.ndarray:
     zeros: np.ndarray = (raw == 0).all(axis=0)
     return zeros
-
-
-def _declares_nodata(dataset: rasterio.DatasetReader, band: int) -> bool:
-    flags, nodata = dataset.mask_flag_enums[band - 1], dataset.nodatavals[band - 1]
-    if MaskFlags.alpha in flags or MaskFlags.per_dataset in flags:
-        return True
-    return nodata is not None and in_dtype_range(nodata, dataset.dtypes[band - 1])
-
-
-def _open(name: str) -> rasterio.DatasetReader:
-    path = Path(name)
-    with file_errors(name, "cannot be read"):
-        if path.is_dir():
-            raise UserError(f"{name} is a folder; name a raster")
-        start = b""
-        if is_file := path.is_file():
-            with path.open("rb") as file:
-                start = file.read(64).lstrip()
-            if not path.stat().st_size:
-                raise UserError(f"{name} is empty (0 bytes); download it again")
-    try:
-        dataset = rasterio.open(name)
-    except GDAL_ERRORS as error:
-        if start[:1] in (b"<", b"{"):
-            raise UserError(f"{name} is text (HTML, XML or JSON), not a raster; did a download fail?") from None
-        hint = "is it a complete raster?" if is_file else "does the file exist?"
-        raise UserError(f"{name} cannot be opened; {hint} ({' '.join(str(error).split())})") from None
-    problem = ""
-    if not dataset.count:
-        names = ", ".join(dataset.subdatasets[:3])
-        problem = f"contains {len(dataset.subdatasets)} datasets; name one of them: {names}"
-    elif any(dtype.startswith("complex") for dtype in dataset.dtypes):
-        problem = f"is complex ({dataset.dtypes[0]}); its amplitude is DERIVED_SUBDATASET:AMPLITUDE:{name}"
-    elif ColorInterp.palette in dataset.colorinterp:
-        problem = "has a colour table, so its values are not intensities; expand it with gdal_translate -expand rgb"
-    if problem:
-        dataset.close()
-        raise UserError(f"{name} {problem}")
-    return dataset
-
-
-def _choose_bands(dataset: rasterio.DatasetReader, name: str, bands: Sequence[int] | None) -> list[int]:
-    wrong = [band for band in bands or () if not 1 <= band <= dataset.count]
-    if wrong:
-        raise UserError(f"{name} has bands 1 to {dataset.count}; there is no band {wrong[0]}")
-    if bands is None:
-        kinds = dict(zip(dataset.indexes, dataset.colorinterp, strict=True))
-        colors = {kind: band for band, kind in kinds.items()}
-        plain = [band for band, kind in kinds.items() if kind != ColorInterp.alpha]
-        red_green_blue = [colors.get(kind) for kind in (ColorInterp.red, ColorInterp.green, ColorInterp.blue)]
-        if None not in red_green_blue:
-            bands = [band for band in red_green_blue if band is not None]
-        elif len(plain) in (1, 3):
-            bands = plain
-    if bands is None or len(bands) not in (1, 3):
-        found = f"{len(bands)} were chosen" if bands is not None else f"it has {dataset.count}"
-        raise UserError(f"{name}: a network takes one band (SAR) or three (optical), {found}; choose with --bands")
-    return list(bands)
