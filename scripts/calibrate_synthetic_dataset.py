@@ -155,14 +155,13 @@ def read_scenes(folder: Path, splits: Iterable[str]) -> list[Tile]:
     clean = folder.parent / EXTRA_FOLDER / "train_clean_labels"
     for split in splits:
         for row in rows[split]:
-            sar, optical, label = row.files["sar"], row.files["optical"], row.files["label"]
-            if label is None or sar is None:
+            if row.files["label"] is None:
                 raise DatasetError(f"{folder}: {split} has no labels; they are needed for the statistics")
-            label, noisy = read(label, "label"), None
+            pixels = {column: read(path, column) for column, path in row.files.items() if path is not None}
+            exact, noisy = pixels["label"], None
             if split == "train" and clean.is_dir():
-                label, noisy = read(clean / f"{row.image_id}.tif", "label"), label
-            image = None if optical is None else read(optical, "optical")
-            tiles.append(Tile(read(sar, "sar"), label, image, noisy))
+                exact, noisy = read(clean / f"{row.image_id}.tif", "label"), exact
+            tiles.append(Tile(pixels["sar"], exact, pixels.get("optical"), noisy))
     if not tiles:
         raise DatasetError(f"{folder}: no tiles in {' or '.join(splits)}")
     return tiles

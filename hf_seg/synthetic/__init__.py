@@ -100,7 +100,7 @@ class Scene:
 
     @property
     def gain(self) -> float:
-        """Return the radar's gain: a low-discrepancy sequence over a region's scenes, so that few are balanced too."""
+        """Return the radar's gain: a low-discrepancy sequence over a region's scenes, balanced after few scenes."""
         quantile = (self.index // len(REGIONS) * 0.6180 + self.index % len(REGIONS) * 0.3819 + self.seed * 0.2360) % 1
         return float(1.03 * np.exp(GAIN_SPREAD * (2 * quantile - 1)))
 

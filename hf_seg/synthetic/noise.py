@@ -29,7 +29,7 @@ _MIXED_SCALE = (9.0, 28.0)  # metres, size of the confused segments
 
 
 def corrupt_labels(rng: np.random.Generator, label: np.ndarray, parcel: np.ndarray, gsd: float) -> np.ndarray:
-    """Return (H, W) uint8: `label` with the errors of a network trained on other data.
+    """Return (H, W) uint8: `label` with the simulated errors of a network trained on other data.
 
     Args:
         label: (H, W) uint8 true class ids.
@@ -57,7 +57,7 @@ def _miss_small_objects(rng: np.random.Generator, label: np.ndarray, gsd: float)
 
 
 def _confuse(rng: np.random.Generator, label: np.ndarray, parcel: np.ndarray, gsd: float) -> np.ndarray:
-    """Change whole segments of each class into the classes that it is confused with.
+    """Change coherent segments of each class into the classes that it is confused with.
 
     Mostly wide areas change, e.g. a large meadow or roof, as they lack context. Such errors depend on what is visible,
     also in SAR, so a network learns them.
