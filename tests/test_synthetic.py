@@ -1,10 +1,12 @@
-"""The generated world: its layout, its statistics against the real ones, its noise, and its command line."""
+"""The synthetic dataset: layout, statistics compared with real scenes, label noise, and command lines."""
 
+import importlib.util
+import json
 import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any
 
 import cv2
 import numpy as np
@@ -14,18 +16,26 @@ import rasterio
 from hf_seg.data.doctor import examine
 from hf_seg.data.open_earth_map import load_open_earth_map, load_open_earth_map_sar
 from hf_seg.data.scan import scan_open_earth_map
+from hf_seg.data.provenance import read_provenance
+from hf_seg.errors import FileError, UserError
 from hf_seg.labels import BACKGROUND, CLASS_NAMES, LABEL2ID, NUM_LABELS
 from hf_seg.metrics import ConfusionMatrix
-from hf_seg.synthetic import KINDS, REGIONS, Scene, SyntheticDatasetError, make_synthetic_dataset
+from hf_seg.synthetic import KINDS, REGIONS, Scene, make_synthetic_dataset
 from hf_seg.synthetic.fields import RayFrame, smooth_noise, to_uniform
 from hf_seg.synthetic.noise import corrupt_labels
 from hf_seg.synthetic.sar import render_sar
-from hf_seg.synthetic.statistics import difficulty, sar_statistics
 
-SCRIPT = Path(__file__).parents[1] / "scripts" / "make_synthetic_dataset.py"
+SCRIPTS = Path(__file__).parents[1] / "scripts"
+SCRIPT = SCRIPTS / "make_synthetic_dataset.py"
+_spec = importlib.util.spec_from_file_location("calibrate", SCRIPTS / "calibrate_synthetic_dataset.py")
+assert _spec is not None and _spec.loader is not None
+calibrate = importlib.util.module_from_spec(_spec)
+_spec.loader.exec_module(calibrate)
+Tile = calibrate.Tile
+
 SIZES = {"source": 8, "train": 4, "val": 2, "test": 1}
-# Published figures of the real data: percent of the pixels; SAR mean, std, local CV; agreement and IoU of labels.
-SHARES = (1.6, 23.9, 23.1, 7.9, 14.3, 10.3, 6.5, 12.1)
+# Figures of the real data: percent of the pixels; SAR mean, std, local CV; published agreement and IoU of the labels.
+FREQUENCIES = (1.6, 23.9, 23.1, 7.9, 14.3, 10.3, 6.5, 12.1)
 REAL_SAR = {
     "rangeland": (42.5, 20.7, 0.27),
     "developed space": (44.0, 28.6, 0.34),
@@ -39,31 +49,24 @@ AGREEMENT = (0.106, 0.783, 0.696, 0.704, 0.690, 0.940, 0.669, 0.871)
 AGREEMENT_IOU = (0.021, 0.471, 0.525, 0.613, 0.641, 0.848, 0.581, 0.781)
 
 
-class Tile(NamedTuple):
-    """One generated scene."""
-
-    sar: np.ndarray
-    label: np.ndarray
-    noisy: np.ndarray
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A small dataset as the command writes it."""
+    return make_synthetic_dataset(tmp_path_factory.mktemp("synthetic") / "data", seed=3, size=96, **SIZES)
 
 
 @pytest.fixture(scope="module")
-def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A small world as the command writes it."""
-    return make_synthetic_dataset(tmp_path_factory.mktemp("toy") / "world", seed=3, size=96, **SIZES)
-
-
-@pytest.fixture(scope="module")
-def tiles() -> list[Tile]:
+def tiles() -> list[Any]:
     """Eighty scenes of 192 pixels, eight of each region, without optical images."""
-    made = []
+    drawn = []
     for index in range(80):
         scene = Scene(7, "train", index, 192)
         ground_rng, _, sar_rng, noise_rng = scene.generators()
         ground = scene.make_ground(ground_rng)
         noisy = corrupt_labels(noise_rng, ground.label, ground.parcel, ground.gsd)
-        made.append(Tile(render_sar(sar_rng, ground, scene.gain), ground.crop(ground.label), ground.crop(noisy)))
-    return made
+        sar = render_sar(sar_rng, ground, scene.gain)
+        drawn.append(Tile(sar, ground.crop(ground.label), None, ground.crop(noisy)))
+    return drawn
 
 
 def files_of(root: Path) -> dict[str, bytes]:
@@ -75,7 +78,7 @@ def read(path: Path) -> np.ndarray:
         return file.read().squeeze()
 
 
-def shares_of(labels: Sequence[np.ndarray]) -> np.ndarray:
+def frequencies_of(labels: Sequence[np.ndarray]) -> np.ndarray:
     counts = np.bincount(np.concatenate([label.ravel() for label in labels]), minlength=NUM_LABELS)
     return 100 * counts / counts.sum()
 
@@ -84,36 +87,36 @@ def run(*arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run([sys.executable, str(SCRIPT), *arguments], capture_output=True, text=True, check=False)
 
 
-def test_same_seed_gives_the_same_bytes_whatever_the_number_of_workers(world: Path, tmp_path: Path) -> None:
+def test_same_seed_gives_the_same_bytes_whatever_the_number_of_workers(data: Path, tmp_path: Path) -> None:
     again = make_synthetic_dataset(tmp_path / "again", seed=3, size=96, num_workers=2, **SIZES)
-    assert files_of(again) == files_of(world)
+    assert files_of(again) == files_of(data)
 
 
-def test_another_seed_gives_another_world(world: Path, tmp_path: Path) -> None:
+def test_another_seed_gives_other_labels(data: Path, tmp_path: Path) -> None:
     other = files_of(make_synthetic_dataset(tmp_path / "other", seed=4, size=96, **SIZES))
-    assert other.keys() == files_of(world).keys()
+    assert other.keys() == files_of(data).keys()
     labels = [name for name in other if "labels" in name]
-    assert all(other[name] != content for name, content in files_of(world).items() if name in labels)
+    assert all(other[name] != content for name, content in files_of(data).items() if name in labels)
 
 
-def test_a_scene_does_not_depend_on_how_many_there_are(world: Path, tmp_path: Path) -> None:
+def test_a_scene_does_not_depend_on_how_many_there_are(data: Path, tmp_path: Path) -> None:
     larger = files_of(make_synthetic_dataset(tmp_path / "larger", seed=3, size=96, source=2, train=5, val=1, test=0))
-    train = {name: content for name, content in files_of(world).items() if "TrainArea" in name}
+    train = {name: content for name, content in files_of(data).items() if "TrainArea" in name}
     assert len(train) == 16 and all(larger[name] == content for name, content in train.items())
 
 
 @pytest.mark.parametrize("folder", ["OpenEarthMap_wo_xBD", "dfc25_track1"])
-def test_the_doctor_has_nothing_to_say(world: Path, folder: str) -> None:
-    report = examine(world / folder)
+def test_the_doctor_finds_no_problem(data: Path, folder: str) -> None:
+    report = examine(data / folder)
     assert report.problems == [] and report.notes == []
     assert all(split.with_crs == split.files for split in report.splits.values())
 
 
-def test_the_loaders_read_every_tile(world: Path) -> None:
-    oem = [load_open_earth_map(world / "OpenEarthMap_wo_xBD", split) for split in ("train", "val")]
+def test_the_loaders_read_every_tile(data: Path) -> None:
+    oem = [load_open_earth_map(data / "OpenEarthMap_wo_xBD", split) for split in ("train", "val")]
     assert [len(rows) for rows in oem] == [7, 1]
     assert len({row["region"] for row in oem[0]}) == 7
-    sar = {split: load_open_earth_map_sar(world / "dfc25_track1", split) for split in ("train", "val", "test")}
+    sar = {split: load_open_earth_map_sar(data / "dfc25_track1", split) for split in ("train", "val", "test")}
     assert {split: len(rows) for split, rows in sar.items()} == {"train": 4, "val": 2, "test": 1}
     row = sar["train"][0]
     assert row["image_id"] == "TrainArea_001"
@@ -122,19 +125,19 @@ def test_the_loaders_read_every_tile(world: Path) -> None:
     assert all(row[column] is not None for row in sar["val"] for column in ("optical", "sar", "label"))
 
 
-def test_what_no_recipe_reads_lies_apart(world: Path) -> None:
-    extra = sorted(str(path.relative_to(world)) for path in (world / "dfc25_track1_extra").rglob("*.tif"))
+def test_exact_training_labels_are_in_a_folder_of_their_own(data: Path) -> None:
+    extra = sorted(str(path.relative_to(data)) for path in (data / "dfc25_track1_extra").rglob("*.tif"))
     names = [f"train_clean_labels/TrainArea_00{n}.tif" for n in range(1, 5)]
     assert extra == sorted(f"dfc25_track1_extra/{name}" for name in names)
     clean, noisy = (
-        read(world / folder / "TrainArea_001.tif")
+        read(data / folder / "TrainArea_001.tif")
         for folder in ("dfc25_track1_extra/train_clean_labels", "dfc25_track1/train/labels")
     )
     assert 0.02 < (clean != noisy).mean() < 0.6
 
 
-def test_tiles_lie_apart_on_the_map_and_share_the_place_of_their_label(world: Path) -> None:
-    rows = scan_open_earth_map(world / "OpenEarthMap_wo_xBD").rows["train"]
+def test_tiles_do_not_overlap_and_have_the_coordinates_of_their_label(data: Path) -> None:
+    rows = scan_open_earth_map(data / "OpenEarthMap_wo_xBD").rows["train"]
     bounds = []
     for row in rows:
         with rasterio.open(row.files["image"]) as image, rasterio.open(row.files["label"]) as label:
@@ -142,28 +145,28 @@ def test_tiles_lie_apart_on_the_map_and_share_the_place_of_their_label(world: Pa
             assert 0.25 <= image.res[0] <= 0.6
             bounds.append((image.crs.to_epsg(), *image.bounds))
     assert len(set(bounds)) == len(rows)
-    assert len({epsg for epsg, *_ in bounds}) == len({region.crs for region in REGIONS})
+    assert len({epsg for epsg, *_ in bounds}) == len({region.utm_zone for region in REGIONS})
 
 
-def test_class_shares_are_the_real_ones(tiles: list[Tile]) -> None:
-    shares = shares_of([tile.label for tile in tiles])
-    assert shares[BACKGROUND] == 0
-    assert np.abs(shares[1:] - SHARES).max() < 4  # percentage points
+def test_class_frequencies_are_those_of_real_scenes(tiles: list[Any]) -> None:
+    frequencies = frequencies_of([tile.label for tile in tiles])
+    assert frequencies[BACKGROUND] == 0
+    assert np.abs(frequencies[1:] - FREQUENCIES).max() < 4  # percentage points
 
 
 @pytest.mark.parametrize("name", REAL_SAR)
-def test_sar_levels_of_a_class_are_the_real_ones(tiles: list[Tile], name: str) -> None:
-    measured = sar_statistics(tiles)[LABEL2ID[name]]
+def test_sar_levels_of_a_class_are_those_of_real_scenes(tiles: list[Any], name: str) -> None:
+    measured = calibrate.sar_statistics(tiles)[LABEL2ID[name]]
     assert (measured.mean, measured.std, measured.local_cv) == pytest.approx(REAL_SAR[name], rel=0.15)
 
 
-def test_pooled_sar_levels_are_the_real_ones(tiles: list[Tile]) -> None:
+def test_pooled_sar_levels_are_those_of_real_scenes(tiles: list[Any]) -> None:
     levels = np.concatenate([tile.sar.ravel() for tile in tiles])
     assert (levels.mean(), levels.std()) == pytest.approx((43.8, 26.8), rel=0.1)
     assert np.percentile(levels, (25, 50, 75, 95, 99)) == pytest.approx((26, 40, 56, 95, 136), rel=0.15)
 
 
-def test_zero_is_a_wedge_of_no_data_in_a_few_scenes_and_labelled(tiles: list[Tile]) -> None:
+def test_nodata_is_a_labelled_wedge_in_a_few_scenes(tiles: list[Any]) -> None:
     zeros = [(tile.sar == 0) for tile in tiles]
     wedges = [(zero, tile.label) for zero, tile in zip(zeros, tiles, strict=True) if zero.any()]
     assert 4 <= len(wedges) <= 30
@@ -174,7 +177,7 @@ def test_zero_is_a_wedge_of_no_data_in_a_few_scenes_and_labelled(tiles: list[Til
         assert (np.abs(np.diff(zero.astype(int), axis=1)).sum(1) <= 1).all()
 
 
-def test_label_noise_agrees_as_published(tiles: list[Tile]) -> None:
+def test_noisy_labels_agree_with_the_exact_ones_as_published(tiles: list[Any]) -> None:
     counts = ConfusionMatrix()
     for tile in tiles:
         counts.update(tile.noisy, tile.label)
@@ -184,39 +187,39 @@ def test_label_noise_agrees_as_published(tiles: list[Tile]) -> None:
     assert np.abs(np.subtract(iou, AGREEMENT_IOU)).max() < 0.13
 
 
-def test_label_noise_is_no_salt_and_pepper(tiles: list[Tile]) -> None:
+def test_label_noise_is_not_salt_and_pepper(tiles: list[Any]) -> None:
     wrong = np.concatenate([(tile.noisy != tile.label)[None] for tile in tiles])
     neighbours = (wrong[:, 1:-1, :-2] + wrong[:, 1:-1, 2:] + wrong[:, :-2, 1:-1] + wrong[:, 2:, 1:-1]) > 0
     isolated = wrong[:, 1:-1, 1:-1] & ~neighbours
-    assert isolated.sum() < 0.02 * wrong.sum()  # a third of them, were they independent
+    assert isolated.sum() < 0.02 * wrong.sum()  # a third, if errors were independent
 
 
-def test_label_noise_follows_what_is_seen(tiles: list[Tile]) -> None:
-    """Wide places are mistaken more often than narrow ones, so a network learns the mistakes; chance does not."""
+def test_label_noise_depends_on_what_is_visible(tiles: list[Any]) -> None:
+    """Wide areas are wrong more often than narrow ones, so that a network learns the errors."""
     developed = LABEL2ID["developed space"]
     where = [tile.label == developed for tile in tiles]
-    share = np.concatenate([cv2.blur(w.astype(np.float32), (31, 31))[w] for w in where])  # developed space around
+    density = np.concatenate([cv2.blur(w.astype(np.float32), (31, 31))[w] for w in where])  # developed space around
     wrong = np.concatenate([(tile.noisy != tile.label)[w] for tile, w in zip(tiles, where, strict=True)])
-    assert wrong[share > 0.95].mean() > 1.5 * wrong[(share > 0.4) & (share < 0.7)].mean()
+    assert wrong[density > 0.95].mean() > 1.5 * wrong[(density > 0.4) & (density < 0.7)].mean()
 
 
-def test_single_pixels_and_windows_tell_little_on_unseen_scenes(tiles: list[Tile]) -> None:
-    assert difficulty(tiles, "level").mean() == pytest.approx(0.08, abs=0.05)
-    assert difficulty(tiles, "window").mean() == pytest.approx(0.11, abs=0.05)
+def test_histograms_of_pixels_and_windows_score_low_on_unseen_scenes(tiles: list[Any]) -> None:
+    assert calibrate.difficulty(tiles, "level").mean() == pytest.approx(0.08, abs=0.05)
+    assert calibrate.difficulty(tiles, "window").mean() == pytest.approx(0.11, abs=0.05)
 
 
-def test_shadow_falls_behind_what_is_high() -> None:
+def test_shadow_falls_behind_high_objects() -> None:
     height = np.zeros((40, 40), np.float32)
     height[18:22, 18:22] = 5
     frame = RayFrame(height.shape, 0.0)  # rays travel to the right
-    shadow = frame.turn_back((frame.shadow_depth(frame.turn(height), 0.5) > 0.25).astype(np.float32)) > 0.5
+    shadow = frame.rotate_back((frame.shadow_depth(frame.rotate(height), 0.5) > 0.25).astype(np.float32)) > 0.5
     columns = np.flatnonzero(shadow[20])
     assert columns.min() >= 21 and columns.max() == pytest.approx(21 + 9, abs=1)  # 5 high at slope 0.5: 10 long
     assert not shadow[5].any()
 
 
 @pytest.mark.parametrize("scale", [1.5, 4.0, 20.0])
-def test_smooth_noise_is_standard_normal_over_the_ensemble(scale: float) -> None:
+def test_smooth_noise_is_standard_normal_over_many_fields(scale: float) -> None:
     rng = np.random.default_rng(0)
     fields = np.stack([smooth_noise(rng, (48, 48), scale) for _ in range(200)])
     assert fields.mean() == pytest.approx(0, abs=0.06)
@@ -224,33 +227,36 @@ def test_smooth_noise_is_standard_normal_over_the_ensemble(scale: float) -> None
     assert to_uniform(fields).mean() == pytest.approx(0.5, abs=0.02)
 
 
-def test_a_large_scene_comes_beside_the_tiles_and_changes_none(tmp_path: Path) -> None:
+def test_a_large_scene_is_written_with_its_label_and_changes_no_tile(tmp_path: Path) -> None:
     sizes = {"source": 2, "train": 1, "val": 1, "size": 64}
     make_synthetic_dataset(tmp_path / "without", **sizes)
     make_synthetic_dataset(tmp_path / "with", **sizes, scene=200)
-    files = files_of(tmp_path / "with")
-    scene = files.pop("scene.tif")
-    others = files_of(tmp_path / "without")
-    assert scene and files.keys() == others.keys()
-    assert all(content == others[name] for name, content in files.items() if name != "synthetic_dataset.json")
-    with rasterio.open(tmp_path / "with" / "scene.tif") as file:
-        assert (file.shape, file.count, file.dtypes[0]) == ((200, 200), 1, "uint8") and file.crs is not None
+    files, others = files_of(tmp_path / "with"), files_of(tmp_path / "without")
+    assert files.keys() - others.keys() == {"scene.tif", "scene_label.tif"}
+    assert all(files[name] == content for name, content in others.items() if not name.endswith("dataset.json"))
+    with rasterio.open(tmp_path / "with/scene.tif") as scene, rasterio.open(tmp_path / "with/scene_label.tif") as label:
+        for file in (scene, label):
+            assert (file.shape, file.count, file.dtypes[0]) == ((200, 200), 1, "uint8") and file.crs is not None
+        assert (scene.crs, scene.transform) == (label.crs, label.transform)
+        sar, truth = scene.read(1), label.read(1)
+    assert truth.min() > BACKGROUND and len(np.unique(truth)) > 3
+    assert sar[truth == LABEL2ID["building"]].mean() > 1.1 * sar[truth == LABEL2ID["road"]].mean()
 
 
 @pytest.mark.parametrize(
     ("name", "value"), [("size", 32), ("scene", 10), ("train", 0), ("val", 0), ("source", 1), ("num_workers", 0)]
 )
-def test_too_small_a_number_is_refused_by_its_name(tmp_path: Path, name: str, value: int) -> None:
-    with pytest.raises(SyntheticDatasetError, match=rf"--{name} {value} is too small; it must be at least"):
-        make_synthetic_dataset(tmp_path / "world", **{name: value})
+def test_a_value_out_of_range_is_an_error_that_names_it(tmp_path: Path, name: str, value: int) -> None:
+    with pytest.raises(UserError, match=rf"{name} must be at least \d+; it is {value}"):
+        make_synthetic_dataset(tmp_path / "data", **{name: value})
     assert not list(tmp_path.iterdir())
 
 
-def test_an_existing_folder_is_left_alone(tmp_path: Path) -> None:
+def test_an_existing_folder_is_an_error_and_stays_unchanged(tmp_path: Path) -> None:
     (tmp_path / "mine.txt").write_text("mine")
     result = run("--output", str(tmp_path), "--train", "1")
     assert result.returncode == 2
-    assert result.stderr == f"error: --output {tmp_path} exists; remove it or name a new folder\n"
+    assert result.stderr == f"error: {tmp_path} exists; remove it or choose a new folder\n"
     assert [path.name for path in tmp_path.iterdir()] == ["mine.txt"]
 
 
@@ -259,20 +265,87 @@ def test_a_failure_leaves_nothing_behind(tmp_path: Path, monkeypatch: pytest.Mon
         raise OSError("disk full")
 
     monkeypatch.setattr("hf_seg.synthetic._write_lists", fail)
-    with pytest.raises(OSError, match="disk full"):
-        make_synthetic_dataset(tmp_path / "world", source=2, train=1, val=1, size=64)
+    with pytest.raises(FileError, match=r"data cannot be written \(disk full\)"):
+        make_synthetic_dataset(tmp_path / "data", source=2, train=1, val=1, size=64)
     assert not list(tmp_path.iterdir())
 
 
-def test_the_command_writes_both_trees(tmp_path: Path) -> None:
+def test_the_command_writes_both_datasets(tmp_path: Path) -> None:
     numbers = ["--source", "2", "--train", "1", "--val", "1", "--test", "0", "--size", "64", "--num_workers", "1"]
-    result = run("--output", str(tmp_path / "deep" / "world"), "--seed", "5", *numbers)
+    result = run("--output", str(tmp_path / "deep" / "data"), "--seed", "5", *numbers)
     assert result.returncode == 0, result.stderr
-    assert sorted(path.name for path in (tmp_path / "deep").iterdir()) == ["world"]
-    names = {path.name for path in (tmp_path / "deep" / "world").iterdir()}
-    assert names == {"OpenEarthMap_wo_xBD", "dfc25_track1", "dfc25_track1_extra", "synthetic_dataset.json"}
+    assert sorted(path.name for path in (tmp_path / "deep").iterdir()) == ["data"]
+    names = {path.name for path in (tmp_path / "deep" / "data").iterdir()}
+    assert names == {"OpenEarthMap_wo_xBD", "dfc25_track1", "dfc25_track1_extra"}
 
 
-def test_every_kind_of_scene_has_its_own_stream_of_randomness() -> None:
+def test_a_usage_mistake_is_one_line(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    for arguments, message in (
+        (["--outptu", "x"], "error: the following arguments are required: --output; --help lists the settings\n"),
+        (["--output", "x", "--sise", "64"], "error: unknown setting '--sise'; did you mean '--size'?\n"),
+        (["--output", "x", "--size", "32"], "error: size must be at least 64; it is 32\n"),
+        (["--output", str(tmp_path / "file" / "x"), "--size", "64"], "cannot be written (Not a directory)"),
+    ):
+        result = run(*arguments)
+        assert result.returncode == 2 and message in result.stderr and result.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("folder", "layout", "labels"),
+    [
+        ("OpenEarthMap_wo_xBD", "OpenEarthMap", {"train": "exact", "val": "exact"}),
+        (
+            "dfc25_track1",
+            "OpenEarthMap-SAR",
+            {"train": "simulated noisy labels", "val": "exact", "test": "exact"},
+        ),
+    ],
+)
+def test_each_dataset_says_what_it_is(data: Path, folder: str, layout: str, labels: dict[str, str]) -> None:
+    provenance = read_provenance(data / folder, layout)
+    assert provenance["name"].startswith("hf_seg synthetic dataset")
+    assert (provenance["synthetic"], provenance["released"], provenance["license"]) == (True, False, "Apache-2.0")
+    assert provenance["labels"] == labels and provenance["description"].endswith(".")
+    settings = json.loads((data / folder / "dataset.json").read_text())["settings"]
+    assert settings == {"seed": 3, **SIZES, "size": 96, "scene": None}
+
+
+def test_every_scene_has_its_own_random_stream() -> None:
     draws = {(kind, i): Scene(0, kind, i, 64).generators()[0].random() for kind in KINDS for i in range(3)}
     assert len(set(draws.values())) == len(draws)
+
+
+def test_statistics_and_figure_compare_with_other_scenes(
+    data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    real = str(data / "dfc25_track1")
+    calibrate.main(["statistics", "--data", str(data), "--real", real])
+    printed = capsys.readouterr().out
+    assert "synthetic: 6 scenes" in printed and "real: 6 scenes" in printed
+    assert printed.count("mIoU of the window histogram on unseen scenes") == 2
+    calibrate.main(["figure", "--data", str(data), "--real", real, "--output", str(tmp_path / "figure.png")])
+    assert (tmp_path / "figure.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_networks_are_trained_and_scored(data: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    calibrate.main(["networks", "--data", str(data), "--steps", "2", "--runs", "sar_noisy"])
+    assert "sar_noisy, 4 scenes, 2 steps, unseen SAR (2): mIoU 0." in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["statistics"], "the following arguments are required: --data"),
+        (["statistics", "--data", "missing"], "--data missing has no folder OpenEarthMap_wo_xBD; make a dataset with"),
+        (["networks", "--data", "DATA", "--steps", "1"], "--steps must be at least 2; it is 1"),
+        (["figure", "--data", "DATA", "--real", "missing", "--output", "x.png"], "missing does not exist"),
+    ],
+)
+def test_a_mistake_in_the_calibration_is_one_line(
+    data: Path, arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        calibrate.main([str(data) if word == "DATA" else word for word in arguments])
+    error = capsys.readouterr().err
+    assert error.startswith(f"error: {message}") and error.count("\n") == 1

@@ -1,19 +1,16 @@
-"""Random fields and ray geometry that ground, optics, radar and label noise share.
-
-Distances are in metres where a pixel size is given, else in pixels. Everything is float32 and one array operation wide.
-"""
+"""Random fields and ray geometry, for the ground, both images and the label noise. Distances are in pixels."""
 
 import cv2
 import numpy as np
 
-_GRID = 3  # grid points per correlation length: below, bilinear enlargement shows; above, it only costs
+_GRID = 3  # grid points per correlation length; with fewer, the bilinear interpolation is visible
 _SIGMA = 1.5  # in grid points
 
 
 def smooth_noise(rng: np.random.Generator, shape: tuple[int, int], scale: float) -> np.ndarray:
     """Draw a Gaussian field of zero mean and unit variance, correlated over about `scale` pixels.
 
-    Mean and variance are those of the ensemble: a field that is small against `scale` keeps its own mean.
+    Mean and variance are those over many fields; the mean of one field differs if it is small against `scale`.
     """
     step = max(scale / _GRID, 1.0)
     pad = 5
@@ -31,19 +28,19 @@ def smooth_noise(rng: np.random.Generator, shape: tuple[int, int], scale: float)
 
 
 def fractal_noise(rng: np.random.Generator, shape: tuple[int, int], scale: float, octaves: int = 4) -> np.ndarray:
-    """Sum `octaves` fields of halving scale and amplitude to unit variance: an amplitude spectrum near 1 / f."""
+    """Sum `octaves` fields of decreasing scale and amplitude to unit variance: an amplitude spectrum near 1 / f."""
     amplitudes = 0.5 ** np.arange(octaves)
     field = sum(a * smooth_noise(rng, shape, scale / 2**k) for k, a in enumerate(amplitudes))
     return np.asarray(field / np.sqrt((amplitudes**2).sum()), dtype=np.float32)
 
 
 def to_uniform(field: np.ndarray) -> np.ndarray:
-    """Map a standard normal field to uniform in 0..1 (logistic approximation of the normal law, error < 0.01)."""
+    """Map a standard normal field to a uniform one in 0..1 (logistic approximation, error < 0.01)."""
     return 1 / (1 + np.exp(np.float32(-1.702) * field))
 
 
 class RayFrame:
-    """A raster turned so that rays run along its rows, from column 0 on; sun and radar look share it.
+    """A raster rotated so that rays run along its rows, from column 0 on; for the sun and for the radar.
 
     Args:
         shape: (H, W) of the scene.
@@ -55,24 +52,24 @@ class RayFrame:
         self.side = int(np.ceil(np.hypot(height, width))) + 2
         cos, sin = np.cos(azimuth), np.sin(azimuth)
         centre, middle = np.array([(width - 1) / 2, (height - 1) / 2]), (self.side - 1) / 2
-        turn = np.array([[cos, sin], [-sin, cos]])
-        self.matrix = np.hstack([turn, (middle - turn @ centre)[:, None]])
+        rotation = np.array([[cos, sin], [-sin, cos]])
+        self.matrix = np.hstack([rotation, (middle - rotation @ centre)[:, None]])
 
-    def turn(self, image: np.ndarray, interpolation: int = cv2.INTER_NEAREST) -> np.ndarray:
-        """Return (side, side): `image` along the rays; outside the scene its border is repeated."""
+    def rotate(self, image: np.ndarray) -> np.ndarray:
+        """Return (side, side): `image` along the rays, nearest pixels; its border is repeated outside."""
         size = (self.side, self.side)
-        return cv2.warpAffine(image, self.matrix, size, flags=interpolation, borderMode=cv2.BORDER_REPLICATE)
+        return cv2.warpAffine(image, self.matrix, size, flags=cv2.INTER_NEAREST, borderMode=cv2.BORDER_REPLICATE)
 
-    def turn_back(self, image: np.ndarray, interpolation: int = cv2.INTER_LINEAR) -> np.ndarray:
-        """Return (H, W) from (side, side)."""
-        return cv2.warpAffine(image, self.matrix, self.shape[::-1], flags=interpolation | cv2.WARP_INVERSE_MAP)
+    def rotate_back(self, image: np.ndarray) -> np.ndarray:
+        """Return (H, W) from (side, side), bilinear."""
+        return cv2.warpAffine(image, self.matrix, self.shape[::-1], flags=cv2.INTER_LINEAR | cv2.WARP_INVERSE_MAP)
 
-    def shadow_depth(self, turned_height: np.ndarray, slope: float) -> np.ndarray:
+    def shadow_depth(self, rotated_height: np.ndarray, slope: float) -> np.ndarray:
         """Return how far below the grazing ray each pixel lies, >= 0.
 
         Args:
-            turned_height: (side, side), in pixels.
+            rotated_height: (side, side), in pixels.
             slope: descent of the ray per pixel of travel.
         """
-        climb = turned_height + slope * np.arange(self.side, dtype=np.float32)
+        climb = rotated_height + slope * np.arange(self.side, dtype=np.float32)
         return np.maximum.accumulate(climb, axis=1) - climb

@@ -1,4 +1,4 @@
-"""The ground truth of a scene: land cover, heights and everything that optics and radar need to know of it."""
+"""The ground truth of a scene: land cover, heights, and all else that the optical and the SAR image depend on."""
 
 from dataclasses import dataclass
 
@@ -17,74 +17,42 @@ from hf_seg.synthetic.parcels import (
     WATER,
     LandUse,
     Parcels,
-    StreetPlan,
+    Region,
     lay_out,
 )
 
-MARGIN = 32  # pixels drawn around a scene and cut off after rendering, so that shadow and layover come in from outside
-
-
-@dataclass(frozen=True)
-class Style:
-    """What a region looks like; lengths in metres."""
-
-    streets: StreetPlan
-    bend: float  # how far streets leave the straight line
-    water: str = ""  # "", river, lake or coast
-    water_prob: float = 1.0
-    river_width: tuple[float, float] = (12.0, 45.0)
-
-
-STYLES: dict[str, Style] = {
-    "old_town": Style(
-        StreetPlan({"rows": 5, "park": 1, "paved": 1.5, "slabs": 1.5}, 82, 0.85, 8, 4.5), 5, "river", 0.3
-    ),
-    "grid_city": Style(
-        StreetPlan({"cottages": 3.5, "slabs": 1.2, "paved": 1.5, "plots": 0.8, "park": 0.8}, 70, 0.9, 8, 4), 0.5
-    ),
-    "suburb": Style(StreetPlan({"houses": 5, "park": 0.9, "paved": 1, "forest": 0.5}, 78, 0.85, 7, 4.5), 10),
-    "works": Style(
-        StreetPlan({"works": 4.2, "paved": 2.2, "meadow": 0.7, "site": 0.4, "slabs": 0.8}, 105, 0.75, 8, 5), 2
-    ),
-    "farmland": Style(StreetPlan({"fields": 6, "meadow": 0.9, "houses": 0.5, "forest": 0.5}, 120, 0.4, 6, 4), 14),
-    "woodland": Style(StreetPlan({"forest": 3.6, "meadow": 2.6, "site": 0.25}, 115, 0.25, 6, 4), 22, "lake", 0.3),
-    "coast": Style(StreetPlan({"houses": 1.6, "paved": 1.5, "works": 1.7, "park": 1}, 85, 0.7, 8, 4.5), 6, "coast"),
-    "riverside": Style(
-        StreetPlan({"meadow": 2, "park": 2, "houses": 2, "slabs": 1.7}, 90, 0.6, 8, 4.5), 9, "river", 1.0, (34, 80)
-    ),
-    "lakeland": Style(StreetPlan({"meadow": 3, "forest": 1, "houses": 2.2, "park": 0.6}, 105, 0.5, 6, 4), 14, "lake"),
-    "mixed": Style(
-        StreetPlan({"meadow": 3, "rows": 0.6, "slabs": 1.4, "works": 1.2, "houses": 1, "paved": 1.3}, 95, 0.5, 8, 4.5),
-        12,
-    ),
-}
+MARGIN = 32  # pixels around a scene, cropped after rendering, so that shadow and layover reach in from outside
 
 
 @dataclass(frozen=True)
 class Ground:
-    """A scene before any sensor; every array is (H, W) and carries `MARGIN` pixels on each side."""
+    """A scene before any sensor; every array is (H, W), with `MARGIN` pixels on each side."""
 
     gsd: float  # metres per pixel
     label: np.ndarray  # uint8 class ids
     height: np.ndarray  # float32 metres above ground
     parcel: np.ndarray  # int32, 0 on streets, else 1 + lot
-    crown: np.ndarray  # int32, 0 = none: which tree covers the pixel
-    car: np.ndarray  # int32, 0 = none
-    u: np.ndarray  # float32 metres along and
-    v: np.ndarray  # across the streets
+    crown: np.ndarray  # int32 id of the tree crown, 0 = none
+    car: np.ndarray  # int32 id of the car, 0 = none
+    u: np.ndarray  # float32 metres along the streets
+    v: np.ndarray  # float32 metres across the streets
 
     def crop(self, image: np.ndarray) -> np.ndarray:
-        """Cut the margin off."""
+        """Remove the margin of an (H, W) or (H, W, 3) image."""
         return np.ascontiguousarray(image[MARGIN:-MARGIN, MARGIN:-MARGIN])
 
+    def draw_axis(self, rng: np.random.Generator) -> np.ndarray:
+        """Choose `u` or `v` for each lot at random, e.g. for the direction of its furrows: (H, W) metres."""
+        return np.where(rng.random(int(self.parcel.max()) + 1)[self.parcel] < 0.5, self.u, self.v)
 
-def make_ground(rng: np.random.Generator, size: int, style: Style, gsd: float) -> Ground:
+
+def make_ground(rng: np.random.Generator, size: int, region: Region, gsd: float) -> Ground:
     """Draw a scene.
 
     Args:
         rng: the only source of randomness.
         size: side of the scene in pixels, without the margin.
-        style: its region's.
+        region: where it lies.
         gsd: metres per pixel.
     """
     side = size + 2 * MARGIN
@@ -92,14 +60,14 @@ def make_ground(rng: np.random.Generator, size: int, style: Style, gsd: float) -
     y, x = np.meshgrid(*[np.arange(side, dtype=np.float32) * np.float32(gsd)] * 2, indexing="ij")
     angle = rng.uniform(0, np.pi / 2)
     cos, sin = np.float32(np.cos(angle)), np.float32(np.sin(angle))
-    bends = [np.float32(style.bend) * smooth_noise(rng, shape, 130 / gsd) for _ in range(2)]
+    bends = [np.float32(region.bend) * smooth_noise(rng, shape, 130 / gsd) for _ in range(2)]
     u, v = cos * x + sin * y + bends[0], cos * y - sin * x + bends[1]
-    plan = lay_out(rng, u, v, style.streets)
-    shore = _draw_water(rng, style, x, y, gsd)
+    plan = lay_out(rng, u, v, region)
+    shore = _draw_water(rng, region, x, y, gsd)
     label = _cover_lots(rng, plan, gsd)
     _draw_paths(rng, plan, label, gsd)
     label[plan.lot < 0] = ROAD
-    _shape_shore(rng, style, label, shore, plan, gsd)
+    _shape_shore(rng, region, label, shore, plan, gsd)
     height = _build(rng, plan, label)
     crown, crown_height = _plant(rng, plan, label, gsd)
     label[crown > 0] = TREE
@@ -109,19 +77,19 @@ def make_ground(rng: np.random.Generator, size: int, style: Style, gsd: float) -
     return Ground(gsd, label, height, plan.lot + 1, crown, car, u, v)
 
 
-def _draw_water(rng: np.random.Generator, style: Style, x: np.ndarray, y: np.ndarray, gsd: float) -> np.ndarray:
-    """Return metres to the shore, negative in water; far everywhere where there is none."""
-    if not style.water or rng.random() > style.water_prob:
+def _draw_water(rng: np.random.Generator, region: Region, x: np.ndarray, y: np.ndarray, gsd: float) -> np.ndarray:
+    """Return metres to the shore, negative in water; 1000 m everywhere if the scene has no water."""
+    if not region.water or rng.random() > region.water_prob:
         return np.full(x.shape, 1e3, np.float32)
     angle = rng.uniform(0, 2 * np.pi)
     extent = float(x.max())
     px, py = (x - extent * rng.uniform(0.25, 0.75)), (y - extent * rng.uniform(0.25, 0.75))
     across = np.float32(np.cos(angle)) * px + np.float32(np.sin(angle)) * py
     wobble = fractal_noise(rng, x.shape, 110 / gsd, 3)
-    if style.water == "river":
-        width = rng.uniform(*style.river_width)
+    if region.water == "river":
+        width = rng.uniform(*region.river_width)
         shore = np.abs(across + 9 * wobble) - width / 2
-    elif style.water == "coast":
+    elif region.water == "coast":
         shore = across + rng.choice([0.4, 6.0]) * wobble + rng.uniform(0.0, 0.3) * extent
     else:
         radius = rng.uniform(18, 55)
@@ -130,12 +98,12 @@ def _draw_water(rng: np.random.Generator, style: Style, x: np.ndarray, y: np.nda
 
 
 def _cover_lots(rng: np.random.Generator, plan: Parcels, gsd: float) -> np.ndarray:
-    """Give each lot its open ground, with scraped patches and the strips along streets and field borders."""
+    """Return the class of the open ground, with bare patches and the strips along streets and field borders."""
     _, block = np.unique(plan.blocks, axis=0, return_inverse=True)
     shared = rng.random(block.max() + 1)[block]  # lots of a block mostly look alike
     own = np.where(rng.random(len(block)) < 0.15, rng.random(len(block)), shared)
     covers = np.array([_draw_cover(use, draw) for use, draw in zip(plan.uses, own, strict=True)])
-    label = np.append(covers, ROAD).astype(np.uint8)[plan.lot]  # -1, the streets, takes the last one
+    label = np.append(covers, ROAD).astype(np.uint8)[plan.lot]  # lot -1, the streets, takes the last one
     edge = _distance_to_edge(plan, plan.rectangles)
     town = _per_lot(plan, [use.built > 0.5 for use in plan.uses])
     # pavements in towns; front yards are mixed; rough grass around fields
@@ -145,26 +113,25 @@ def _cover_lots(rng: np.random.Generator, plan: Parcels, gsd: float) -> np.ndarr
     label[town & (label == DEVELOPED) & (plan.street > 3) & (patchy < -1.8)] = RANGE
     field = label == FIELD
     label[field & ((edge < _per_lot(plan, rng.uniform(0.1, 1.3, len(plan.uses)))) | (plan.street < 1.2))] = RANGE
-    scrapes = _per_lot(plan, [use.scrapes for use in plan.uses])
-    label[(label == RANGE) & (to_uniform(fractal_noise(rng, label.shape, 22 / gsd, 3)) < scrapes)] = BARE
+    bare = _per_lot(plan, [use.bare for use in plan.uses])
+    label[(label == RANGE) & (to_uniform(fractal_noise(rng, label.shape, 22 / gsd, 3)) < bare)] = BARE
     return label
 
 
 def _draw_cover(use: LandUse, draw: float) -> int:
-    """Pick the class at the quantile `draw` of a lot's open ground."""
-    classes, shares = zip(*use.cover, strict=True)
-    return classes[min(int(np.searchsorted(np.cumsum(shares), draw)), len(classes) - 1)]
+    """Return the class at the quantile `draw` of a lot's open ground."""
+    classes, probs = zip(*use.cover, strict=True)
+    return classes[min(int(np.searchsorted(np.cumsum(probs), draw)), len(classes) - 1)]
 
 
 def _draw_paths(rng: np.random.Generator, plan: Parcels, label: np.ndarray, gsd: float) -> None:
-    """Draw winding paths, and round or rectangular sports grounds, into parks and meadows."""
+    """Draw winding paths, and round or rectangular sports grounds, in parks and meadows."""
     width = _per_lot(plan, [use.paths for use in plan.uses])
     bed = smooth_noise(rng, label.shape, 60 / gsd)
     slope = np.hypot(*np.gradient(bed)).astype(np.float32) / gsd
     path = np.abs(bed - rng.uniform(-0.5, 0.5)) < slope * width / 2  # a level line, of constant width
     label[path & (label == RANGE)] = DEVELOPED
-    sporty = [i for i, use in enumerate(plan.uses) if use.paths > 2 and rng.random() < 0.45]
-    for i in sporty:
+    for i in [i for i, use in enumerate(plan.uses) if use.paths > 2 and rng.random() < 0.45]:
         u0, u1, v0, v1 = plan.rectangles[i]
         radius = rng.uniform(0.14, 0.26) * min(u1 - u0, v1 - v0)
         du = plan.u - np.float32(u0 + (u1 - u0) * rng.uniform(0.3, 0.7))
@@ -174,18 +141,20 @@ def _draw_paths(rng: np.random.Generator, plan: Parcels, label: np.ndarray, gsd:
 
 
 def _shape_shore(
-    rng: np.random.Generator, style: Style, label: np.ndarray, shore: np.ndarray, plan: Parcels, gsd: float
+    rng: np.random.Generator, region: Region, label: np.ndarray, shore: np.ndarray, plan: Parcels, gsd: float
 ) -> None:
-    """Flood the water, lay its bank (quay, beach or grass), and leave bridges of main streets; ponds and pools too."""
-    kinds = {"coast": (0.35, 0.45), "river": (0.3, 0.1), "lake": (0.0, 0.15)}.get(style.water, (0, 0))
-    choice = rng.random()
-    bank = DEVELOPED if choice < kinds[0] else BARE if choice < sum(kinds) else RANGE
+    """Draw the water with its bank (quay, beach or grass), the bridges of main streets, and swimming pools."""
+    quay, beach = {"coast": (0.35, 0.45), "river": (0.3, 0.1), "lake": (0.0, 0.15)}.get(region.water, (0, 0))
+    draw = rng.random()
+    bank = DEVELOPED if draw < quay else BARE if draw < quay + beach else RANGE
     width = rng.uniform(3, 14) if bank != RANGE else rng.uniform(2, 9)
     wobble = 1.5 * smooth_noise(rng, label.shape, 14 / gsd) if bank != DEVELOPED else 0
     label[(shore + wobble < width) & (label != ROAD)] = bank
-    bridge = plan.is_main & (style.water == "river")
-    label[(shore < 0) & ~bridge] = WATER
-    for i, use in enumerate(plan.uses):  # swimming pools behind houses
+    flooded = shore < 0
+    if region.water == "river":
+        flooded &= ~plan.is_main  # bridges
+    label[flooded] = WATER
+    for i, use in enumerate(plan.uses):
         if rng.random() < use.pools:
             u0, u1, v0, v1 = plan.rectangles[i]
             radius = rng.uniform(1.8, 3.2)
@@ -195,16 +164,15 @@ def _shape_shore(
 
 
 def _build(rng: np.random.Generator, plan: Parcels, label: np.ndarray) -> np.ndarray:
-    """Put a building on each lot that has one and stays dry; return heights in metres, 0 elsewhere."""
-    lots = plan.rectangles
+    """Draw the buildings of dry lots into `label`; return heights in metres, 0 elsewhere."""
+    lots, uses = plan.rectangles, plan.uses
     n = len(lots)
-    uses = plan.uses
     margin_low, margin_high = np.array([use.margin for use in uses]).T
     sizes = lots[:, 1::2] - lots[:, ::2]  # (N, 2)
     low = lots[:, ::2] + sizes * rng.uniform(margin_low, margin_high, (2, n)).T
     high = lots[:, 1::2] - sizes * rng.uniform(margin_low, margin_high, (2, n)).T
     extent = np.maximum(high - low, 0.1)  # a lot may be narrower than its margins
-    pixel_extent = [np.maximum(_per_lot(plan, extent[:, k]), 0.1) for k in range(2)]  # streets have none
+    pixel_extent = [np.maximum(_per_lot(plan, extent[:, k]), 0.1) for k in range(2)]  # 0 on streets
     a, b = ((axis - _per_lot(plan, low[:, k])) / pixel_extent[k] for k, axis in enumerate((plan.u, plan.v)))
     inside = (a > 0) & (a < 1) & (b > 0) & (b < 1) & (plan.lot >= 0)
     notch = rng.uniform(0.25, 0.6, (n, 2)) * (rng.random((n, 1)) < 0.5)  # L-shaped half of the time
@@ -217,8 +185,7 @@ def _build(rng: np.random.Generator, plan: Parcels, label: np.ndarray) -> np.nda
     wet[np.unique(plan.lot[inside & (label == WATER)])] = True
     built = (rng.random(n) < [use.built for use in uses]) & ~wet & (extent.min(1) > 4)
     inside &= _per_lot(plan, built)
-    # a setback from streets only where there is a pavement
-    inside &= (plan.street > 0.8) | (ring == 0)
+    inside &= (plan.street > 0.8) | (ring == 0)  # rows of buildings stay off the street
 
     storeys = rng.integers([use.storeys[0] for use in uses], [use.storeys[1] + 1 for use in uses])
     eaves = 3.1 * storeys + rng.uniform(0, 1.5, n)
@@ -230,13 +197,14 @@ def _build(rng: np.random.Generator, plan: Parcels, label: np.ndarray) -> np.nda
 
 
 def _plant(rng: np.random.Generator, plan: Parcels, label: np.ndarray, gsd: float) -> tuple[np.ndarray, np.ndarray]:
-    """Plant trees and hedges on open ground: (which crown covers a pixel, its height in metres)."""
+    """Plant trees and hedges on open ground; return the id of the crown (0 = none) and its height in metres."""
     density = _per_lot(plan, [use.trees for use in plan.uses])
     clumps = _per_lot(plan, [use.clumped for use in plan.uses])
     group = np.exp(2.2 * fractal_noise(rng, label.shape, 30 / gsd, 2) - 1.6)
     density = density * ((1 - clumps) + clumps * group)
-    density = np.where(plan.lot < 0, np.where((plan.street > -1.5), 0.012 * (rng.random() < 0.5), 0), density)
-    density *= np.isin(label, (RANGE, DEVELOPED, FIELD)) | ((plan.lot < 0) & (plan.street > -1.5))
+    verge = (plan.lot < 0) & (plan.street > -1.5)
+    density = np.where(verge, 0.012 if rng.random() < 0.5 else 0.0, density)
+    density[~verge & ~np.isin(label, (RANGE, DEVELOPED, FIELD))] = 0
     spacing = 2.4
     count = int(label.shape[0] * gsd / spacing)
     grid = (np.stack(np.meshgrid(*[np.arange(count)] * 2), -1).reshape(-1, 2) + rng.random((count**2, 2))) * spacing
@@ -264,7 +232,7 @@ def _plant(rng: np.random.Generator, plan: Parcels, label: np.ndarray, gsd: floa
 
 
 def _park_cars(rng: np.random.Generator, plan: Parcels, label: np.ndarray, angle: float, gsd: float) -> np.ndarray:
-    """Set cars, 4.4 m x 1.8 m, on developed ground and streets, along or across the streets."""
+    """Return ids of cars, 4.4 m x 1.8 m, on developed space and streets, along or across the streets."""
     per_area = np.append([use.cars for use in plan.uses], 0.003)[plan.lot] * np.isin(label, (DEVELOPED, ROAD))
     flat = np.flatnonzero(rng.random(label.shape, dtype=np.float32) < per_area * gsd**2)
     turns = angle + np.pi / 2 * rng.integers(0, 2, len(flat))
@@ -280,7 +248,7 @@ def _park_cars(rng: np.random.Generator, plan: Parcels, label: np.ndarray, angle
 
 
 def _per_lot(plan: Parcels, values: list[float] | list[bool] | np.ndarray) -> np.ndarray:
-    """Spread one value per lot over its pixels; streets get 0."""
+    """Return (H, W): the value of each pixel's lot, 0 on streets."""
     values = np.asarray(values)
     values = values.astype(np.float32) if values.dtype.kind == "f" else values
     return np.append(values, np.zeros(1, values.dtype))[plan.lot]

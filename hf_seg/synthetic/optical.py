@@ -1,4 +1,4 @@
-"""The optical image of a scene: colours of its materials, sun and shadow, air, and the camera."""
+"""The optical image of a scene: colours of the materials, sun and shadow, atmosphere and camera."""
 
 from dataclasses import dataclass
 
@@ -10,7 +10,7 @@ from hf_seg.synthetic.fields import RayFrame, fractal_noise, smooth_noise
 from hf_seg.synthetic.ground import Ground
 from hf_seg.synthetic.parcels import BARE, BUILDING, DEVELOPED, FIELD, RANGE, ROAD, TREE, WATER
 
-# Reflectances as 8-bit RGB in full sun; a parcel takes one of the colours of its class.
+# 8-bit RGB in full sun; a lot takes one of the colours of its class.
 ROOFS = ((95, 98, 104), (154, 152, 150), (183, 105, 80), (202, 136, 107), (220, 218, 212), (122, 107, 99), (76, 80, 91))
 PAVINGS = ((160, 158, 152), (137, 137, 135), (184, 175, 158), (120, 122, 122), (203, 188, 156))
 CROPS = ((79, 100, 54), (110, 113, 69), (130, 116, 85), (100, 82, 64), (90, 105, 74), (144, 131, 92))
@@ -21,52 +21,52 @@ CARS = ((240, 240, 240), (40, 42, 46), (150, 152, 156), (160, 40, 36), (50, 70, 
 
 @dataclass(frozen=True)
 class Camera:
-    """How a domain photographs: each pair is a range, drawn from once a scene."""
+    """How the images of a domain are taken. A pair is a range from which each scene draws a value."""
 
-    zoom: tuple[float, float]  # optical resolution over pixel size; below 1 the image is soft
-    coarse_zoom: tuple[float, float]  # the same of scenes that come from a coarser sensor, resampled to this grid
-    coarse_prob: float  # their share
+    zoom: tuple[float, float]  # optical resolution over pixel size; below 1 the image is blurred
+    coarse_zoom: tuple[float, float]  # the same for scenes of a coarser sensor, resampled to this grid
+    coarse_prob: float  # fraction of these scenes
     gain: tuple[float, float]
     contrast: tuple[float, float]
-    haze: tuple[float, float]  # share of light scattered by the air
+    haze: tuple[float, float]  # fraction of the light that the atmosphere scatters
     cast: tuple[float, float, float]  # RGB factors
     saturation: tuple[float, float]
-    dryness: tuple[float, float]  # season: 0 = lush green, 1 = straw and bare crowns
+    dryness: tuple[float, float]  # season: 0 = green, 1 = dry grass and bare trees
     sun: tuple[float, float]  # tangent of the sun's elevation
     noise: float
 
 
 # OpenEarthMap: many cameras, sharp, green, high sun. OpenEarthMap-SAR: half of it coarse, greyer, later, a lower sun.
 SOURCE_CAMERA = Camera(
-    (0.8, 1.0),
-    (0.8, 1.0),
-    0.0,
-    (0.86, 1.05),
-    (0.85, 1.0),
-    (0.05, 0.14),
-    (1.02, 1.04, 1.04),
-    (0.9, 1.2),
-    (0.0, 0.35),
-    (0.9, 1.6),
-    3.0,
+    zoom=(0.8, 1.0),
+    coarse_zoom=(0.8, 1.0),
+    coarse_prob=0.0,
+    gain=(0.86, 1.05),
+    contrast=(0.85, 1.0),
+    haze=(0.05, 0.14),
+    cast=(1.02, 1.04, 1.04),
+    saturation=(0.9, 1.2),
+    dryness=(0.0, 0.35),
+    sun=(0.9, 1.6),
+    noise=3.0,
 )
 TARGET_CAMERA = Camera(
-    (0.6, 1.0),
-    (0.22, 0.4),
-    0.5,
-    (0.95, 1.15),
-    (1.0, 1.2),
-    (0.0, 0.1),
-    (0.97, 1.03, 1.07),
-    (0.45, 0.85),
-    (0.25, 0.9),
-    (0.55, 1.1),
-    2.0,
+    zoom=(0.6, 1.0),
+    coarse_zoom=(0.22, 0.4),
+    coarse_prob=0.5,
+    gain=(0.95, 1.15),
+    contrast=(1.0, 1.2),
+    haze=(0.0, 0.1),
+    cast=(0.97, 1.03, 1.07),
+    saturation=(0.45, 0.85),
+    dryness=(0.25, 0.9),
+    sun=(0.55, 1.1),
+    noise=2.0,
 )
 
 
 def render_optical(rng: np.random.Generator, ground: Ground, camera: Camera) -> np.ndarray:
-    """Photograph a scene.
+    """Render the optical image of a scene.
 
     Returns:
         (3, H, W) uint8 RGB without the margin.
@@ -87,21 +87,21 @@ def _paint(rng: np.random.Generator, ground: Ground, dryness: float) -> np.ndarr
     wide = fractal_noise(rng, shape, 60 / gsd, 3)
 
     def fill(where: np.ndarray, palette: ArrayLike, spread: float, texture: np.ndarray) -> None:
-        """One colour of `palette` per parcel, jittered by `spread`, times 1 + texture."""
+        """Fill with one colour of `palette` per lot, jittered by `spread`, times 1 + texture."""
         colors = rng.choice(np.asarray(palette, np.float32), n_parcels)
         colors *= rng.lognormal(0, spread, (n_parcels, 1)) * rng.lognormal(0, spread / 5, (n_parcels, 3))
         image[where] = colors.astype(np.float32)[ground.parcel[where]] * (1 + texture[where])[:, None]
 
     grass = (1 - 0.5 * dryness) * rng.permutation(GRASSES)[:3] + 0.5 * dryness * np.array((150, 136, 100))
     fill(label == RANGE, grass, 0.1, 0.05 * fine + 0.13 * mid)
-    fill(label == TREE, grass, 0.0, 0.0 * fine)
+    fill(label == TREE, grass, 0.0, np.zeros_like(fine))  # below the crowns; its random draws keep the seed's bytes
     fill(label == DEVELOPED, PAVINGS, 0.12, 0.05 * fine + 0.08 * mid)
     fill(label == BARE, SOILS, 0.08, 0.05 * fine + 0.12 * mid)
     period = rng.uniform(1.6, 5, n_parcels)[ground.parcel] / (2 * np.pi)
-    rows = np.sin(np.where(rng.random(n_parcels)[ground.parcel] < 0.5, ground.u, ground.v) / period)
+    rows = np.sin(ground.draw_axis(rng) / period)
     depth = (rng.random(n_parcels) ** 2 * 0.16)[ground.parcel]
     fill(label == FIELD, CROPS, 0.1, 0.04 * fine + 0.08 * mid + depth * rows)
-    tiles = np.sin(np.where(rng.random(n_parcels)[ground.parcel] < 0.5, ground.u, ground.v) * (2 * np.pi / 1.7))
+    tiles = np.sin(ground.draw_axis(rng) * (2 * np.pi / 1.7))
     fill(label == BUILDING, ROOFS, 0.14, 0.04 * fine + 0.05 * mid + 0.03 * tiles)
     asphalt = np.float32(rng.uniform(118, 172)) * np.array((1, 1, 0.99), np.float32)
     image[label == ROAD] = asphalt * (1 + 0.03 * fine + 0.07 * mid)[label == ROAD, None]
@@ -111,7 +111,7 @@ def _paint(rng: np.random.Generator, ground: Ground, dryness: float) -> np.ndarr
     tree = label == TREE
     crown = ground.crown[tree]
     n_crowns = int(ground.crown.max()) + 1
-    hue = rng.random((n_crowns, 1)) ** (1.5 - dryness)  # in the dry season more crowns have turned
+    hue = rng.random((n_crowns, 1)) ** (1.5 - dryness)  # more autumn colours in the dry season
     autumn = np.array((122, 104, 62)) * dryness + np.array((88, 104, 58)) * (1 - dryness)
     crowns = ((1 - hue) * np.array((62, 84, 48)) + hue * autumn) * rng.lognormal(0, 0.14, (n_crowns, 1))
     leaves = 1 + 0.12 * fine[tree] + 0.12 * smooth_noise(rng, shape, 3)[tree]
@@ -124,7 +124,7 @@ def _paint(rng: np.random.Generator, ground: Ground, dryness: float) -> np.ndarr
 
 
 def _light(rng: np.random.Generator, ground: Ground, sun_slope: float) -> np.ndarray:
-    """Return (H, W) brightness: slopes turned to or from the sun, and cast shadows with a soft edge."""
+    """Return (H, W) brightness: shading of slopes, and cast shadows with a soft edge."""
     azimuth = rng.uniform(0, 2 * np.pi)
     relief = cv2.GaussianBlur(ground.height, (0, 0), 0.7)
     slope_y, slope_x = np.gradient(relief / np.float32(ground.gsd))
@@ -132,13 +132,13 @@ def _light(rng: np.random.Generator, ground: Ground, sun_slope: float) -> np.nda
     facing = -(np.cos(azimuth) * slope_x + np.sin(azimuth) * slope_y)
     shading = np.where(rough, 0.34 * np.tanh(facing / 1.5), 0)
     frame = RayFrame(ground.height.shape, azimuth)
-    depth = frame.shadow_depth(frame.turn(ground.height) / np.float32(ground.gsd), sun_slope)
-    shadow = cv2.GaussianBlur(frame.turn_back((depth > 0.5).astype(np.float32)), (0, 0), 0.6)
+    depth = frame.shadow_depth(frame.rotate(ground.height) / np.float32(ground.gsd), sun_slope)
+    shadow = cv2.GaussianBlur(frame.rotate_back((depth > 0.5).astype(np.float32)), (0, 0), 0.6)
     return ((1 + shading) * (1 - rng.uniform(0.5, 0.68) * shadow)).astype(np.float32)
 
 
 def _expose(rng: np.random.Generator, image: np.ndarray, camera: Camera) -> np.ndarray:
-    """Pass colours through air, lens and sensor: (H, W, 3) float32."""
+    """Apply atmosphere, lens and sensor to (H, W, 3) float32 colours."""
     grey = image.mean(-1, keepdims=True)
     image = grey + np.float32(rng.uniform(*camera.saturation)) * (image - grey)
     cast = np.array(camera.cast) * rng.lognormal(0, 0.03, 3)
@@ -146,7 +146,7 @@ def _expose(rng: np.random.Generator, image: np.ndarray, camera: Camera) -> np.n
     image = 110 + np.float32(rng.uniform(*camera.contrast)) * (image - 110)
     image += np.float32(rng.uniform(*camera.haze)) * (np.array((168, 178, 190), np.float32) - image)
     zoom = rng.uniform(*(camera.coarse_zoom if rng.random() < camera.coarse_prob else camera.zoom))
-    if zoom < 0.95:  # the image was sampled more coarsely and resampled to this grid
+    if zoom < 0.95:  # sampled more coarsely and resampled to this grid
         small = cv2.resize(image, None, fx=zoom, fy=zoom, interpolation=cv2.INTER_AREA)
         image = cv2.resize(small, image.shape[1::-1], interpolation=cv2.INTER_CUBIC)
     return image + np.float32(camera.noise) * rng.standard_normal(image.shape, dtype=np.float32)
