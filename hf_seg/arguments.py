@@ -240,6 +240,12 @@ def portable_settings(args: Settings) -> dict[str, Any]:
     return kept
 
 
+def result_settings(args: Settings) -> dict[str, Any]:
+    """Return those of `portable_settings` that change what is computed: a resumed run must have the same."""
+    free = {field.name for field in dataclasses.fields(args) if field.metadata["free"]}
+    return {key: value for key, value in portable_settings(args).items() if key not in free}
+
+
 def _without_folders(value: Any) -> Any:
     """Shorten an existing local path, or each of a list, to its last part; Hub ids and presets stay."""
     if isinstance(value, list):
@@ -275,12 +281,9 @@ def check_same_recipe(args: Settings, recipe: Path) -> None:
     """
     if not recipe.exists():
         return
-    before, now = read_settings(recipe, type(args)), portable_settings(args)
-    free = {field.name for field in dataclasses.fields(args) if field.metadata["free"]}
+    before, now = read_settings(recipe, type(args)), result_settings(args)
     changed = [
-        f"{key}: {before[key]!r} then, {now[key]!r} now"
-        for key in before
-        if key not in free and now.get(key) != before[key]
+        f"{key}: {before[key]!r} then, {value!r} now" for key, value in now.items() if before.get(key, value) != value
     ]
     if changed:
         raise UserError(

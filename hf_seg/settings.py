@@ -101,8 +101,11 @@ class Parser(argparse.ArgumentParser):
         """Parse with `-` and `_` taken for the same in the names of flags."""
         words = [_with_underscores(word) for word in (sys.argv[1:] if args is None else args)]
         switches = {flag for action in self._actions if action.type is _boolean for flag in action.option_strings}
-        for index, word in enumerate(words):  # a switch without a value must not swallow what follows it
-            if word in switches and "".join(words[index + 1 : index + 2]).lower() not in ("true", "false"):
+        has_positionals = any(not action.option_strings for action in self._actions)
+        for index, word in enumerate(words):  # a switch without a value must not swallow a positional argument
+            following = "".join(words[index + 1 : index + 2]).lower()
+            is_value = following in ("true", "false") or not (has_positionals or following.startswith("-"))
+            if word in switches and not (following and is_value):
                 words[index] = f"{word}=true"
         return super().parse_known_args(words, namespace)
 
@@ -198,9 +201,7 @@ def parse_arguments(settings: type[Arguments], argv: Sequence[str] | None = None
         UserError: unknown key (with the nearest known one), wrong type or value out of range, no such file.
     """
     program = Path(sys.argv[0]).name
-    parser = Parser(
-        description=settings.__doc__, prog=program, usage=f"{program} [--config FILE] [--SETTING VALUE ...]"
-    )
+    parser = Parser(description=settings.__doc__, prog=program, usage=f"{program} [--SETTING VALUE ...]")
     parser.add_settings(settings)
     values = vars(parser.parse_args(argv))
     if values.get("config") is not None:

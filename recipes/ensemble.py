@@ -25,9 +25,9 @@ from typing import Any
 from accelerate import Accelerator
 
 from hf_seg import EnsembleForSemanticSegmentation
-from hf_seg.data.dataloaders import LabelledImages, UnlabelledImages
 from hf_seg.data.open_earth_map import load_open_earth_map_sar
 from hf_seg.data.provenance import read_provenance
+from hf_seg.data.samples import LabelledImages, UnlabelledImages
 from hf_seg.errors import DatasetError, UserError, one_line_errors
 from hf_seg.files import remove, write_atomic
 from hf_seg.hub.export import TRAINING_DATA_FILE, write_training_data

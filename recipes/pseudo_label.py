@@ -12,7 +12,7 @@ The shards are shared among the processes, and the result does not depend on the
 atomically: after a kill the same command resumes. `manifest.json` comes last and marks a complete dataset.
 """
 
-from hf_seg.arguments import PseudoLabelArguments, check_same_recipe, portable_settings, write_recipe
+from hf_seg.arguments import PseudoLabelArguments, check_same_recipe, result_settings, write_recipe
 from hf_seg.settings import answer_help, parse_arguments
 
 if __name__ == "__main__":
@@ -31,7 +31,6 @@ import torch
 from accelerate import Accelerator, InitProcessGroupKwargs
 from tqdm import tqdm
 
-from hf_seg.data.dataloaders import UnlabelledImages
 from hf_seg.data.nodata import outside_swath
 from hf_seg.data.open_earth_map import load_open_earth_map_sar
 from hf_seg.data.provenance import read_provenance
@@ -45,6 +44,7 @@ from hf_seg.data.pseudo_label_dataset import (
     write_manifest,
     write_shard,
 )
+from hf_seg.data.samples import UnlabelledImages, UnlabelledSample
 from hf_seg.errors import one_line_errors
 from hf_seg.files import write_atomic
 from hf_seg.hub.cards import write_pseudo_label_card
@@ -159,14 +159,9 @@ def label_shards(
 
 
 def label_tile(
-    optical: UnlabelledImages,
-    sar: UnlabelledImages,
-    tile: int,
-    accumulator: VoteAccumulator,
-    args: PseudoLabelArguments,
+    sample: UnlabelledSample, sar: np.ndarray, accumulator: VoteAccumulator, args: PseudoLabelArguments
 ) -> LabelledTile:
     """Decide on the label of each pixel, or why it has none."""
-    sample = optical[tile]
     label_map, confidence = accumulator.label_map().numpy(), accumulator.confidence().numpy()
     nowhere = np.zeros(label_map.shape, dtype=bool)
     reasons = {
@@ -204,7 +199,7 @@ def draw_figures(rows: datasets.Dataset, shards: dict[Path, range], folder: Path
 
 def describe_dataset(shards: dict[Path, range], inputs: dict[str, Any], args: PseudoLabelArguments) -> None:
     """Write the dataset card and, last of all, the manifest."""
-    settings = portable_settings(args)
+    settings = result_settings(args)
     summary = {
         "models": inputs["models"],
         "settings": settings,

@@ -35,16 +35,11 @@ from hf_seg.adaptation.class_mix import mix_domains, sample_class_mask
 from hf_seg.adaptation.mean_teacher import MeanTeacher
 from hf_seg.adaptation.pseudo_labels import CollapseWatch, describe_pseudo_labels, weigh_pseudo_labels
 from hf_seg.adaptation.strong_augmentation import strong_augment
-from hf_seg.data.dataloaders import (
-    AugmentedStream,
-    LabelledImages,
-    UnlabelledImages,
-    seed_at,
-    stream_seed,
-    train_dataloader,
-)
-from hf_seg.data.open_earth_map import load_open_earth_map, load_open_earth_map_sar, scan_open_earth_map_sar
+from hf_seg.data.dataloaders import AugmentedStream, seed_at, stream_seed, train_dataloader
+from hf_seg.data.open_earth_map import load_open_earth_map, load_open_earth_map_sar
 from hf_seg.data.provenance import read_provenance
+from hf_seg.data.samples import LabelledImages, UnlabelledImages
+from hf_seg.data.scan import scan_open_earth_map_sar
 from hf_seg.data.transforms import ResolutionAlignment, optical_transform
 from hf_seg.errors import one_line_errors
 from hf_seg.hub.export import write_training_data

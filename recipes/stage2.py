@@ -24,10 +24,11 @@ from accelerate import Accelerator
 from accelerate.utils import set_seed
 from torch import Tensor, nn
 
-from hf_seg.data.dataloaders import AugmentedStream, LabelledImages, train_dataloader
+from hf_seg.data.dataloaders import AugmentedStream, train_dataloader
 from hf_seg.data.open_earth_map import load_open_earth_map_sar
 from hf_seg.data.provenance import read_provenance
 from hf_seg.data.pseudo_label_dataset import load_pseudo_labels
+from hf_seg.data.samples import LabelledImages
 from hf_seg.data.transforms import sar_transform
 from hf_seg.errors import one_line_errors
 from hf_seg.hub.export import export_model, write_training_data

@@ -1,48 +1,56 @@
-"""Map a generated scene and measure it: peak memory of a fresh process, time, and how much of it the network takes.
+"""Map a synthetic scene in a fresh process and measure peak memory, time, and the part of it outside the network.
 
-    python scripts/benchmark_raster.py --width 20000 --height 20000 --network pointwise --window 512 --stride 1
-    python scripts/benchmark_raster.py --width 20000 --height 20000 --network toy-segformer --window 512 --stride 1
+    python scripts/benchmark_raster.py --width 20000 --height 20000 --model pointwise --window 512 --stride 1
+    python scripts/benchmark_raster.py --width 20000 --height 20000 --model toy-segformer --window 512 --stride 1
 
-Prints one JSON object. "pointwise" is a 1x1 convolution, which costs next to nothing, so what is measured is everything
-around the network; the other networks are presets of `hf_seg.models` with random weights. The scene is uint8 SAR-like
-speckle with a slanted collar of zeros, 512 x 512 tiles, deflate, EPSG:32654.
+Prints one JSON object. "pointwise" is a 1x1 convolution, which costs next to nothing, so it measures everything around
+the network; the other models are presets of `hf_seg.models` with random weights. The scene is uint8 SAR-like speckle
+with a slanted collar of zeros, in 512 x 512 tiles, deflate, EPSG:32654.
 """
 
-import argparse
 import json
 import multiprocessing
 import resource
 import tempfile
 import time
+from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
-import rasterio
-import torch
-from rasterio.transform import from_origin
-from rasterio.windows import Window
 
+from hf_seg.errors import UserError, file_errors, one_line_errors
+from hf_seg.files import DISK_HINT
 from hf_seg.labels import NUM_LABELS
-from hf_seg.mapping.raster import predict_raster
-from hf_seg.models import PRESETS, build_model
+from hf_seg.settings import Parser, check_bounds, setting
 
-STRIP = 500  # rows that are generated together; like the fields, out of step with windows and tiles
+if TYPE_CHECKING:
+    import torch
+
+STRIP = 500  # rows that are generated together; not a multiple of windows and tiles
 
 
-def parse() -> argparse.Namespace:
-    """Read the command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--width", type=int, default=5000, help="of the scene in pixels (5000)")
-    parser.add_argument("--height", type=int, default=5000, help="of the scene in pixels (5000)")
-    parser.add_argument("--network", default="pointwise", choices=("pointwise", *PRESETS), help="pointwise")
-    parser.add_argument("--window", type=int, default=512, help="in pixels (512)")
-    parser.add_argument("--stride", type=float, default=0.5, help="as a share of the window (0.5)")
-    parser.add_argument("--folder", type=Path, help="where scene and map go, and stay; default: a temporary one")
-    return parser.parse_args()
+@dataclass(frozen=True, kw_only=True)
+class BenchmarkOptions:
+    """Benchmark."""
+
+    width: int = setting(5000, "width of the scene in pixels", low=1)
+    height: int = setting(5000, "height of the scene in pixels", low=1)
+    model: str = setting("pointwise", "pointwise, or a preset of hf_seg.models")
+    window: int = setting(512, "side of the window in pixels", low=1)
+    stride: float = setting(0.5, "step of the window as a fraction of it", above=0, high=1)
+    output_dir: str | None = setting(None, "keeps the scene and the map; default: a temporary folder")
+
+    def __post_init__(self) -> None:
+        check_bounds(self)
 
 
 def write_scene(path: Path, width: int, height: int) -> None:
     """Write fields of different brightness under speckle, and zeros left of a slanted line."""
+    import rasterio
+    from rasterio.transform import from_origin
+    from rasterio.windows import Window
+
     rng = np.random.default_rng(0)
     fields = np.kron(rng.integers(20, 80, (STRIP // 100, width // 100 + 1)), np.ones((100, 100)))[:, :width]
     strip = np.clip(fields * np.sqrt(rng.gamma(4, 1 / 4, fields.shape)), 1, 255).astype(np.uint8)
@@ -58,38 +66,53 @@ def write_scene(path: Path, width: int, height: int) -> None:
             )
 
 
-def make_network(name: str, window: int) -> torch.nn.Module:
+def build_network(name: str, window: int) -> "torch.nn.Module":
     """Build a network with random weights."""
+    import torch
+
+    from hf_seg.models import PRESETS, build_model
+
     torch.manual_seed(0)
     if name == "pointwise":
         return torch.nn.Conv2d(3, NUM_LABELS, 1).requires_grad_(False)
+    if name not in PRESETS:
+        raise UserError(f"unknown model {name!r}; choose one of pointwise, {', '.join(PRESETS)}")
     return build_model(name, crop_size=window, from_scratch=True)
 
 
 def main() -> None:
-    """Generate, map, measure."""
-    args = parse()
-    with tempfile.TemporaryDirectory(dir=args.folder.parent if args.folder else None) as temporary:
-        folder = args.folder or Path(temporary)
-        folder.mkdir(parents=True, exist_ok=True)
-        scene = folder / f"scene_{args.width}x{args.height}.tif"
-        writer = multiprocessing.Process(target=write_scene, args=(scene, args.width, args.height))
-        writer.start()  # its memory is not this process's
+    """Write the scene, map it and print what was measured."""
+    parser = Parser(description=__doc__)
+    parser.add_settings(BenchmarkOptions)
+    options = BenchmarkOptions(**vars(parser.parse_args()))
+    from hf_seg.mapping.raster import predict_raster  # slow to import
+
+    network = build_network(options.model, options.window)
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(options.output_dir or temporary)
+        size = f"{options.width}x{options.height}"
+        scene = folder / f"scene_{size}.tif"
+        with file_errors(folder, "cannot be written", DISK_HINT):
+            folder.mkdir(parents=True, exist_ok=True)
+        # in a process of its own, whose memory is not counted
+        writer = multiprocessing.Process(target=write_scene, args=(scene, options.width, options.height))
+        writer.start()
         writer.join()
-        network = make_network(args.network, args.window)
+        if writer.exitcode:
+            raise UserError(f"{scene} cannot be written; {DISK_HINT}")
         before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         start = time.perf_counter()
         summary = predict_raster(
             network,
             scene,
-            folder / f"map_{args.width}x{args.height}.tif",
-            window=args.window,
-            stride=args.stride,
+            folder / f"map_{size}.tif",
+            window=options.window,
+            stride=options.stride,
             overwrite=True,
         )
         seconds = time.perf_counter() - start
     figures = {
-        **{name: getattr(args, name) for name in ("width", "height", "network", "window", "stride")},
+        **{name: getattr(options, name) for name in ("width", "height", "model", "window", "stride")},
         "peak_rss_mib": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024),
         "rss_before_mib": round(before / 1024),
         "seconds": round(seconds, 1),
@@ -100,4 +123,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    with one_line_errors():
+        main()

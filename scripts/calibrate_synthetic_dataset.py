@@ -27,8 +27,9 @@ from rasterio.errors import NotGeoreferencedWarning
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from hf_seg.data.dataloaders import AugmentedStream, LabelledImages, train_dataloader
-from hf_seg.data.open_earth_map import scan_open_earth_map, scan_open_earth_map_sar
+from hf_seg.data.dataloaders import AugmentedStream, train_dataloader
+from hf_seg.data.samples import LabelledImages
+from hf_seg.data.scan import scan_open_earth_map, scan_open_earth_map_sar
 from hf_seg.data.transforms import optical_transform, sar_transform
 from hf_seg.errors import DatasetError
 from hf_seg.labels import CLASS_NAMES, NUM_LABELS

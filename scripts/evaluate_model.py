@@ -39,8 +39,8 @@ def main() -> None:
     from accelerate.utils import gather_object
     from transformers.utils.logging import disable_progress_bar
 
-    from hf_seg.data.dataloaders import LabelledImages
     from hf_seg.data.open_earth_map import load_open_earth_map_sar
+    from hf_seg.data.samples import LabelledImages
     from hf_seg.files import write_atomic
     from hf_seg.inference.load import load_networks
     from hf_seg.inference.predict import Predictor

@@ -1,4 +1,4 @@
-"""Networks whose maps are known, and scenes for them."""
+"""Networks with known maps, and scenes for them."""
 
 from pathlib import Path
 from typing import Any
@@ -11,8 +11,8 @@ from rasterio.transform import Affine
 from torch import Tensor, nn
 
 from hf_seg.labels import NUM_LABELS
-from hf_seg.mapping.job import MapSummary
 from hf_seg.mapping.raster import predict_raster
+from hf_seg.mapping.statistics import MapSummary
 from hf_seg.models import build_model
 from hf_seg.normalization import to_pixel_values
 
@@ -20,7 +20,7 @@ ROTATED = Affine.translation(400_000, 4_000_000) * Affine.rotation(-33) * Affine
 
 
 class Constant(nn.Module):
-    """The same logits everywhere; class 0 would win if it were let."""
+    """The same logits everywhere, with the largest for class 0, which must never be predicted."""
 
     def forward(self, images: Tensor) -> Tensor:
         logits = torch.zeros(len(images), NUM_LABELS, *images.shape[2:])
@@ -29,7 +29,7 @@ class Constant(nn.Module):
 
 
 def pointwise(seed: int = 1) -> nn.Module:
-    """A 1x1 convolution, which knows no windows."""
+    """Return a 1x1 convolution, whose output does not depend on the window."""
     generator = torch.Generator().manual_seed(seed)
     network = nn.Conv2d(3, NUM_LABELS, 1).requires_grad_(False)
     for parameter in network.parameters():
@@ -38,7 +38,7 @@ def pointwise(seed: int = 1) -> nn.Module:
 
 
 def contextual() -> nn.Module:
-    """A toy network whose every pixel looks far around."""
+    """Return a toy network with a large receptive field."""
     torch.manual_seed(0)
     return build_model("toy-segformer", crop_size=64, from_scratch=True)
 

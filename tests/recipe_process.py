@@ -54,7 +54,7 @@ def run_recipe(
         recipe: its file's name.
         argv: the command line.
         log: file that receives what is printed.
-        disturb: "EVENT:N", see `_DISTURBANCES`: what happens to a process at its N-th such event.
+        disturb: "EVENT:ARGUMENT", see `_DISTURBANCES`: what happens to a process at its N-th such event, or at a file.
         disturbed: the ranks that it happens to; all if None.
     """
     with socket.socket() as probe:
@@ -86,23 +86,23 @@ def _run(recipe: str, argv: tuple[str, ...], log: Path, rank: int, processes: in
         os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(processes))
         os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
     if disturb:
-        event, _, number = disturb.partition(":")
-        _DISTURBANCES[event](int(number or 0))
+        event, _, argument = disturb.partition(":")
+        _DISTURBANCES[event](argument)
     with one_line_errors():
         _RECIPES[recipe].main(list(argv))
 
 
-def _at_call(owner: object, name: str, number: int, action: Callable[..., object], *, after: bool) -> None:
+def _at_call(owner: object, name: str, number: str, action: Callable[..., object], *, after: bool) -> None:
     """Do something before or after the `number`-th call of a function; the call itself stays what it is."""
     function, calls = getattr(owner, name), 0
 
     def counted(*args: object, **kwargs: object) -> object:
         nonlocal calls
         calls += 1
-        if calls == number and not after:
+        if calls == int(number) and not after:
             action(*args)
         result = function(*args, **kwargs)
-        if calls == number and after:
+        if calls == int(number) and after:
             action(*args)
         return result
 
@@ -120,18 +120,32 @@ def _cut_checkpoint(_: Accelerator, folder: str) -> None:
     _send(signal.SIGKILL)()
 
 
-def _kill_in_export(number: int) -> None:
+def _kill_at_rename(wanted: str, *, half: bool) -> None:
+    """Die where a file would get its name, after cutting it in half or not."""
+    replace = os.replace
+
+    def watched(temporary: Path, path: Path) -> None:
+        if Path(path).name == wanted:
+            if half:
+                os.truncate(temporary, os.path.getsize(temporary) // 2)
+            _send(signal.SIGKILL)()
+        replace(temporary, path)
+
+    os.replace = watched
+
+
+def _kill_in_export(number: str) -> None:
     for module in (stage2, teacher_student):
         _at_call(module, "export_model", number, _send(signal.SIGKILL), after=False)
 
 
-def _freeze_batch_norm(_: int) -> None:
+def _freeze_batch_norm(_: str) -> None:
     torch.nn.BatchNorm2d.train = lambda self, mode=True: torch.nn.Module.train(self, False)  # type: ignore[method-assign]
 
 
 _RECIPES: dict[str, ModuleType] = {each.__name__: each for each in (stage1, pseudo_label, stage2, ensemble)}
 
-_DISTURBANCES: dict[str, Callable[[int], None]] = {
+_DISTURBANCES: dict[str, Callable[[str], None]] = {
     "kill_before_step": lambda n: _at_call(torch.optim.AdamW, "step", n, _send(signal.SIGKILL), after=False),
     "kill_after_step": lambda n: _at_call(torch.optim.AdamW, "step", n, _send(signal.SIGKILL), after=True),
     "kill_before_teacher": lambda n: _at_call(MeanTeacher, "update", n, _send(signal.SIGKILL), after=False),
@@ -140,4 +154,6 @@ _DISTURBANCES: dict[str, Callable[[int], None]] = {
     "terminate_after_step": lambda n: _at_call(torch.optim.AdamW, "step", n, _send(signal.SIGTERM), after=True),
     "interrupt_after_step": lambda n: _at_call(torch.optim.AdamW, "step", n, _send(signal.SIGINT), after=True),
     "freeze_batch_norm": _freeze_batch_norm,
+    "kill_before_rename": lambda name: _kill_at_rename(name, half=False),
+    "kill_after_cutting": lambda name: _kill_at_rename(name, half=True),
 }

@@ -27,7 +27,7 @@ def test_half_of_the_classes_present_are_chosen_rounded_up(n_classes: int) -> No
     for seed in range(20):
         mask = sample_class_mask(labels, seeded(seed))
         assert len(labels[mask].unique()) == math.ceil(n_classes / 2)
-        assert not set(labels[mask].tolist()) & set(labels[~mask].tolist())  # whole classes
+        assert not set(labels[mask].tolist()) & set(labels[~mask].tolist())  # complete classes
 
 
 def test_every_class_is_chosen_as_often_as_any_other() -> None:
@@ -45,7 +45,7 @@ def test_ignored_pixels_are_never_pasted_and_do_not_count_as_a_class() -> None:
 
 
 def test_class_mask_depends_on_its_own_image_alone() -> None:
-    """Classes of other images in the batch do not dilute the half, and the generator is all the chance there is."""
+    """Classes of other images in the batch do not count, and the generator is the only source of randomness."""
     labels = torch.tensor([[1, 2, 3, 4]])
     assert torch.equal(sample_class_mask(labels, seeded(5)), sample_class_mask(labels, seeded(5)))
     state = torch.get_rng_state()
@@ -67,13 +67,13 @@ def test_mix_takes_source_pixels_and_labels_where_the_mask_is() -> None:
     assert mixed["labels"].tolist() == [[[3, 5], [6, IGNORE_INDEX]], [[3, 3], [3, 1]]]
 
 
-def test_pasted_pixels_weigh_one_and_others_the_lambda_of_their_image() -> None:
+def test_pasted_pixels_have_weight_one_and_others_the_lambda_of_their_image() -> None:
     _, _, _, mixed = make_mix()
     assert mixed["weights"].tolist() == [[[1, 0.25], [0.25, 0.25]], [[1, 1], [1, 0.5]]]
 
 
 def test_target_loss_divides_by_all_valid_pixels_and_not_by_their_weights() -> None:
-    """Eq. 6: a doubtful image lowers the loss."""
+    """Eq. 6: an image of low confidence lowers the loss."""
     _, _, _, mixed = make_mix()
     logits = torch.zeros(2, NUM_LABELS, 2, 2)
     loss = cross_entropy(logits, mixed["labels"], weights=mixed["weights"])
@@ -92,7 +92,7 @@ def logits_of(confidences: list[list[float]], winner: int = 4) -> Tensor:
 def test_lambda_is_the_share_of_confident_pixels_of_each_image() -> None:
     labels, weights = weigh_pseudo_labels(logits_of([[0.99, 0.5, 0.97, 0.9], [0.5, 0.5, 0.5, 0.5]]), 0.968)
     assert weights.tolist() == [0.5, 0.0]
-    assert (labels == 4).all()  # threshold-free: doubtful pixels keep their label
+    assert (labels == 4).all()  # pixels of low confidence keep their label
 
 
 def test_a_pixel_at_the_threshold_is_confident() -> None:
@@ -101,14 +101,14 @@ def test_a_pixel_at_the_threshold_is_confident() -> None:
     assert weigh_pseudo_labels(logits, 1.0)[1].tolist() == [1.0]
 
 
-def test_pixels_without_ground_have_no_label_and_no_say() -> None:
+def test_invalid_pixels_have_no_label_and_do_not_count() -> None:
     valid = torch.tensor([[[True, True, False, False]], [[False] * 4]])
     labels, weights = weigh_pseudo_labels(logits_of([[0.99, 0.5, 0.99, 0.99]] * 2), valid=valid)
     assert labels.tolist() == [[[4, 4, IGNORE_INDEX, IGNORE_INDEX]], [[IGNORE_INDEX] * 4]]
     assert weights.tolist() == [0.5, 0.0]
 
 
-def test_background_wins_only_where_it_is_a_class() -> None:
+def test_background_is_predicted_only_where_it_is_a_class() -> None:
     logits = torch.zeros(1, NUM_LABELS, 1, 1)
     logits[:, BACKGROUND], logits[:, 7] = 9, 8
     before = logits.clone()
@@ -126,21 +126,19 @@ def test_description_counts_valid_pixels() -> None:
     assert sum(described[f"pseudo_share_{name}"] for name in CLASS_NAMES) == 1
 
 
-def test_collapse_is_told_after_patience_and_only_if_it_lasts() -> None:
+def test_collapse_is_reported_after_patience_and_only_if_it_lasts() -> None:
     watch = CollapseWatch(patience=3)
-    taken_over, healthy = [0, 0.02, 0.98, 0, 0, 0, 0, 0, 0], [0, 0.3, 0.7, 0, 0, 0, 0, 0, 0]
-    assert [watch.update(shares, 0.4) for shares in (taken_over, taken_over, healthy, taken_over, taken_over)] == [
-        None
-    ] * 5
-    warning = watch.update(taken_over, 0.4)
+    dominated, healthy = [0, 0.02, 0.98, 0, 0, 0, 0, 0, 0], [0, 0.3, 0.7, 0, 0, 0, 0, 0, 0]
+    assert [watch.update(shares, 0.4) for shares in (dominated, dominated, healthy, dominated, dominated)] == [None] * 5
+    warning = watch.update(dominated, 0.4)
     assert warning is not None and warning.startswith("COLLAPSE: 98.0 % of the pseudo-labels are rangeland")
     stuck = [watch.update(healthy, 0.0) for _ in range(6)]
     assert [message is not None for message in stuck] == [False, False, True, False, False, True]
-    assert "STANDS STILL" in str(stuck[2])
+    assert "STALLS" in str(stuck[2])
 
 
 class Student(nn.Module):
-    """Weights, a running mean and a dropout: all that a teacher must treat differently."""
+    """Weights, a running mean and a dropout: each is treated differently by a teacher."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -235,13 +233,13 @@ def test_strong_augmentation_of_an_image_does_not_depend_on_its_batch() -> None:
         assert torch.equal(strong_augment(images[:1], [seeded(seed)])[0], batch[seed])
 
 
-def test_each_sample_has_coins_of_its_own() -> None:
+def test_each_sample_is_drawn_independently() -> None:
     images = picture().expand(200, -1, -1, -1)
     flat = strong_augment(images, [seeded(seed) for seed in range(200)], blur_prob=0)
     changed = ((flat - images).abs().amax(dim=(1, 2, 3)) > 1e-3).float().mean()
     assert changed == pytest.approx(0.5, abs=0.1)
     blurred = strong_augment(images, [seeded(seed) for seed in range(200)], jitter_prob=0)
-    # sigma 0.15 leaves the picture as it is, so not quite every coin shows
+    # sigma 0.15 does not change the picture, so not every blur is seen
     assert 0.35 < ((blurred - images).abs().amax(dim=(1, 2, 3)) > 1e-3).float().mean() < 0.6
 
 

@@ -3,6 +3,7 @@ import importlib.util
 import json
 import re
 import runpy
+import subprocess
 import sys
 from collections.abc import Mapping
 from html.parser import HTMLParser
@@ -15,10 +16,10 @@ import pytest
 from conftest import write_tiff
 from PIL import Image
 
-from hf_seg.errors import DatasetError, UserError
+from hf_seg.errors import DatasetError, FileError, UserError
 from hf_seg.labels import IGNORE_INDEX, LABEL2ID, NUM_LABELS
 from hf_seg.metrics import ConfusionMatrix
-from hf_seg.studies import label_audit, label_audit_figures
+from hf_seg.studies import label_audit, label_audit_figures, label_sets
 from hf_seg.studies.label_audit_page import FEW_TILES, judge
 from hf_seg.synthetic import make_synthetic_dataset
 
@@ -33,7 +34,7 @@ IN_A = np.array([[5, 5, 6, 6], [5, 5, 6, 6], [8, 8, 4, 4], [8, 8, 0, 4]], dtype=
 IN_B = np.array([[5, 5, 6, 6], [5, 2, 6, 6], [8, 8, 4, 4], [0, 4, 4, 4]], dtype=np.uint8)
 TRUTH = np.array([[5, 5, 6, 6], [5, 2, 6, 0], [8, 8, 4, 4], [8, 8, 4, 4]], dtype=np.uint8)
 
-# what GeoTIFFs without a place are for rasterio
+# rasterio warns of GeoTIFFs without georeference
 pytestmark = pytest.mark.filterwarnings("ignore::rasterio.errors.NotGeoreferencedWarning")
 
 Maps = dict[str, np.ndarray]
@@ -133,7 +134,7 @@ def test_scores_against_the_truth_are_those_of_the_confusion_matrix() -> None:
     assert truth["compared"] == same.sum() / (TRUTH > 0).sum()
 
 
-def test_who_is_right_where_they_differ_is_counted_by_pair() -> None:
+def test_which_set_is_correct_where_they_differ_is_counted_by_pair() -> None:
     found = summarize({"x": IN_A}, {"x": IN_B}, {"x": TRUTH})["disagreements"]
     assert found["all"] == {"share": 2 / 14, "a_right": 1 / 2, "b_right": 1 / 2}
     right = {"share": 1 / 14, "a_right": 0.0, "b_right": 1.0}
@@ -149,7 +150,8 @@ def test_a_set_against_itself_agrees_fully_without_clear_difference() -> None:
     result = summarize(maps, maps, spoil(maps, 0.3, 1))
     assert result["agreement"]["overall"] == result["agreement"]["mean_iou"] == 1
     assert result["truth"]["difference"]["mean_iou"] == {"difference": 0, "low": 0, "high": 0}
-    assert judge(result).startswith("No clear difference: B - A = +0.0 points of mIoU [+0.0, +0.0]")
+    expected = "No clear difference: the mIoU of B (new) minus that of A (old) is +0.0 points [+0.0, +0.0]"
+    assert judge(result, "old", "new").startswith(expected)
     assert result["disagreements"]["largest"] == []
 
 
@@ -160,8 +162,9 @@ def test_the_better_set_is_called_better_and_a_swap_reverses_the_sign() -> None:
     gain, loss = result["truth"]["difference"]["mean_iou"], swapped["truth"]["difference"]["mean_iou"]
     assert 0.1 < gain["low"] < gain["difference"] < gain["high"]
     assert loss == pytest.approx({"difference": -gain["difference"], "low": -gain["high"], "high": -gain["low"]})
-    assert judge(result).startswith("B is better by ")
-    assert judge(swapped) == judge(result).replace("B is", "A is")
+    sentence, swapped_sentence = judge(result, "old", "new"), judge(swapped, "old", "new")
+    assert sentence.startswith("Labels B (new) are better than A (old) by ")
+    assert swapped_sentence == sentence.replace("B (new) are better than A (old)", "A (old) are better than B (new)")
     assert {entry["difference"] > 0 for entry in result["truth"]["difference"]["iou"].values()} == {True}
 
 
@@ -170,25 +173,29 @@ def test_equally_spoilt_sets_do_not_differ_clearly() -> None:
     result = summarize(spoil(truth, 0.2, 1), spoil(truth, 0.2, 2), truth)
     gain = result["truth"]["difference"]["mean_iou"]
     assert gain["low"] < 0 < gain["high"]
-    assert judge(result).startswith("No clear difference")
+    assert judge(result, "old", "new").startswith("No clear difference")
 
 
 def test_one_tile_has_no_interval_and_few_tiles_a_warning() -> None:
     truth = random_maps(FEW_TILES)
     worse = spoil(truth, 0.5, 1)
-    assert "too few" not in judge(summarize(worse, truth, truth))
+    assert "too few" not in judge(summarize(worse, truth, truth), "old", "new")
     few = {key: truth[key] for key in list(truth)[:3]}
-    assert "too few to lean on" in judge(summarize({key: worse[key] for key in few}, few, few))
+    assert "too few to rely on" in judge(summarize({key: worse[key] for key in few}, few, few), "old", "new")
     one = {"TrainArea_000": truth["TrainArea_000"]}
     result = summarize({"TrainArea_000": worse["TrainArea_000"]}, one, one)
     assert result["truth"]["difference"]["mean_iou"]["low"] is None
-    assert judge(result).startswith("Cannot tell: a single tile has no interval (B - A = +")
+    expected = (
+        r"Cannot tell .*: a single tile has no interval. On it the mIoU of B \(new\) .* A \(old\) is \+\d+\.\d points"
+    )
+    assert re.match(expected, judge(result, "old", "new"))
 
 
 def test_without_a_truth_nothing_is_called_better() -> None:
     truth = random_maps(12)
-    sentence = judge(summarize(spoil(truth, 0.5, 1), truth))
-    assert sentence.startswith("Cannot tell which is better without a truth. A and B agree on ")
+    sentence = judge(summarize(spoil(truth, 0.5, 1), truth), "old", "new")
+    expected = "Cannot tell which labels are better without a truth. Labels A (old) and B (new) agree on "
+    assert sentence.startswith(expected)
 
 
 def test_bootstrap_equals_scoring_each_redrawn_set_by_itself() -> None:
@@ -214,7 +221,7 @@ def test_bootstrap_equals_scoring_each_redrawn_set_by_itself() -> None:
     assert found["mean_iou"]["high"] == pytest.approx(high)
 
 
-def test_bootstrap_follows_its_seed_alone() -> None:
+def test_bootstrap_depends_on_its_seed_only() -> None:
     truth = random_maps(6)
     a, b = spoil(truth, 0.4, 1), spoil(truth, 0.2, 2)
     first, again, other = (summarize(a, b, truth, seed=seed)["truth"]["difference"] for seed in (0, 0, 1))
@@ -223,12 +230,12 @@ def test_bootstrap_follows_its_seed_alone() -> None:
     assert first["mean_iou"]["low"] != other["mean_iou"]["low"]
 
 
-def test_pixels_that_one_set_leaves_unlabelled_change_no_score_on_the_same_pixels() -> None:
+def test_pixels_that_one_set_does_not_label_change_no_score_on_the_same_pixels() -> None:
     truth = random_maps(4)
     a, b = spoil(truth, 0.4, 1), spoil(truth, 0.2, 2)
-    holes = {key: np.where(np.arange(24) < 6, 0, label).astype(np.uint8) for key, label in b.items()}
+    incomplete = {key: np.where(np.arange(24) < 6, 0, label).astype(np.uint8) for key, label in b.items()}
     cut = {key: label[:, 6:] for key, label in a.items()}
-    result = summarize(a, holes, truth)["truth"]
+    result = summarize(a, incomplete, truth)["truth"]
     expected = summarize(cut, {k: v[:, 6:] for k, v in b.items()}, {k: v[:, 6:] for k, v in truth.items()})["truth"]
     assert result["same_pixels"] == expected["same_pixels"]
     assert result["difference"] == expected["difference"]
@@ -237,7 +244,7 @@ def test_pixels_that_one_set_leaves_unlabelled_change_no_score_on_the_same_pixel
     assert result["compared"] == 0.75
 
 
-def test_confidence_that_tells_the_truth_has_no_calibration_error() -> None:
+def test_calibrated_confidence_has_no_calibration_error() -> None:
     levels = np.zeros((256, 2), dtype=int)
     levels[51:256:51] = [(100, 20), (100, 40), (100, 60), (100, 80), (100, 100)]  # 0.2, 0.4 ... 1.0
     result = label_audit.calibrate(levels)
@@ -250,7 +257,7 @@ def test_confidence_that_tells_the_truth_has_no_calibration_error() -> None:
     assert result is not None and [row["share"] for row in result["deciles"]] == [0.9, 0.1]
 
 
-def test_overconfidence_is_the_calibration_error_and_deciles_are_equally_full() -> None:
+def test_overconfidence_is_the_calibration_error_and_deciles_have_equal_pixels() -> None:
     levels = np.stack([np.full(256, 1000), np.arange(256) * 1000 // 510], axis=1)  # right half as often as it says
     result = label_audit.calibrate(levels)
     assert result is not None and result["calibration_error"] == pytest.approx(0.25, abs=0.001)
@@ -269,7 +276,7 @@ def test_confidence_counts_only_what_both_label() -> None:
     assert levels[0].tolist() == [1, 1]
 
 
-def test_comparison_shows_who_is_right() -> None:
+def test_comparison_shows_which_set_is_correct() -> None:
     both, only_a, only_b, neither = map(np.array, ([228] * 3, [224, 138, 46], [53, 114, 176], [107] * 3))
     unknown = np.array([0x30, 0x2A, 0x3C])
     picture = label_audit_figures.paint_comparison(IN_A, IN_B, np.where(TRUTH == WATER, TREE, TRUTH))
@@ -295,14 +302,16 @@ def test_folder_png_and_parquet_of_the_same_labels_give_the_same_audit(tmp_path:
     sources.append(write_folder(tmp_path / "zeros", zeros))
     results = []
     for source in sources:
-        sets = {key: script.LabelSet(str(path)) for key, path in (("a", official), ("b", source), ("truth", t))}
-        results.append(script.audit(sets, script.match_ids(sets), None, seed=0))
+        sets = {key: label_sets.LabelSet(str(path)) for key, path in (("a", official), ("b", source), ("truth", t))}
+        results.append(label_sets.audit(sets, label_sets.match_ids(sets), None, seed=0))
         assert results[-1]["sets"]["b"].pop("source") == str(source)
+        name = results[-1]["sets"]["b"].pop("name")
+        assert str(source).endswith(name) and f"B ({name})" in results[-1].pop("verdict")
         assert results[-1] == results[0]
     assert results[0]["coverage"]["b"] == 1 - 5 / 72
 
 
-def test_report_is_whole_self_contained_and_as_json_says(tmp_path: Path) -> None:
+def test_report_is_complete_self_contained_and_agrees_with_the_json(tmp_path: Path) -> None:
     truth = random_maps(4)
     confidence = {key: np.full((24, 24), 200, dtype=np.uint8) for key in truth}
     ours = write_dataset(tmp_path / "<b> & co", spoil(truth, 0.1, 2), confidence)
@@ -337,7 +346,9 @@ def test_report_is_whole_self_contained_and_as_json_says(tmp_path: Path) -> None
     assert reader.open == []
     assert reader.pictures == [(tmp_path / "audit" / name).read_bytes() for name in ("transition.png", "gallery.png")]
     markdown = (tmp_path / "audit/audit.md").read_text()
-    assert f"**{result['verdict']}**" in markdown and result["verdict"].startswith("B is better by ")
+    assert f"**{result['verdict']}**" in markdown and result["verdict"].startswith(
+        "Labels B (<b> & co) are better than A (a) by "
+    )
     scores = result["truth"]["same_pixels"]
     assert f"| mIoU, same pixels | {100 * scores['a']['mean_iou']:.1f} % | {100 * scores['b']['mean_iou']:.1f} % |" in (
         markdown
@@ -351,7 +362,7 @@ def test_report_is_whole_self_contained_and_as_json_says(tmp_path: Path) -> None
     assert "No regions known" in markdown
 
 
-def test_tiles_without_a_partner_are_counted_and_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_tiles_without_a_counterpart_are_counted_and_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     maps = random_maps(6)
     names = list(maps)
     a = write_folder(tmp_path / "a", {name: maps[name] for name in names[:5]})
@@ -361,12 +372,12 @@ def test_tiles_without_a_partner_are_counted_and_named(tmp_path: Path, capsys: p
     assert result["sets"]["a"]["n_unmatched"] == 4 and result["sets"]["a"]["unmatched"] == names[:3]
     assert result["sets"]["b"]["unmatched"] == [names[5]]
     printed = capsys.readouterr().out
-    assert f"left out: 4 tiles of A, e.g. {', '.join(names[:3])}\n" in printed
-    assert f"left out: 1 tiles of B, e.g. {names[5]}\n" in printed
+    assert f"skipped 4 tiles of a without a counterpart, e.g. {', '.join(names[:3])}\n" in printed
+    assert f"skipped 1 tiles of b without a counterpart, e.g. {names[5]}\n" in printed
     assert f"4 ({', '.join(names[:3])}, ...)" in (tmp_path / "audit/audit.md").read_text()
 
 
-def test_a_truth_of_some_tiles_judges_those_and_all_are_compared(tmp_path: Path) -> None:
+def test_a_truth_of_some_tiles_scores_those_and_all_are_compared(tmp_path: Path) -> None:
     truth = random_maps(4)
     a, b = write_folder(tmp_path / "a", spoil(truth, 0.4, 1)), write_folder(tmp_path / "b", truth)
     t = write_folder(tmp_path / "t", {key: truth[key] for key in ("TrainArea_001", "TrainArea_003")})
@@ -392,19 +403,19 @@ def test_regions_come_from_names_or_a_file(tmp_path: Path) -> None:
     assert regions["west"]["agreement"] == 27 / 29
 
 
-def test_gallery_holds_the_tiles_that_differ_most_with_their_image(tmp_path: Path) -> None:
+def test_gallery_shows_the_tiles_that_differ_most_with_their_image(tmp_path: Path) -> None:
     maps = random_maps(5)
     order = ["TrainArea_003", "TrainArea_000", "TrainArea_004", "TrainArea_001", "TrainArea_002"]
     changed = {key: label.copy() for key, label in maps.items()}
     for rank, key in enumerate(order):
         changed[key][: 12 - 2 * rank] = maps[key][: 12 - 2 * rank] % 8 + 1
     sets = {
-        "a": script.LabelSet(str(write_folder(tmp_path / "a", maps))),
-        "b": script.LabelSet(str(write_folder(tmp_path / "b", changed))),
+        "a": label_sets.LabelSet(str(write_folder(tmp_path / "a", maps))),
+        "b": label_sets.LabelSet(str(write_folder(tmp_path / "b", changed))),
     }
     sar = write_folder(tmp_path / "sar", {order[1]: np.arange(576, dtype=np.uint8).reshape(24, 24)})
-    tiles = script.audit(sets, sorted(maps), None, 0)["tiles"]
-    rows = script.read_gallery(sets, tiles, script.list_images(sar, "*"), 3)
+    tiles = label_sets.audit(sets, sorted(maps), None, 0)["tiles"]
+    rows = label_sets.read_gallery(sets, tiles, label_sets.images_by_id(sar, "*"), 3)
     assert [row.image_id for row in rows] == order[:3]
     assert [row.image is None for row in rows] == [True, False, True]
     assert tiles[order[0]]["disagreement"] == 0.5
@@ -428,19 +439,19 @@ def test_transitions_show_the_scores_of_both_where_there_is_a_truth(tmp_path: Pa
 
 
 BAD_INPUTS = {
-    "no such set": ("a", "nowhere", r"nowhere: neither a folder of labels nor a dataset that can be loaded \(.+\)"),
+    "no such set": ("a", "nowhere", r"nowhere: cannot be loaded \(.+\)"),
     "file": ("a", "a/x_1.tif", r"x_1\.tif is a file: pass its folder"),
-    "nothing in it": ("a", "empty", r"empty: holds neither label images \(\.tif, \.tiff, \.png\) nor Parquet files"),
-    "no common id": ("a", "other", r"other and .*a share no image id, e\.g\. 'y_1' against 'x_1'"),
+    "nothing in it": ("a", "empty", r"empty: contains neither label images \(\.tif, \.tiff, \.png\) nor Parquet files"),
+    "no common id": ("a", "other", r"other and .*a share no image id, e\.g\. 'y_1' and 'x_1'"),
     "other size": ("a", "small", r"x_1: the label maps differ in size: .*a \(4, 4\), .*small \(3, 4\)"),
-    "wrong id": ("a", "nine", r"nine, x_1: label 9 is no class 0\.\.8, nor 255 for none; remap it"),
+    "wrong id": ("a", "nine", r"nine, x_1: 9 is not a class id \(0\.\.8, or 255 for no label\); remap it"),
     "three bands": ("a", "rgb", r"rgb, x_1: expected one band of class ids, found \(4, 4, 3\) uint8"),
-    "torn file": ("a", "torn", r"x_1\.tif: cannot be read \(.+\); write or download it again"),
-    "no label": ("a", "blank", r"a and .*blank label no pixel in common; is one of them empty\?"),
-    "two files of one id": ("a", "twice", r"x_1\.tif and .*x_1\.png claim one image_id, 'x_1': remove one"),
+    "truncated file": ("a", "truncated", r"x_1\.tif: cannot be read as an image \(.+\); remove it or create it again"),
+    "no label": ("a", "blank", r"a and .*blank share no labelled pixel; is one of them empty\?"),
+    "two files of one id": ("a", "twice", r"x_1\.tif and .*x_1\.png have the same image_id, 'x_1': remove one"),
     "other columns": ("a", "columns", r"columns: no column pseudo_label among \['image_id', 'label'\]"),
     "confidence of another size": ("a", "unsure", r"x_1: expected confidence as \(4, 4\) uint8, found \(2, 2\) uint8"),
-    "same id twice": ("a", "double", r"double: image_id 'x_1' stands twice"),
+    "same id twice": ("a", "double", r"double: duplicate image_id 'x_1'"),
 }
 
 
@@ -453,8 +464,8 @@ def bad_sets(tmp_path_factory: pytest.TempPathFactory) -> Path:
     write_folder(root / "rgb", {"x_1": np.stack([IN_A] * 3)})
     write_folder(root / "other", {"y_1": IN_A})
     write_folder(write_folder(root / "twice", {"x_1": IN_A}), {"x_1": IN_A}, ".png")
-    (root / "torn").mkdir()
-    (root / "torn/x_1.tif").write_bytes((root / "a/x_1.tif").read_bytes()[:60])
+    (root / "truncated").mkdir()
+    (root / "truncated/x_1.tif").write_bytes((root / "a/x_1.tif").read_bytes()[:60])
     (root / "empty").mkdir()
     (root / "columns").mkdir()
     datasets.Dataset.from_dict({"image_id": ["x_1"], "label": [1]}).to_parquet(root / "columns/train.parquet")
@@ -480,32 +491,60 @@ def test_wrong_options_are_one_clear_line(bad_sets: Path, tmp_path: Path) -> Non
     a, output = str(bad_sets / "a"), tmp_path / "audit"
     (tmp_path / "regions.csv").write_text("tile,region\nx_1,here\n")
     (tmp_path / "elsewhere.csv").write_text("image_id,region\nz_9,here\n")
+    (tmp_path / "binary.csv").write_bytes(b"image_id,region\nx_1,\xff\n")
     cases = {
-        r"--regions .*: expected a header with image_id and region, found \['tile', 'region'\]": (
+        r"regions\.csv: expected a header with image_id and region, found \['tile', 'region'\]": (
             *("--regions", tmp_path / "regions.csv"),
         ),
-        r"--regions .*: names none of the 1 tiles, e\.g\. not 'x_1'": ("--regions", tmp_path / "elsewhere.csv"),
-        r"--images .*other: holds an image of none of the tiles, e\.g\. not of 'x_1'": ("--images", bad_sets / "other"),
+        r"elsewhere\.csv: contains none of the 1 tiles, e\.g\. not 'x_1'": ("--regions", tmp_path / "elsewhere.csv"),
+        r"binary\.csv: cannot be read as CSV in UTF-8 \(.+\)": ("--regions", tmp_path / "binary.csv"),
+        r"nowhere\.csv cannot be read \(No such file or directory\)": ("--regions", tmp_path / "nowhere.csv"),
+        r".+ cannot be read \(Is a directory\)": ("--regions", tmp_path),
+        r"--images .*other: contains no image of the tiles, e\.g\. not of 'x_1'": ("--images", bad_sets / "other"),
         r"x_1\.tif: expected 1 or 3 bands of \(4, 4\) uint8, found \(3, 4\) uint8": ("--images", bad_sets / "small"),
-        r"--truth .*blank: labels no pixel that A and B both label": ("--truth", bad_sets / "blank"),
+        r"blank: labels no pixel that A and B both label": ("--truth", bad_sets / "blank"),
         r"other and .*a share no image id": ("--truth", bad_sets / "other"),
         r"--gallery must be at least 1 and --seed at least 0; got 0, 0": ("--gallery", 0),
+        r"unknown setting '--trth'; did you mean '--truth'\?": ("--trth", "x"),
     }
     for message, options in cases.items():
         with pytest.raises((UserError, DatasetError), match=message):
             script.main([a, a, "--output", str(output), *map(str, options)])
         assert not output.exists()
+    with pytest.raises(FileError, match=r"regions\.csv/audit cannot be written \(Not a directory\)"):
+        script.main([a, a, "--output", str(tmp_path / "regions.csv/audit")])
+
+
+def test_sets_are_named_by_their_folders_or_by_flags(tmp_path: Path) -> None:
+    folders = [write_folder(tmp_path / name, {"x_1": IN_A}) for name in ("dfc25_track1/train/labels", "$runs$")]
+    result = run(tmp_path / "audit", *folders)
+    assert [result["sets"][key]["name"] for key in "ab"] == ["dfc25_track1/train/labels", "$runs$"]
+    assert "Labels A (dfc25_track1/train/labels) and B ($runs$) agree on 100.0 %" in result["verdict"]
+    assert label_sets.default_name("org/not-a-folder") == "org/not-a-folder"
+    result = run(tmp_path / "audit", *folders, "--name_a", "old", "--name-b", "a|b")
+    assert "Labels A (old) and B (a|b) agree on 100.0 %" in result["verdict"]
+    assert "| B | a\\|b | " in (tmp_path / "audit/audit.md").read_text()
+    assert "<h2>A (old) compared with B (a|b)</h2>" in (tmp_path / "audit/index.html").read_text()
+
+
+def test_help_needs_no_slow_import() -> None:
+    code = (
+        "import runpy, sys; sys.argv = [sys.argv[1], '--help']\ntry: runpy.run_path(sys.argv[0], run_name='__main__')\n"
+    )
+    code += "finally: print({'torch', 'datasets', 'matplotlib', 'rasterio'} & set(sys.modules))"
+    found = subprocess.run([sys.executable, "-c", code, str(SCRIPT)], capture_output=True, text=True)
+    assert found.returncode == 0 and "--name_a" in found.stdout and found.stdout.endswith("\nset()\n")
 
 
 def test_another_folder_is_never_overwritten_and_a_failed_audit_keeps_the_older(tmp_path: Path) -> None:
     a = write_folder(tmp_path / "a", {"x_1": IN_A})
-    with pytest.raises(UserError, match=r"--output .*a is no earlier audit; choose another folder"):
+    with pytest.raises(UserError, match=r"--output .*a is not an earlier audit; choose another folder"):
         script.main([str(a), str(a), "--output", str(a)])
     assert [path.name for path in a.iterdir()] == ["x_1.tif"]
     older = run(tmp_path / "audit", a, a)
-    rows = [script.GalleryRow("x_1", None, IN_A, IN_A, None)]
+    rows = [label_audit_figures.GalleryRow("x_1", None, IN_A, IN_A, None)]
     with pytest.raises(KeyError):
-        script.publish(tmp_path / "audit", {"truth": None, "agreement": older["agreement"]}, rows)
+        script.write_audit(tmp_path / "audit", {key: older[key] for key in ("sets", "truth", "agreement")}, rows)
     assert json.loads((tmp_path / "audit/audit.json").read_text()) == older
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a", "audit"]
     b = write_folder(tmp_path / "b", {"x_1": IN_B})
@@ -521,15 +560,20 @@ def test_command_line_ends_with_one_line_and_status_two(
         runpy.run_path(str(SCRIPT), run_name="__main__")
     assert ended.value.code == 2
     last = capsys.readouterr().err.splitlines()[-1]
-    assert last == f"error: {nine}, x_1: label 9 is no class 0..8, nor 255 for none; remap it"
+    assert last == f"error: {nine}, x_1: 9 is not a class id (0..8, or 255 for no label); remap it"
     assert list(tmp_path.iterdir()) == []
 
 
-def test_noisy_labels_of_the_generated_world_lose_against_the_clean_ones(tmp_path: Path) -> None:
-    make_synthetic_dataset(tmp_path / "world", seed=7, source=2, train=3, val=1, test=0, size=96, num_workers=1)
-    noisy, clean = tmp_path / "world/dfc25_track1/train", tmp_path / "world/dfc25_track1_extra/train_clean_labels"
+def test_clean_labels_of_a_synthetic_dataset_are_better_than_the_noisy_ones(tmp_path: Path) -> None:
+    make_synthetic_dataset(tmp_path / "synthetic", seed=7, source=2, train=3, val=1, test=0, size=96, num_workers=1)
+    noisy, clean = (
+        tmp_path / "synthetic/dfc25_track1/train",
+        tmp_path / "synthetic/dfc25_track1_extra/train_clean_labels",
+    )
     result = run(tmp_path / "audit", noisy / "labels", clean, "--truth", clean, "--images", noisy / "sar_images")
-    assert result["verdict"].startswith("B is better by ") and result["truth"]["same_pixels"]["b"]["mean_iou"] == 1
+    expected = "Labels B (train_clean_labels) are better than A (dfc25_track1/train/labels) by "
+    assert result["verdict"].startswith(expected)
+    assert result["truth"]["same_pixels"]["b"]["mean_iou"] == 1
     assert 0.3 < result["agreement"]["overall"] < 0.95
     assert result["regions"] is None
 

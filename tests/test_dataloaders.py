@@ -12,17 +12,9 @@ import pytest
 import torch
 from PIL import Image
 
-from hf_seg.data.dataloaders import (
-    AugmentedStream,
-    LabelledImages,
-    PositionSampler,
-    UnlabelledImages,
-    collate,
-    index_at,
-    seed_at,
-    train_dataloader,
-)
+from hf_seg.data.dataloaders import AugmentedStream, PositionSampler, collate, index_at, seed_at, train_dataloader
 from hf_seg.data.open_earth_map import load_open_earth_map_sar
+from hf_seg.data.samples import LabelledImages, UnlabelledImages
 from hf_seg.data.transforms import optical_transform, sar_transform
 from hf_seg.errors import DatasetError
 from hf_seg.labels import IGNORE_INDEX
@@ -73,6 +65,31 @@ def test_a_sample_has_the_networks_shapes(stream: AugmentedStream) -> None:
     batch = batches(stream)[0]
     assert (batch["pixel_values"].shape, batch["labels"].shape) == ((2, 3, 32, 32), (2, 32, 32))
     assert len(batch["image_id"]) == 2
+
+
+def test_transforms_of_a_sample_draw_independently(rows: datasets.Dataset, monkeypatch: pytest.MonkeyPatch) -> None:
+    transform = sar_transform(32, jitter_prob=1)
+    crop, _, jitter, _ = transform.transforms
+    sides, gains = [], []
+    draw_crop, draw_jitter = crop.get_params_dependent_on_data, jitter.get_params
+
+    def record_side(**given: Any) -> Any:
+        drawn = draw_crop(**given)
+        sides.append(drawn["side"])
+        return drawn
+
+    def record_gain() -> Any:
+        drawn = draw_jitter()
+        gains.append(drawn["gain"])
+        return drawn
+
+    monkeypatch.setattr(crop, "get_params_dependent_on_data", record_side)
+    monkeypatch.setattr(jitter, "get_params", record_gain)
+    stream = AugmentedStream(LabelledImages(rows, "sar"), transform, 0)
+    for position in range(300):
+        stream[position]
+    zooms = 32 / np.array(sides)
+    assert abs(np.corrcoef(zooms, np.log(gains))[0, 1]) < 0.2
 
 
 def test_an_image_looks_different_in_every_epoch(stream: AugmentedStream) -> None:

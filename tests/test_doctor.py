@@ -1,4 +1,4 @@
-"""The doctor: counts that can be checked by hand, and every fault listed."""
+"""The doctor: counts that can be checked by hand, and every problem listed."""
 
 import json
 import re
@@ -10,7 +10,7 @@ import pytest
 from conftest import write_tiff
 
 from hf_seg.data.doctor import SHOWN, examine
-from hf_seg.data.open_earth_map import XBD_HINT
+from hf_seg.data.scan import XBD_HINT
 from hf_seg.errors import DatasetError
 from hf_seg.labels import CLASS_NAMES
 
@@ -82,7 +82,7 @@ def test_data_type_of_a_bad_file_is_in_the_histogram(tmp_path: Path):
     assert examine(root).splits["train"].dtypes["image 3 x uint16"] == 1
 
 
-def test_missing_xbd_images_are_a_note_with_the_way_to_get_them(tmp_path: Path):
+def test_missing_xbd_images_are_a_note_that_says_where_to_get_them(tmp_path: Path):
     root = make_oem(tmp_path)
     (root / "oslo/images/oslo_1.tif").unlink()
     (root / "xbd_files.csv").write_text("quake_1.png,oslo_1.tif\n")
@@ -108,7 +108,7 @@ def test_text_shows_counts_shares_and_at_most_twenty_problems(tmp_path: Path):
     report = examine(root)
     text = str(report)
     assert len(report.problems) == SHOWN + 3
-    assert text.count("expected a whole GeoTIFF") == SHOWN
+    assert text.count("expected a complete GeoTIFF") == SHOWN
     assert text.endswith("- and 3 more")
     healthy = str(examine(make_oem(tmp_path / "oem"))).splitlines()
     assert ["train", "3", "3", "6", "3", "0", "2", "-"] in [line.split() for line in healthy]
@@ -137,7 +137,7 @@ def test_folder_of_neither_or_both_datasets_is_one_error(tmp_path: Path):
         examine(tmp_path)
     make_oem(tmp_path / "oem")
     make_sar(tmp_path / "sar")
-    with pytest.raises(DatasetError, match=r"holds OpenEarthMap in .*oem and OpenEarthMap-SAR in .*sar: examine one"):
+    with pytest.raises(DatasetError, match=r"contains OpenEarthMap in .*oem and OpenEarthMap-SAR in .*sar: check one"):
         examine(tmp_path)
 
 

@@ -1,6 +1,10 @@
+"""Downloads that resume, and archives that are unpacked only where they belong."""
+
+import errno
 import hashlib
 import io
 import json
+import os
 import re
 import shutil
 import stat
@@ -14,9 +18,11 @@ from pathlib import Path, PurePosixPath
 import pytest
 
 from hf_seg.data import download as module
-from hf_seg.data.download import ARCHIVES, DownloadError, extract, place_open_earth_map, place_open_earth_map_sar
+from hf_seg.data.archives import ARCHIVES, place_open_earth_map, place_open_earth_map_sar
+from hf_seg.data.download import DownloadError, extract
+from hf_seg.errors import FileError
 
-NAME = "oem-sar-val-labels"  # the archive with the smallest claim on the disk
+NAME = "oem-sar-val-labels"  # the smallest archive
 FILE_NAME = ARCHIVES[NAME][0].file_name
 TILES = {f"ValArea_{number:03d}.tif": bytes([number]) * 40_000 for number in range(1, 6)}
 download = partial(module.download, retries=2, backoff=0.001)
@@ -34,7 +40,7 @@ ARCHIVE = make_zip({f"val_labels/{name}": content for name, content in TILES.ite
 
 
 class Zenodo(ThreadingHTTPServer):
-    """A record server on a real socket whose faults can be switched on."""
+    """A record server on a real socket whose failures can be switched on."""
 
     daemon_threads = True
 
@@ -42,7 +48,7 @@ class Zenodo(ThreadingHTTPServer):
         super().__init__(("127.0.0.1", 0), Handler)
         self.url = f"http://127.0.0.1:{self.server_port}"
         self.content = ARCHIVE
-        self.record: dict | None = None  # None: a record that tells the truth about `content`
+        self.record: dict | None = None  # None: a record that describes `content`
         self.failures: list[int] = []  # status codes that the next requests for the file get
         self.drops: list[int] = []  # the next answers break off after that many bytes
         self.range_status = 206  # 200: ranges are ignored, 416: they are refused
@@ -129,7 +135,7 @@ def test_dropped_connections_resume_where_they_broke_off(zenodo: Zenodo, tmp_pat
     assert labels_in(tmp_path) == TILES
 
 
-def test_failed_download_keeps_its_part_and_the_next_call_goes_on_with_it(zenodo: Zenodo, tmp_path: Path) -> None:
+def test_failed_download_keeps_its_part_and_the_next_call_resumes_it(zenodo: Zenodo, tmp_path: Path) -> None:
     zenodo.drops = [70_000, 0, 0, 0]
     with pytest.raises(DownloadError, match="70,000 bytes are kept, run the same command again to resume"):
         download(NAME, tmp_path)
@@ -140,7 +146,7 @@ def test_failed_download_keeps_its_part_and_the_next_call_goes_on_with_it(zenodo
 
 
 @pytest.mark.parametrize("range_status", [200, 416])
-def test_server_that_does_not_resume_starts_anew(zenodo: Zenodo, tmp_path: Path, range_status: int) -> None:
+def test_server_that_does_not_resume_starts_again(zenodo: Zenodo, tmp_path: Path, range_status: int) -> None:
     zenodo.range_status = range_status
     part_of(tmp_path).write_bytes(b"not the beginning of the archive")
     download(NAME, tmp_path)
@@ -248,8 +254,27 @@ def test_wrong_name_and_wrong_destination_are_clear_errors(zenodo: Zenodo, tmp_p
     (tmp_path / "file").touch()
     with pytest.raises(DownloadError, match="unknown dataset 'oem-sra'; choose from oem, oem-sar,"):
         download("oem-sra", tmp_path)
-    with pytest.raises(DownloadError, match=r"cannot create .*/file .*; choose another folder"):
+    with pytest.raises(FileError, match=r"/file cannot be created \(File exists\); choose another folder"):
         download(NAME, tmp_path / "file")
+
+
+def test_full_disk_is_one_error_that_names_the_file_and_keeps_the_part(
+    zenodo: Zenodo, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    part_of(tmp_path).write_bytes(ARCHIVE[:100])
+    message = rf"{FILE_NAME} cannot be written \(No space left on device\); free disk space .* run the same command"
+    with monkeypatch.context() as patch:
+        patch.setattr(module.tqdm, "update", fail)  # called after each chunk
+        with pytest.raises(FileError, match=message):
+            download(NAME, tmp_path)
+    assert part_of(tmp_path).exists()
+    monkeypatch.setattr(module.shutil, "copyfileobj", fail)
+    with pytest.raises(FileError, match=r"ValArea_001\.tif cannot be written \(No space left on device\)"):
+        download(NAME, tmp_path)
+    assert [*(tmp_path / "dfc25_track1/val/labels").iterdir()] == []
 
 
 @pytest.mark.parametrize(
@@ -261,7 +286,7 @@ def test_wrong_name_and_wrong_destination_are_clear_errors(zenodo: Zenodo, tmp_p
         ("OpenEarthMap/README.md", "OpenEarthMap/README.md"),
     ],
 )
-def test_open_earth_map_lands_in_its_folder(member: str, target: str) -> None:
+def test_open_earth_map_is_placed_in_its_folder(member: str, target: str) -> None:
     assert place_open_earth_map(PurePosixPath(member)) == PurePosixPath(target)
 
 
@@ -276,12 +301,12 @@ def test_open_earth_map_lands_in_its_folder(member: str, target: str) -> None:
         ("dfc25_track1_trainval/README.md", "README.md"),
     ],
 )
-def test_sar_tiles_land_by_split_and_kind(member: str, target: str) -> None:
+def test_sar_tiles_are_placed_by_split_and_kind(member: str, target: str) -> None:
     assert place_open_earth_map_sar(PurePosixPath(member)) == PurePosixPath("dfc25_track1", target)
 
 
 @pytest.mark.parametrize("folder", ["", "labels/", "val/labels/", "dfc25_track1_val_labels/sar_images/", "x/y/"])
-def test_label_archives_land_in_labels_whatever_their_folders(folder: str) -> None:
+def test_label_archives_are_placed_in_labels_whatever_their_folders(folder: str) -> None:
     for name, split in (("ValArea_001.tif", "val"), ("TestArea_1000.tif", "test")):
         target = place_open_earth_map_sar(PurePosixPath(folder + name), labels_only=True)
         assert target == PurePosixPath("dfc25_track1", split, "labels", name)
@@ -294,9 +319,9 @@ def write_zip(folder: Path, members: dict[str, bytes]) -> Path:
 
 
 @pytest.mark.parametrize("name", ["/etc/evil", "a/../../evil", "C:/evil", "c:evil", "..\\evil", "\\\\host\\evil"])
-def test_members_bound_for_elsewhere_are_refused_before_anything_is_written(tmp_path: Path, name: str) -> None:
+def test_members_that_leave_the_folder_are_refused_before_anything_is_written(tmp_path: Path, name: str) -> None:
     archive = write_zip(tmp_path, {"good.tif": b"x", name: b"y"})
-    with pytest.raises(DownloadError, match=r"archive\.zip holds a member that is unsafe to unpack, '.*evil'"):
+    with pytest.raises(DownloadError, match=r"archive\.zip contains a member that is unsafe to unpack, '.*evil'"):
         extract(archive, tmp_path / "out", PurePosixPath)
     assert not (tmp_path / "out").exists()
 
@@ -310,7 +335,7 @@ def test_links_are_refused(tmp_path: Path) -> None:
         extract(tmp_path / "archive.zip", tmp_path / "out", PurePosixPath)
 
 
-def test_archive_that_unpacks_beyond_the_disk_is_refused(tmp_path: Path) -> None:
+def test_archive_larger_than_the_disk_is_refused(tmp_path: Path) -> None:
     with zipfile.ZipFile(tmp_path / "bomb.zip", "w") as archive:
         archive.writestr("tile.tif", b"x")
         archive.filelist[0].file_size = 10**18  # goes into the directory of the archive
@@ -324,7 +349,7 @@ def test_two_members_for_one_place_are_refused(tmp_path: Path) -> None:
         extract(archive, tmp_path / "out", partial(place_open_earth_map_sar, labels_only=True))
 
 
-def test_damaged_member_never_gets_its_name_and_a_truncated_archive_yields_nothing(tmp_path: Path) -> None:
+def test_damaged_member_is_not_written_and_a_truncated_archive_not_unpacked(tmp_path: Path) -> None:
     archive = write_zip(tmp_path, {"good.tif": b"abc" * 99, "bad.tif": b"xyz" * 99})
     content = archive.read_bytes()
     archive.write_bytes(content[:-50])
@@ -338,13 +363,13 @@ def test_damaged_member_never_gets_its_name_and_a_truncated_archive_yields_nothi
     assert not (tmp_path / "out/bad.tif").exists()
 
 
-def test_extraction_goes_on_after_a_kill_and_returns_every_size(tmp_path: Path) -> None:
+def test_extraction_resumes_after_a_kill_and_returns_every_size(tmp_path: Path) -> None:
     archive = write_zip(tmp_path, {"a/done.tif": b"12345", "a/half.tif": b"12345", "__MACOSX/a/._done.tif": b"junk"})
     folder = tmp_path / "out/a"
     folder.mkdir(parents=True)
     (folder / "done.tif").write_bytes(b"54321")  # of full size, so it stays
     (folder / "half.tif").write_bytes(b"12")
-    (folder / ".half.tif.part").write_bytes(b"123")
+    (folder / ".partial.half.tif").write_bytes(b"123")
     assert extract(archive, tmp_path / "out", PurePosixPath) == {"a/done.tif": 5, "a/half.tif": 5}
     contents = {file.name: file.read_bytes() for file in folder.iterdir()}
     assert contents == {"done.tif": b"54321", "half.tif": b"12345"}

@@ -1,4 +1,4 @@
-"""An ensemble is the weighted mean of its members, whole on disk or not at all, and its members open alone."""
+"""An ensemble is the weighted mean of its members, atomic on disk, and its members open alone."""
 
 import gc
 import json
@@ -21,12 +21,12 @@ import hf_seg
 from hf_seg.ensemble import EnsembleForSemanticSegmentation as Ensemble
 from hf_seg.ensemble import Prediction
 from hf_seg.errors import UserError
-from hf_seg.hub import ensemble_folder
 from hf_seg.hub.export import export_model
+from hf_seg.inference import load
+from hf_seg.inference.load import find_folder, load_networks
 from hf_seg.inference.sliding_window import sliding_window_probs
-from hf_seg.inference.vote import WeightedVotes
 from hf_seg.labels import BACKGROUND, CLASS_NAMES, ID2LABEL, NUM_LABELS
-from hf_seg.models import build_model, load_trained
+from hf_seg.models import build_model
 from hf_seg.normalization import to_pixel_values
 
 CROPS = {"toy-segformer": 32, "toy-convnextv2": 64, "toy-swinv2": 32}
@@ -86,6 +86,11 @@ def stock_logits(model: PreTrainedModel, pixel_values: Tensor) -> Tensor:
 
 def stock_probs(model: PreTrainedModel, pixel_values: Tensor) -> Tensor:
     return stock_logits(model, pixel_values).double().softmax(1)
+
+
+def described(ensemble: Ensemble) -> list[tuple[Any, ...]]:
+    """What is known of each member, wherever it lies."""
+    return [(each.name, each.crop_size, each.weight, each.revision, each.normalization) for each in ensemble.members]
 
 
 def same(left: list[Prediction], right: list[Prediction]) -> bool:
@@ -156,7 +161,7 @@ def test_transformers_post_processing_gives_the_same_map(saved: Path, opened: En
 
 def test_averages_in_float32_what_members_compute_in_half(members: list[Path], saved: Path) -> None:
     half = pixels(1, 64, 64).half()  # SwinV2 makes NaN of padding in half precision, and this needs none
-    halves = [load_trained(str(folder))[0].half() for folder in members]
+    halves = [load_networks(folder)[0].network().model.half() for folder in members]
     probs = [stock_logits(model, half).float().softmax(1) for model in halves]
     expected = (5 * probs[0] + 2 * probs[1] + probs[2]) / 8
     ensemble = Ensemble.from_pretrained(saved, dtype=torch.float16)
@@ -183,7 +188,8 @@ def test_each_member_slides_its_own_window(members: list[Path], opened: Ensemble
     image = picture(*size)
     mean = torch.zeros(NUM_LABELS, *size)
     for folder, share in zip(members, (0.625, 0.25, 0.125), strict=True):
-        model, crop = load_trained(str(folder))
+        (loaded,) = load_networks(folder)
+        crop, model = loaded.crop_size, loaded.network().model
         window = {"window": crop, "stride": crop // 4, "batch_size": 3}
         mean += share * sliding_window_probs(lambda x, m=model: stock_logits(m, x), to_pixel_values(image), **window)
     expected = mean[LAND_COVER].argmax(0) + 1
@@ -220,8 +226,8 @@ def test_colour_is_not_grey_and_results_keep_their_order(opened: Ensemble) -> No
 def test_views_change_the_mean_as_they_do_for_one_network(members: list[Path]) -> None:
     ensemble = Ensemble.from_members(members[:1])
     image = picture(32, 32)
-    turned = ensemble.predict(np.ascontiguousarray(image[:, ::-1]), views="flips")[0].label_map[:, ::-1]
-    flips = ensemble.predict(image, views="flips")[0].label_map
+    turned = ensemble.predict(np.ascontiguousarray(image[:, ::-1]), tta="flips")[0].label_map[:, ::-1]
+    flips = ensemble.predict(image, tta="flips")[0].label_map
     assert (flips == turned).mean() > 0.99  # a mean over mirror images has no side, up to rounding
     assert (flips != ensemble.predict(image)[0].label_map).any()
 
@@ -286,25 +292,12 @@ def test_uncertainty_of_known_opinions(
     assert uncertainty(folders, weights) == pytest.approx((entropy, disagreement), abs=1e-5)
 
 
-def test_uncertainty_stays_within_its_bounds() -> None:
-    generator = torch.Generator().manual_seed(0)
-    votes = WeightedVotes()
-    for weight in (0.2, 0.3, 0.5):
-        votes.add((8 * torch.randn(NUM_LABELS, 50, 50, generator=generator)).softmax(0), weight)
-    entropy, disagreement = votes.entropy(), votes.disagreement()
-    assert entropy.min() >= 0 and entropy.max() <= math.log(NUM_LABELS - 1) + 1e-6
-    assert disagreement.min() == 0 and disagreement.max() <= 1
-    assert set(disagreement.mul(10).round().int().unique().tolist()) <= {0, 2, 3, 5, 7, 8, 10}
-    shares = sum(w * (choice == votes.choice()) for w, choice in zip((0.2, 0.3, 0.5), votes.choices, strict=True))
-    torch.testing.assert_close(disagreement, 1 - shares)
-
-
 # --- on disk --------------------------------------------------------------------------------------------------------
 
 
 def test_a_round_trip_keeps_every_bit(members: list[Path], opened: Ensemble) -> None:
     before = Ensemble.from_members(members, [5, 2, 1])
-    assert opened.members == before.members and opened.crops == [32, 64, 32]
+    assert described(opened) == described(before) and [each.crop_size for each in opened.members] == [32, 64, 32]
     assert opened.state_dict().keys() == before.state_dict().keys()
     assert all(torch.equal(tensor, opened.state_dict()[key]) for key, tensor in before.state_dict().items())
     with torch.no_grad():
@@ -320,7 +313,7 @@ def test_the_folder_holds_plain_members_and_says_what_they_are(members: list[Pat
     assert config["masked_classes"] == [BACKGROUND]
     assert config["members"][1] == {
         "folder": "member_1",
-        "origin": str(members[1]),
+        "origin": members[1].name,
         "crop": 64,
         "weight": 2.0,
         "revision": None,
@@ -349,13 +342,14 @@ def test_low_memory_gives_the_same_bits_with_one_member_at_a_time(
     born: list[weakref.ref[PreTrainedModel]] = []
     alive_at_load: list[int] = []
 
-    def load_and_count(name: str) -> tuple[PreTrainedModel, int]:
+    def load_and_count(*args: Any, **settings: Any) -> Any:
         alive_at_load.append(sum(model() is not None for model in born))
-        model, crop = load_trained(name)
+        model = load_weights(*args, **settings)
         born.append(weakref.ref(model))
-        return model, crop
+        return model
 
-    monkeypatch.setattr(ensemble_folder, "load_trained", load_and_count)
+    load_weights = load.load_weights
+    monkeypatch.setattr(load, "load_weights", load_and_count)
     gc.disable()  # memory that only the collector frees is not free
     try:
         streamed = Ensemble.from_pretrained(saved, low_memory=True)
@@ -369,7 +363,7 @@ def test_low_memory_gives_the_same_bits_with_one_member_at_a_time(
         gc.enable()
     assert alive_at_load == [0] * 9 and all(model() is None for model in born)
     again = Ensemble.from_pretrained(tmp_path / "copy")
-    assert torch.equal(again(pixels()).logits, logits) and again.members == opened.members
+    assert torch.equal(again(pixels()).logits, logits) and described(again) == described(opened)
 
 
 def test_low_memory_follows_dtype_and_mode(saved: Path) -> None:
@@ -400,7 +394,7 @@ def test_a_new_ensemble_replaces_the_old_one_and_nothing_else(members: list[Path
     names = {path.name for path in tmp_path.iterdir()}
     assert names == {"ensemble.json", "member_0", "README.md", "eval_results.json"}
     (member,) = Ensemble.from_pretrained(tmp_path).members
-    assert member.origin == str(members[2])
+    assert member.origin == members[2].name
 
 
 def test_an_ensemble_can_be_saved_to_where_it_streams_from(saved: Path, tmp_path: Path) -> None:
@@ -415,18 +409,24 @@ def test_an_export_that_fails_leaves_the_older_ensemble(
     members: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     Ensemble.from_members(members[:2]).save_pretrained(tmp_path)
-    (tmp_path / ".partial").write_text("a file where a folder must go")
-    with pytest.raises(OSError, match=r"\.partial"):
-        Ensemble.from_members(members).save_pretrained(tmp_path)
+    before = Ensemble.from_members(members)
+
+    def full_disk(*args: Any, **settings: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(type(before.members[2].network().model), "save_pretrained", full_disk)
+    with pytest.raises(UserError, match=r"cannot be written \(No space left on device\)"):
+        before.save_pretrained(tmp_path)
     left = Ensemble.from_pretrained(tmp_path)
-    assert [member.origin for member in left.members] == [str(folder) for folder in members[:2]]
+    assert [member.origin for member in left.members] == [folder.name for folder in members[:2]]
+    assert not (tmp_path / ".partial").exists()
 
 
 def test_a_single_model_is_not_overwritten(members: list[Path]) -> None:
     ensemble = Ensemble.from_members(members[1:])
-    with pytest.raises(UserError, match="holds a single model; save the ensemble to another folder"):
+    with pytest.raises(UserError, match="contains a single model; save the ensemble to another folder"):
         ensemble.save_pretrained(members[0])
-    assert load_trained(str(members[0]))[1] == 32
+    assert load_networks(members[0])[0].crop_size == 32
 
 
 # --- refusals -------------------------------------------------------------------------------------------------------
@@ -449,7 +449,7 @@ def test_weights_that_make_no_mean_are_refused(members: list[Path], weights: lis
 
 
 def test_no_member_is_refused() -> None:
-    with pytest.raises(UserError, match="one member or more"):
+    with pytest.raises(UserError, match="one network or more"):
         Ensemble.from_members([])
 
 
@@ -465,8 +465,7 @@ def edit_json(path: Path, **changes: Any) -> None:
             {"id2label": {str(index): f"thing {index}" for index in range(NUM_LABELS)}},
             "is no segmentation model of the 9 land-cover classes",
         ),
-        ("preprocessor_config.json", {"image_std": [1.0, 1.0, 1.0]}, "image_std is [1.0, 1.0, 1.0], ours is [0.229"),
-        ("preprocessor_config.json", {"do_rescale": False}, "do_rescale is False, ours is True"),
+        ("preprocessor_config.json", {"size": None}, "preprocessor_config.json is not one that this project writes"),
     ],
 )
 def test_a_member_of_another_kind_is_refused_by_name(
@@ -476,7 +475,7 @@ def test_a_member_of_another_kind_is_refused_by_name(
     edit_json(other / file, **changes)
     with pytest.raises(UserError) as error:
         Ensemble.from_members([members[1], other])
-    assert str(error.value).startswith(f"member {other}") and words in str(error.value)
+    assert str(error.value).startswith(str(other)) and words in str(error.value)
 
 
 @pytest.mark.parametrize("low_memory", [False, True])
@@ -484,10 +483,10 @@ def test_a_damaged_member_is_named(saved: Path, low_memory: bool, tmp_path: Path
     shutil.copytree(saved, tmp_path, dirs_exist_ok=True)
     weights = tmp_path / "member_1/model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-100])
-    with pytest.raises(UserError, match=r"member .*member_1: .*no whole weights"):
+    with pytest.raises(UserError, match=r"member_1: no complete weights"):
         Ensemble.from_pretrained(tmp_path, low_memory=low_memory).predict(picture(32, 32))
     weights.unlink()
-    with pytest.raises(UserError, match=r"is not whole: member_1 has no model\*\.safetensors"):
+    with pytest.raises(UserError, match=r"member_1 is incomplete: it has no model\*\.safetensors"):
         Ensemble.from_pretrained(tmp_path, low_memory=low_memory)
 
 
@@ -499,28 +498,35 @@ def test_a_window_that_is_not_the_trained_one_is_refused(saved: Path, low_memory
         Ensemble.from_pretrained(tmp_path, low_memory=low_memory)(pixels())
 
 
-def test_a_folder_without_ensemble_json_is_one_clear_error(members: list[Path]) -> None:
+def test_a_folder_without_ensemble_json_opens_as_an_ensemble_of_one(members: list[Path]) -> None:
+    ensemble, image = Ensemble.from_pretrained(members[0]), picture(40, 40)
+    assert (len(ensemble.members), ensemble.weights) == (1, [1.0])
+    assert same(ensemble.predict(image), Ensemble.from_members(members[:1]).predict(image))
+
+
+def test_a_folder_with_neither_is_one_clear_error(tmp_path: Path) -> None:
     with pytest.raises(UserError) as error:
-        Ensemble.from_pretrained(members[0])
-    assert str(error.value).startswith(f"{members[0]} is no ensemble: it has no ensemble.json")
-    assert "AutoModelForSemanticSegmentation" in str(error.value) and "\n" not in str(error.value)
+        Ensemble.from_pretrained(tmp_path)
+    assert (
+        str(error.value) == f"{tmp_path} is neither a model nor an ensemble: it has no config.json and no ensemble.json"
+    )
 
 
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"version": 2}, "is of another format"),
-        ({"masked_classes": []}, "is of another format"),
+        ({"version": 2}, "has another format"),
+        ({"masked_classes": []}, "has another format"),
         ({"members": [{"folder": "member_0"}]}, "does not list members"),
         ({"members": None}, "does not list members"),
-        ({"members": []}, "one member or more"),
+        ({"members": []}, "one network or more"),
         (
             {"members": [{"folder": "member_0", "origin": "a", "crop": 32, "weight": 0, "revision": None}]},
             "the weight of a must be above 0",
         ),
         (
             {"members": [{"folder": "../b", "origin": "a", "crop": 32, "weight": 1, "revision": None}]},
-            "is not whole: b has no config.json",
+            "b is incomplete: it has no config.json",
         ),
     ],
 )
@@ -548,7 +554,7 @@ def test_what_is_neither_here_nor_on_the_hub_is_one_clear_error(name: str) -> No
     ):
         with pytest.raises(UserError) as error:
             open_ensemble(name)
-        assert str(error.value).startswith(f"{name} is neither a folder nor to be had from the Hub now")
+        assert str(error.value).startswith(f"{name} was not found locally or on the Hub (")
         assert "hf auth login" in str(error.value) and "\n" not in str(error.value)
 
 
@@ -559,18 +565,37 @@ def test_an_ensemble_on_the_hub_opens_by_name_and_revision(saved: Path, opened: 
     (repository / "refs/v1").write_text(commit)
     for name, settings in (("org/name@v1", {}), ("org/name", {"revision": "v1"}), (f"org/name@{commit}", {})):
         fetched = Ensemble.from_pretrained(name, cache_dir=tmp_path, low_memory=True, **settings)
-        assert fetched.members == opened.members
-        folder, found = ensemble_folder.find_folder(name, ["ensemble.json"], cache_dir=tmp_path, **settings)
+        assert described(fetched) == described(opened)
+        folder, found = find_folder(name, ["ensemble.json"], cache_dir=tmp_path, **settings)
         assert (folder, found) == (repository / "snapshots" / commit, commit)
-    with pytest.raises(UserError, match="org/name@v2 is neither a folder nor to be had"):
+    with pytest.raises(UserError, match="org/name@v2 was not found locally or on the Hub"):
         Ensemble.from_pretrained("org/name@v2", cache_dir=tmp_path)
 
 
-def test_an_ensemble_of_ensembles_is_refused_with_the_way_out(saved: Path) -> None:
-    with pytest.raises(UserError, match=r"is itself an ensemble; name its members, .*member_0 for one"):
-        Ensemble.from_members([saved])
-    opened = Ensemble.from_members([saved / "member_0"])
-    assert opened.crops == [32]
+def test_an_ensemble_stands_for_its_members_which_share_its_weight(saved: Path, members: list[Path]) -> None:
+    nested = Ensemble.from_members([saved, members[1]], [1, 3])
+    assert [each.crop_size for each in nested.members] == [32, 64, 32, 64]
+    assert nested.weights == pytest.approx([5 / 32, 2 / 32, 1 / 32, 24 / 32])
+    assert Ensemble.from_members([saved / "member_0"]).members[0].crop_size == 32
+
+
+def test_members_may_have_normalisations_of_their_own(members: list[Path], tmp_path: Path) -> None:
+    """`predict` gives each what it was trained on, and `forward` converts from the first member's."""
+    other = shutil.copytree(members[1], tmp_path / "other")
+    edit_json(other / "preprocessor_config.json", image_mean=[0.5, 0.5, 0.5], image_std=[0.5, 0.5, 0.5])
+    image = picture(64, 64)
+    ensemble = Ensemble.from_members([members[0], other])
+    ensemble.save_pretrained(tmp_path / "saved")
+    first, second = (AutoModelForSemanticSegmentation.from_pretrained(folder) for folder in (members[0], other))
+    seen = torch.from_numpy(image / 127.5 - 1).float().expand(1, 3, 64, 64)
+    mean = (stock_probs(first, to_pixel_values(image)[None]) + stock_probs(second, seen)) / 2
+    for each in (ensemble, Ensemble.from_pretrained(tmp_path / "saved")):
+        with torch.no_grad():
+            logits = each(to_pixel_values(image)[None]).logits
+        torch.testing.assert_close(logits[:, LAND_COVER].double(), mean[:, LAND_COVER].log(), rtol=0, atol=1e-4)
+    single, unchanged = Ensemble.from_members([other]), Ensemble.from_members([members[1]])
+    one, another = (each.predict(image, return_uncertainty=True)[0].entropy for each in (single, unchanged))
+    assert one is not None and not np.array_equal(one, another)
 
 
 # --- the package ----------------------------------------------------------------------------------------------------

@@ -14,15 +14,17 @@ from recipe_process import Result, run_recipe
 
 from hf_seg import EnsembleForSemanticSegmentation as Ensemble
 from hf_seg.arguments import EnsembleArguments
-from hf_seg.data.dataloaders import LabelledImages
 from hf_seg.data.open_earth_map import load_open_earth_map_sar
+from hf_seg.data.samples import LabelledImages
 from hf_seg.errors import UserError
 from hf_seg.hub.export import export_model
+from hf_seg.inference.load import load_networks
+from hf_seg.inference.predict import Predictor
 from hf_seg.labels import BACKGROUND, IGNORE_INDEX
 from hf_seg.metrics import ConfusionMatrix
-from hf_seg.models import SegmentationNetwork, build_model, load_trained
+from hf_seg.models import build_model
 from hf_seg.settings import parse_arguments
-from hf_seg.training.evaluation import evaluate_network
+from hf_seg.training.evaluation import evaluate
 
 CROPS = {"toy-segformer": 32, "toy-convnextv2": 64}
 FIXED_KEYS = {"mean_iou", "overall_accuracy", "iou", "n_classes_present", "confusion_matrix", "n_images"}
@@ -44,7 +46,7 @@ def members(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
 def run(members: list[str], output_dir: Path, data_dir: Path | str, *argv: str, processes: int = 1) -> Result:
     log = output_dir.parent / f"{output_dir.name}.log"
     log.unlink(missing_ok=True)
-    command = ["--members", *members, "--output_dir", str(output_dir), "--data_dir", str(data_dir), *argv]
+    command = ["--model", *members, "--output_dir", str(output_dir), "--data_dir", str(data_dir), *argv]
     return run_recipe("ensemble", *command, log=log, processes=processes)
 
 
@@ -53,19 +55,20 @@ def read_results(folder: Path) -> dict[str, Any]:
 
 
 @pytest.fixture(scope="module")
-def whole(members: list[str], oem_sar: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
+def finished(members: list[str], oem_sar: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
     """A run with weights 3 and 1, and what it printed."""
-    folder = tmp_path_factory.mktemp("whole") / "ensemble"
+    folder = tmp_path_factory.mktemp("finished") / "ensemble"
     result = run(members, folder, oem_sar, "--weights", "3", "1", "--batch_size", "3")
     assert result.exit_codes == [0], result.output
     return folder, result.output
 
 
-def test_leaves_a_whole_folder(whole: tuple[Path, str]) -> None:
-    folder, _ = whole
+def test_leaves_a_complete_folder(finished: tuple[Path, str]) -> None:
+    folder, _ = finished
     model = {"config.json", "model.safetensors", "preprocessor_config.json"}
     figures = {"confusion_matrix.png", "members.png", "panel.png", "uncertainty.png"}
     expected = {"ensemble.json", "eval_results.json", "recipe.yaml", "README.md"}
+    expected |= {"local_paths.yaml", "training_data.json"}
     expected |= {f"figures/{name}" for name in figures} | {f"member_{i}/{name}" for i in range(2) for name in model}
     assert {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()} == expected
     for name in figures:
@@ -73,8 +76,8 @@ def test_leaves_a_whole_folder(whole: tuple[Path, str]) -> None:
             assert min(figure.size) > 300
 
 
-def test_results_are_those_of_the_folder(whole: tuple[Path, str], oem_sar: Path) -> None:
-    folder, _ = whole
+def test_results_are_those_of_the_folder(finished: tuple[Path, str], oem_sar: Path) -> None:
+    folder, _ = finished
     results = read_results(folder)
     counts = ConfusionMatrix()
     ensemble = Ensemble.from_pretrained(folder)
@@ -89,34 +92,33 @@ def test_results_are_those_of_the_folder(whole: tuple[Path, str], oem_sar: Path)
 
 
 def test_each_members_scores_are_those_that_it_gets_alone(
-    whole: tuple[Path, str], members: list[str], oem_sar: Path
+    finished: tuple[Path, str], members: list[str], oem_sar: Path
 ) -> None:
     images = LabelledImages(load_open_earth_map_sar(oem_sar, "val"), "sar")
-    results = read_results(whole[0])
+    results = read_results(finished[0])
     for member, name, weight, crop in zip(results["members"], members, (3.0, 1.0), CROPS.values(), strict=True):
-        network = SegmentationNetwork(load_trained(name)[0])
-        window = {"window": crop, "stride": crop // 2, "batch_size": 3}
-        alone = evaluate_network(network, images, Accelerator(cpu=True), **window)
+        predictor = Predictor(load_networks(name), device=torch.device("cpu"), batch_size=3)
+        alone, _ = evaluate(predictor, images, Accelerator(cpu=True))
         assert {"n_images": 3, **{key: member[key] for key in FIXED_KEYS - {"n_images"}}} == alone
         described = {key: member[key] for key in member.keys() - FIXED_KEYS}
-        assert described == {"origin": name, "crop": crop, "weight": weight, "revision": None}
+        assert described == {"origin": Path(name).name, "crop": crop, "weight": weight, "revision": None}
     matrices = [each["confusion_matrix"] for each in (*results["members"], results)]
     assert matrices[0] != matrices[1] != matrices[2] != matrices[0]
 
 
 def test_two_processes_give_the_results_of_one(
-    whole: tuple[Path, str], members: list[str], oem_sar: Path, tmp_path: Path
+    finished: tuple[Path, str], members: list[str], oem_sar: Path, tmp_path: Path
 ) -> None:
     two = run(members, tmp_path / "two", oem_sar, "--weights", "3", "1", "--batch_size", "3", processes=2)
     assert two.exit_codes == [0, 0] and "2 process(es)" in two.output
     for name in ("eval_results.json", "ensemble.json", "member_1/model.safetensors"):
-        assert (tmp_path / "two" / name).read_bytes() == (whole[0] / name).read_bytes()
+        assert (tmp_path / "two" / name).read_bytes() == (finished[0] / name).read_bytes()
 
 
-def test_prints_a_table_of_what_it_wrote(whole: tuple[Path, str], members: list[str]) -> None:
-    folder, output = whole
+def test_prints_a_table_of_what_it_wrote(finished: tuple[Path, str], members: list[str]) -> None:
+    folder, output = finished
     results = read_results(folder)
-    assert f"member 0: {members[0]}, weight 3, crop 32" in output
+    assert f"member 0: {Path(members[0]).name}, weight 3, crop 32" in output
     (line,) = (line for line in output.splitlines() if line.startswith("mIoU"))
     scores = [*(member["mean_iou"] for member in results["members"]), results["mean_iou"]]
     assert line.split()[1:] == [f"{score:.4f}" for score in scores]
@@ -124,35 +126,39 @@ def test_prints_a_table_of_what_it_wrote(whole: tuple[Path, str], members: list[
     assert float(line.split()[-1]) == pytest.approx(results["iou"]["water"], abs=1e-4)
 
 
-def test_the_recipe_in_the_folder_repeats_the_run(whole: tuple[Path, str], members: list[str], oem_sar: Path) -> None:
-    again = parse_arguments(EnsembleArguments, ["--config", str(whole[0] / "recipe.yaml")])
-    assert (again.members, again.weights, again.batch_size) == (members, [3.0, 1.0], 3)
-    assert (again.data_dir, again.output_dir, again.eval) == (str(oem_sar), str(whole[0]), True)
+def test_the_recipe_in_the_folder_repeats_the_run(
+    finished: tuple[Path, str], members: list[str], oem_sar: Path
+) -> None:
+    again = parse_arguments(EnsembleArguments, ["--config", str(finished[0] / "recipe.yaml")])
+    assert (again.model, again.weights, again.batch_size) == (members, [3.0, 1.0], 3)
+    assert (again.data_dir, again.eval) == (str(oem_sar), True)
 
 
 def test_without_eval_it_exports_unscored_and_leaves_no_older_scores(
-    whole: tuple[Path, str], members: list[str], oem_sar: Path, tmp_path: Path
+    finished: tuple[Path, str], members: list[str], oem_sar: Path, tmp_path: Path
 ) -> None:
     folder = tmp_path / "ensemble"
     result = run(members, folder, oem_sar, "--weights", "3", "1", "--tta", "flips", "--stride", "1")
     assert result.exit_codes == [0], result.output
     results = read_results(folder)
     assert (results["tta"], results["stride"]) == ("flips", 1.0)
-    assert results["confusion_matrix"] != read_results(whole[0])["confusion_matrix"]
+    assert results["confusion_matrix"] != read_results(finished[0])["confusion_matrix"]
 
     result = run(members, folder, "nowhere", "--eval", "false", "--weights", "1", "2")
     assert result.exit_codes == [0] and "not scored: --eval is false" in result.output
     left = {path.name for path in folder.iterdir()}
-    assert left == {"ensemble.json", "member_0", "member_1", "README.md", "recipe.yaml"}
+    assert left == {"ensemble.json", "member_0", "member_1", "README.md", "recipe.yaml", "local_paths.yaml"}
     assert [member.weight for member in Ensemble.from_pretrained(folder, low_memory=True).members] == [1.0, 2.0]
 
 
-def test_other_members_do_not_replace_an_ensemble(whole: tuple[Path, str], members: list[str], oem_sar: Path) -> None:
-    before = (whole[0] / "ensemble.json").read_bytes()
-    result = run(members[::-1], whole[0], oem_sar)
+def test_other_members_do_not_replace_an_ensemble(
+    finished: tuple[Path, str], members: list[str], oem_sar: Path
+) -> None:
+    before = (finished[0] / "ensemble.json").read_bytes()
+    result = run(members[::-1], finished[0], oem_sar)
     assert result.exit_codes == [2]
-    assert "holds an ensemble of other members" in result.output and "choose another --output_dir" in result.output
-    assert (whole[0] / "ensemble.json").read_bytes() == before
+    assert "contains an ensemble of other networks" in result.output and "choose another --output_dir" in result.output
+    assert (finished[0] / "ensemble.json").read_bytes() == before
 
 
 def test_another_run_is_not_written_over(members: list[str], oem_sar: Path, tmp_path: Path) -> None:
@@ -161,7 +167,7 @@ def test_another_run_is_not_written_over(members: list[str], oem_sar: Path, tmp_
     (folder / "model.safetensors").write_bytes(b"weights")
     result = run(members, folder, oem_sar)
     assert result.exit_codes == [2]
-    assert f"error: {folder} already holds something else, model.safetensors for one" in result.output
+    assert f"error: {folder} already contains something else, e.g. model.safetensors" in result.output
     assert [path.name for path in folder.iterdir()] == ["model.safetensors"]
 
 
@@ -198,8 +204,8 @@ def test_tiles_without_labels_are_not_scored_silently(members: list[str], tmp_pa
 
 
 def test_no_member_is_refused() -> None:
-    with pytest.raises(UserError, match="members must be one folder or Hub id, or more"):
-        EnsembleArguments(members=[])
+    with pytest.raises(UserError, match="model must be one folder or Hub id, or more"):
+        EnsembleArguments(model=[])
 
 
 def test_one_member_on_a_real_scene_is_the_ensemble(members: list[str], realdata: Path, tmp_path: Path) -> None:

@@ -1,26 +1,35 @@
-"""Prediction of whole tiles: no views changes nothing, views are averaged, class 0 never wins."""
+"""Scores of whole tiles: those of the predictor's maps, of every network and of their average."""
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from accelerate import Accelerator
 
-from hf_seg.data.dataloaders import LabelledImages
+from hf_seg.arguments import Stage2Arguments
 from hf_seg.data.open_earth_map import load_open_earth_map_sar
+from hf_seg.data.samples import LabelledImages
+from hf_seg.inference.load import use_network
+from hf_seg.inference.predict import Predictor
 from hf_seg.inference.sliding_window import sliding_window_probs
+from hf_seg.metrics import ConfusionMatrix
 from hf_seg.models import SegmentationNetwork, build_model
 from hf_seg.normalization import to_pixel_values
-from hf_seg.training.evaluation import draw_results, evaluate_network, predict_image, predict_probs
+from hf_seg.training.evaluation import draw_results, evaluate, evaluate_network
 
-WINDOW = {"window": 32, "stride": 16, "batch_size": 4}
+ARGS = Stage2Arguments(crop_size=32, eval_batch_size=4)
+
+
+def toy(seed: int = 0) -> SegmentationNetwork:
+    torch.manual_seed(seed)
+    return SegmentationNetwork(build_model("toy-segformer", crop_size=32, from_scratch=True)).eval()
 
 
 @pytest.fixture(scope="module")
 def network() -> SegmentationNetwork:
-    torch.manual_seed(0)
-    return SegmentationNetwork(build_model("toy-segformer", crop_size=32, from_scratch=True)).eval()
+    return toy()
 
 
 @pytest.fixture(scope="module")
@@ -33,82 +42,94 @@ def image() -> np.ndarray:
     return np.random.default_rng(0).integers(0, 256, (48, 64, 3), dtype=np.uint8)
 
 
-def test_without_views_a_map_is_the_argmax_of_its_windows(
-    network: SegmentationNetwork, accelerator: Accelerator, image: np.ndarray
-) -> None:
-    with torch.inference_mode():
-        probs = sliding_window_probs(lambda windows: network(windows).logits, to_pixel_values(image), **WINDOW)
-    prediction = predict_image(network, image, accelerator, **WINDOW)
-    assert prediction.dtype == np.uint8
-    assert np.array_equal(prediction, probs[1:].argmax(0).numpy() + 1)
-    found = predict_probs(network, image, accelerator, **WINDOW)
-    assert torch.equal(found[1:], probs[1:])
-    assert not found[0].any()
-
-
-def test_views_are_averaged(network: SegmentationNetwork, accelerator: Accelerator, image: np.ndarray) -> None:
-    shown = [image, image[:, ::-1], image[::-1], image[::-1, ::-1]]
-    single = [predict_probs(network, each, accelerator, **WINDOW) for each in shown]
-    mean = (single[0] + single[1].flip(2) + single[2].flip(1) + single[3].flip(1, 2)) / 4
-    torch.testing.assert_close(predict_probs(network, image, accelerator, **WINDOW, views="flips"), mean)
-    assert not torch.allclose(single[0], mean, atol=1e-4)
-
-
-@pytest.mark.parametrize("views", ["none", "flips", "d4", "paper"])
-def test_class_0_never_wins_even_where_nothing_is_left_for_the_others(
-    views: str, accelerator: Accelerator, image: np.ndarray
-) -> None:
-    network = SegmentationNetwork(build_model("toy-segformer", crop_size=32, from_scratch=True)).eval()
-    with torch.no_grad():
-        network.model.decode_head.classifier.bias[0] = 1e4
-    prediction = predict_image(network, image, accelerator, **WINDOW, views=views)
-    assert set(np.unique(prediction)) <= set(range(1, 9))
-
-
 @pytest.fixture(scope="module")
 def tiles(oem_sar: Path) -> LabelledImages:
     return LabelledImages(load_open_earth_map_sar(oem_sar, "val"), "sar")
 
 
-def test_scores_are_of_the_chosen_views(
+def predictor_of(*networks: SegmentationNetwork, **settings: Any) -> Predictor:
+    loaded = [use_network(each, crop_size=32) for each in networks]
+    return Predictor(loaded, device=torch.device("cpu"), **settings)
+
+
+def test_without_tta_a_map_is_the_argmax_of_its_windows(network: SegmentationNetwork, image: np.ndarray) -> None:
+    window = {"window": 32, "stride": 16, "batch_size": 4}
+    with torch.no_grad():
+        probs = sliding_window_probs(lambda windows: network(windows).logits, to_pixel_values(image), **window)
+    accumulator = predictor_of(network).predict(image)
+    assert torch.equal(accumulator.probs(), probs)
+    assert torch.equal(accumulator.label_map(), probs[1:].argmax(0) + 1)
+
+
+def test_views_are_averaged(network: SegmentationNetwork, image: np.ndarray) -> None:
+    shown = [image, image[:, ::-1], image[::-1], image[::-1, ::-1]]
+    single = [predictor_of(network).predict(each).probs() for each in shown]
+    mean = (single[0] + single[1].flip(2) + single[2].flip(1) + single[3].flip(1, 2)) / 4
+    torch.testing.assert_close(predictor_of(network, tta="flips").predict(image).probs(), mean)
+    assert not torch.allclose(single[0], mean, atol=1e-4)
+
+
+@pytest.mark.parametrize("tta", ["none", "flips", "d4", "paper"])
+def test_class_0_never_wins_even_where_nothing_is_left_for_the_others(tta: str, image: np.ndarray) -> None:
+    network = toy()
+    with torch.no_grad():
+        network.model.decode_head.classifier.bias[0] = 1e4
+    label_map = predictor_of(network, tta=tta).predict(image).label_map()
+    assert set(label_map.unique().tolist()) <= set(range(1, 9))
+
+
+def test_scores_are_of_the_predictors_maps(
     network: SegmentationNetwork, accelerator: Accelerator, tiles: LabelledImages
 ) -> None:
-    found = {}
-    results = evaluate_network(
-        network,
+    predictor, found = predictor_of(network, tta="flips"), {}
+    results, _ = evaluate(
+        predictor,
         tiles,
         accelerator,
-        **WINDOW,
-        views="flips",
-        on_prediction=lambda image_id, prediction, label: found.update({image_id: prediction}),
+        on_prediction=lambda image_id, label_map, label: found.update({image_id: label_map}),
     )
     assert results["n_images"] == len(found) == 3
-    for image_id, image, _ in tiles:
-        expected = predict_image(network, image, accelerator, **WINDOW, views="flips")
-        assert np.array_equal(found[image_id], expected)
-        assert not np.array_equal(found[image_id], predict_image(network, image, accelerator, **WINDOW))
+    counts = ConfusionMatrix()
+    for image_id, image, label in tiles:
+        assert np.array_equal(found[image_id], predictor.predict(image).label_map())
+        assert not np.array_equal(found[image_id], predictor_of(network).predict(image).label_map())
+        counts.update(found[image_id], label)
+    assert results["confusion_matrix"] == counts.matrix.tolist()
+
+
+def test_each_network_is_scored_as_if_alone(
+    network: SegmentationNetwork, accelerator: Accelerator, tiles: LabelledImages
+) -> None:
+    networks = [network, toy(seed=1)]
+    together, each = evaluate(predictor_of(*networks), tiles, accelerator)
+    for one, scores in zip(networks, each, strict=True):
+        alone, _ = evaluate(predictor_of(one), tiles, accelerator)
+        assert alone == {**scores, "n_images": 3} != together
 
 
 def test_a_network_in_training_is_scored_in_eval_mode_and_given_back(
     network: SegmentationNetwork, accelerator: Accelerator, tiles: LabelledImages
 ) -> None:
-    expected = evaluate_network(network, tiles, accelerator, **WINDOW)
+    expected = evaluate_network(network, tiles, accelerator, ARGS)
     network.train()
-    again = evaluate_network(network, tiles, accelerator, **WINDOW)
+    again = evaluate_network(network, tiles, accelerator, ARGS)
     assert network.training and again == expected
     network.eval()
 
 
-def test_figures_name_the_image_and_show_the_chosen_views(
+def test_figures_name_the_image_and_show_the_predictors_maps(
     network: SegmentationNetwork, accelerator: Accelerator, tiles: LabelledImages, tmp_path: Path
 ) -> None:
-    results = evaluate_network(network, tiles, accelerator, **WINDOW)
+    results = evaluate_network(network, tiles, accelerator, ARGS)
     drawn = {}
-    for name, settings in {
-        "default": {},
-        "title": {"image_title": "optical"},
-        "views": {"views": "flips"},
-    }.items():
-        draw_results(network, tiles, results, tmp_path / name, accelerator, **WINDOW, rows=1, **settings)
+    for name, tta, titles in (
+        ("default", "none", {}),
+        ("title", "none", {"titles": ("optical", "label", "prediction")}),
+        ("tta", "flips", {}),
+    ):
+        draw_results(predictor_of(network, tta=tta), tiles, results, tmp_path / name, **titles)
         drawn[name] = (tmp_path / name / "panel.png").read_bytes()
     assert len(set(drawn.values())) == 3
+    assert not (tmp_path / "default" / "uncertainty.png").exists()
+    draw_results(predictor_of(network), tiles, results, tmp_path / "more", with_uncertainty=True)
+    assert (tmp_path / "more" / "uncertainty.png").exists()

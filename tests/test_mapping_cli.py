@@ -1,10 +1,11 @@
-"""The command line: scenes and targets, processes that share them, and every mistake in one line."""
+"""The command line: scenes and targets, processes that share scenes, and one line for every mistake."""
 
 import configparser
 import multiprocessing
 import os
 import runpy
 import socket
+import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -19,6 +20,7 @@ from conftest import make_scene, write_tiff
 
 from hf_seg.hub.export import export_model
 from hf_seg.mapping import cli
+from hf_seg.mapping.options import RasterOptions
 from hf_seg.mapping.raster import predict_raster
 from hf_seg.models import build_model
 
@@ -35,11 +37,11 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def scenes(tmp_path: Path) -> Path:
-    """Return a folder of three scenes and a file that is none."""
+    """Return a folder of three scenes and one other file."""
     for number in range(3):
         image, _ = make_scene(np.random.default_rng(number), 80)
         write_tiff(tmp_path / "scenes" / f"s{number}.{('tif', 'TIF', 'tiff')[number]}", image)
-    (tmp_path / "scenes" / "notes.txt").write_text("no scene")
+    (tmp_path / "scenes" / "notes.txt").write_text("not a scene")
     return tmp_path / "scenes"
 
 
@@ -52,7 +54,7 @@ def run_main(*argv: object) -> int:
     return 0
 
 
-def test_one_scene_goes_to_one_file_and_the_summary_is_printed(
+def test_one_scene_is_mapped_to_one_file_and_the_summary_is_printed(
     tmp_path: Path, scenes: Path, model: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert run_main(scenes / "s0.tif", tmp_path / "out" / "map.tif", "--model", model, "--confidence") == 0
@@ -64,7 +66,7 @@ def test_one_scene_goes_to_one_file_and_the_summary_is_printed(
     assert "tile/s" in printed.err
 
 
-def test_folders_patterns_and_files_go_to_a_folder_and_finished_maps_are_passed_over(
+def test_folders_patterns_and_files_are_mapped_to_a_folder_and_existing_maps_are_skipped(
     tmp_path: Path, scenes: Path, model: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     write_tiff(tmp_path / "d.tif", make_scene(np.random.default_rng(9), 70)[0])
@@ -89,13 +91,13 @@ def test_a_scene_that_cannot_be_mapped_does_not_stop_the_others(
     assert sorted(path.name for path in (tmp_path / "maps").iterdir()) == ["s1.tif", "s2.tif"]
     errors = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
     assert errors == [
-        f"error: {scenes / 's0.tif'} is empty (0 bytes); fetch it again",
+        f"error: {scenes / 's0.tif'} is empty (0 bytes); download it again",
         "error: 1 of 3 scenes have no map, see above",
     ]
 
 
 def in_processes(count: int, argv: list[str], folder: Path) -> str:
-    """Run the command line in several forked processes that talk over gloo, and return what they printed."""
+    """Run the command line in several forked processes connected by gloo, and return what they printed."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
@@ -108,7 +110,7 @@ def in_processes(count: int, argv: list[str], folder: Path) -> str:
         sys.stdout, sys.stderr = os.fdopen(1, "w", closefd=False), os.fdopen(2, "w", closefd=False)
         os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(count))
         os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), ACCELERATE_USE_CPU="true")
-        PartialState._reset_state()  # that of the test's own process, which this one was forked from
+        PartialState._reset_state()  # inherited from the process of the test
         cli.main(argv)
         assert PartialState().num_processes == count
         torch.distributed.destroy_process_group()
@@ -123,7 +125,7 @@ def in_processes(count: int, argv: list[str], folder: Path) -> str:
     return log.read_text()
 
 
-def test_processes_share_the_bands_of_one_scene_and_the_bytes_stay_the_same(tmp_path: Path, model: Path) -> None:
+def test_processes_share_the_bands_of_one_scene_and_write_the_same_bytes(tmp_path: Path, model: Path) -> None:
     image, _ = make_scene(np.random.default_rng(0), 1300)
     write_tiff(tmp_path / "a.tif", image[:, :70])
     argv = [str(tmp_path / "a.tif"), str(tmp_path / "two.tif"), "--model", str(model), "--stride", "1"]
@@ -133,7 +135,7 @@ def test_processes_share_the_bands_of_one_scene_and_the_bytes_stay_the_same(tmp_
     assert (tmp_path / "one.tif").read_bytes() == (tmp_path / "two.tif").read_bytes()
 
 
-def test_processes_share_the_scenes_where_there_are_enough(tmp_path: Path, scenes: Path, model: Path) -> None:
+def test_processes_share_the_scenes_if_there_are_enough(tmp_path: Path, scenes: Path, model: Path) -> None:
     printed = in_processes(2, [str(scenes), str(tmp_path / "maps"), "--model", str(model)], tmp_path)
     assert printed.count("written: ") == 3
     predict_raster(model, scenes / "s1.TIF", tmp_path / "one.tif")
@@ -151,7 +153,7 @@ def truncated(path: Path) -> None:
 
 
 def raster(**settings: Any) -> Callable[[Path], None]:
-    """Return what writes a raster of such a shape, type and profile."""
+    """Return a function that writes a raster with this shape, type and profile."""
     shape, dtype = settings.pop("shape", (50, 50)), settings.pop("dtype", np.uint8)
     value, colors = settings.pop("value", 1), settings.pop("colors", False)
 
@@ -165,26 +167,26 @@ def raster(**settings: Any) -> Callable[[Path], None]:
 
 
 BANDS = "a network takes one band (SAR) or three (optical)"
-# name: what writes {a}, arguments after {a} {b} --model {model}, message; {a}, {b}, {dir} and {model} stand for paths
+# name: what writes {a}, arguments after {a} {b} --model {model}, message; {a}, {b}, {dir} and {model} are paths
 MISTAKES: dict[str, tuple[Callable[[Path], Any], tuple[str, ...], str]] = {
-    "empty file": (Path.touch, (), "{a} is empty (0 bytes); fetch it again"),
-    "HTML": (html, (), "{a} is text (HTML, XML or JSON), no raster; did a download fail?"),
+    "empty file": (Path.touch, (), "{a} is empty (0 bytes); download it again"),
+    "HTML": (html, (), "{a} is text (HTML, XML or JSON), not a raster; did a download fail?"),
     "folder as scene": (Path.mkdir, (), "{a} is a folder without .tif or .tiff files"),
-    "not there": (
+    "missing file": (
         lambda path: None,
         (),
-        "{a} cannot be opened; no such file? ({a}: No such file or directory)",
+        "{a} cannot be opened; does the file exist? ({a}: No such file or directory)",
     ),
     "junk": (
         lambda path: path.write_bytes(b"junk" * 99),
         (),
-        "{a} cannot be opened; is it whole, and a raster? ('{a}' not recognized as being in a supported file format.)",
+        "{a} cannot be opened; is it a complete raster? ('{a}' not recognized as being in a supported file format.)",
     ),
     "truncated": (
         truncated,
         (),
-        "{a}: rows 0 to 49 cannot be read; it is damaged or cut short, fetch it again (a.tif, band 1: IReadBlock "
-        "failed at X offset 0, Y offset 0: TIFFReadEncodedStrip() failed.)",
+        "{a}: rows 0 to 49 cannot be read; the file is damaged or truncated, download it again (a.tif, band 1: "
+        "IReadBlock failed at X offset 0, Y offset 0: TIFFReadEncodedStrip() failed.)",
     ),
     "complex": (
         raster(dtype=np.complex64),
@@ -194,7 +196,7 @@ MISTAKES: dict[str, tuple[Callable[[Path], Any], tuple[str, ...], str]] = {
     "colour table": (
         raster(colors=True),
         (),
-        "{a} has a colour table, so its values are no intensities; expand it with gdal_translate -expand rgb",
+        "{a} has a colour table, so its values are not intensities; expand it with gdal_translate -expand rgb",
     ),
     "two bands": (raster(shape=(2, 50, 50)), (), "{a}: " + BANDS + ", it has 2; choose with --bands"),
     "five bands": (raster(shape=(5, 50, 50)), (), "{a}: " + BANDS + ", it has 5; choose with --bands"),
@@ -203,40 +205,39 @@ MISTAKES: dict[str, tuple[Callable[[Path], Any], tuple[str, ...], str]] = {
     "no band": (
         raster(),
         ("--bands", "red"),
-        "argument --bands: bands are numbers joined by commas, as in 4,3,2; got 'red'; --help lists the settings",
+        "argument --bands: expected band numbers, e.g. 4 3 2 or 4,3,2; got 'red'; --help lists the settings",
     ),
-    "only nodata": (raster(value=0), (), "{a}: none of its pixels holds data"),
-    "only NaN": (raster(dtype=np.float32, value=np.nan), (), "{a}: none of its pixels holds data"),
+    "only nodata": (raster(value=0), (), "{a}: no pixel has data"),
+    "only NaN": (raster(dtype=np.float32, value=np.nan), (), "{a}: no pixel has data"),
     "flat float": (
         raster(dtype=np.float32, value=5),
         (),
-        "{a}: 5 nearly everywhere; if that is right, pass --stretch LOW HIGH",
+        "{a}: nearly every pixel is 5; if that is right, pass --stretch LOW HIGH",
     ),
     "stretch": (
         raster(),
         ("--stretch", "9", "1"),
         "stretch must be two ascending numbers, for 0 and 255; got [9.0, 1.0]",
     ),
-    "stride": (raster(), ("--stride", "1.5"), "stride must be above 0 and at most 1; it is 1.5"),
+    "stride": (raster(), ("--stride", "1.5"), "stride must be more than 0 and at most 1; it is 1.5"),
     "batch": (raster(), ("--batch_size", "0"), "batch_size must be at least 1; it is 0"),
-    "abstain": (raster(), ("--abstain", "2"), "abstain must be in 0..1; it is 2.0"),
+    "abstain": (raster(), ("--abstain", "2"), "abstain must be at least 0 and at most 1; it is 2.0"),
     "window": (raster(), ("--window", "0"), "window must be at least 1 pixel; it is 0"),
-    "misspelt": (raster(), ("--confidense",), "unknown setting '--confidense'; did you mean '--confidence'?"),
-    "views": (
+    "unknown flag": (raster(), ("--confidense",), "unknown setting '--confidense'; did you mean '--confidence'?"),
+    "tta": (
         raster(),
-        ("--views", "all"),
-        "argument --views: invalid choice: 'all' (choose from 'none', 'flips', 'd4', 'paper'); "
-        "--help lists the settings",
+        ("--tta", "all"),
+        "argument --tta: invalid choice: 'all' (choose from 'none', 'flips', 'd4', 'paper'); --help lists the settings",
     ),
     "disagreement": (
         raster(),
         ("--disagreement",),
-        "one network cannot disagree with itself: disagreement needs an ensemble",
+        "disagreement needs an ensemble; this model is a single network",
     ),
     "polygons": (
         raster(),
         ("--polygons", "map.kml"),
-        "polygons go to a file that ends in .gpkg, .geojson, .fgb; not to map.kml",
+        "polygons are written to a file that ends in .gpkg, .geojson, .fgb; not to map.kml",
     ),
     "no model": (
         raster(),
@@ -272,18 +273,17 @@ def test_a_mistake_is_one_line_that_names_it_and_leaves_nothing(
 TARGETS = {
     "scene itself": ("a.tif", "{dir}/a.tif is the scene itself; name another file for the map"),
     "link to the scene": ("link.tif", "{dir}/link.tif is the scene itself; name another file for the map"),
-    "map there": ("old.tif", "{dir}/old.tif is already there; add --overwrite (overwrite=True), or name another file"),
-    "no GeoTIFF": ("b.png", "the map is a GeoTIFF: end its name in .tif, not 'b.png'"),
+    "existing map": ("old.tif", "{dir}/old.tif already exists; add --overwrite (overwrite=True), or name another file"),
+    "not a GeoTIFF": ("b.png", "the map is a GeoTIFF: its name must end in .tif, not 'b.png'"),
     "in a file": (
         "old.tif/b.tif",
-        "{dir}/old.tif/b.tif cannot be written (Not a directory); what is finished stays in "
-        "{dir}/old.tif/.b.tif.partial: make room or choose another target, and run it again",
+        "{dir}/old.tif/b.tif cannot be written (Not a directory); free disk space or choose another place",
     ),
 }
 
 
 @pytest.mark.parametrize("name", TARGETS)
-def test_a_target_that_cannot_be_is_named_and_nothing_is_touched(
+def test_an_impossible_target_is_named_and_no_file_changes(
     name: str, tmp_path: Path, model: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     write_tiff(tmp_path / "a.tif", np.ones((50, 50), np.uint8))
@@ -298,13 +298,13 @@ def test_a_target_that_cannot_be_is_named_and_nothing_is_touched(
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a.tif", "link.tif", "old.tif"]
 
 
-def test_sources_that_cannot_go_together_are_named(
+def test_sources_that_cannot_be_combined_are_named(
     tmp_path: Path, scenes: Path, model: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     write_tiff(tmp_path / "s0.tif", np.ones((50, 50), np.uint8))
     cases = [
         ((tmp_path / "*.jpg", "maps"), f"nothing matches {tmp_path / '*.jpg'}"),
-        ((scenes, "map.tif"), "3 scenes cannot go to one file, map.tif; name a folder"),
+        ((scenes, "map.tif"), "3 scenes cannot be mapped to one file, map.tif; name a folder"),
         (
             (scenes / "s0.tif", tmp_path / "s0.tif", tmp_path / "maps"),
             f"{scenes / 's0.tif'} and {tmp_path / 's0.tif'} would both be mapped to {tmp_path / 'maps' / 's0.tif'}; "
@@ -312,7 +312,7 @@ def test_sources_that_cannot_go_together_are_named(
         ),
         (
             (scenes, tmp_path / "maps", "--polygons", "x.gpkg"),
-            "--polygons x.gpkg is one file for 3 scenes; name the kind only: .gpkg",
+            "--polygons x.gpkg is one file for 3 scenes; name a suffix only: .gpkg",
         ),
         ((), "the following arguments are required: SOURCE, DESTINATION; --help lists the settings"),
     ]
@@ -320,18 +320,18 @@ def test_sources_that_cannot_go_together_are_named(
         code = run_main(*arguments, "--model", model)
         errors = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
         if "polygons" in message and errors and "pyogrio" in errors[0]:
-            continue  # the extra `vector` is not here, which is said first
+            continue  # without the extra `vector`, the error names that first
         assert (code, errors) == (2, [f"error: {message}"])
 
 
-def test_overwrite_makes_the_map_anew(tmp_path: Path, scenes: Path, model: Path) -> None:
+def test_overwrite_replaces_the_map(tmp_path: Path, scenes: Path, model: Path) -> None:
     (tmp_path / "old.tif").write_bytes(b"an old map")
     assert run_main(scenes / "s0.tif", tmp_path / "old.tif", "--model", model, "--overwrite") == 0
     with rasterio.open(tmp_path / "old.tif") as result:
         assert result.shape == (80, 80)
 
 
-def test_the_module_is_a_program_and_the_package_installs_it(
+def test_the_module_can_be_run_and_the_package_installs_the_command(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(sys, "argv", ["predict.py", "--help"])
@@ -345,3 +345,69 @@ def test_the_module_is_a_program_and_the_package_installs_it(
     setup.read(Path(__file__).parents[1] / "setup.cfg")
     commands = setup["options.entry_points"]["console_scripts"].split("\n")
     assert "hf-seg-predict = hf_seg.mapping.cli:main" in commands
+
+
+def test_help_needs_no_slow_import() -> None:
+    code = (
+        "import sys\nfrom hf_seg.mapping import cli\ntry:\n    cli.main(['--help'])\nfinally:\n"
+        "    print({'torch', 'transformers', 'accelerate', 'rasterio', 'matplotlib'} & sys.modules.keys())"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert "Output files:" in done.stdout and done.stdout.endswith("\nset()\n")
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["--bands", "4", "3", "2", "--stretch", "0", "0.4", "a.tif", "b.tif", "--model", "m", "--batch-size=9"],
+        ["a.tif", "b.tif", "--model", "m", "--batch_size", "9", "--stretch", "0", "0.4", "--bands=4,3,2"],
+        ["--model", "m", "--bands", "4,3,2", "a.tif", "b.tif", "--stretch", "0", "0.4", "--batch-size", "9"],
+    ],
+)
+def test_bands_and_stretch_may_come_before_the_scenes_and_hyphens_are_underscores(words: list[str]) -> None:
+    args, options = cli.parse(words)
+    assert (args.sources, args.destination, args.model, args.tta) == (["a.tif"], "b.tif", "m", "none")
+    assert options == RasterOptions(bands=[4, 3, 2], stretch=[0.0, 0.4], batch_size=9)
+
+
+def test_switches_take_no_value_from_what_follows() -> None:
+    args, options = cli.parse(["--model", "m", "--no-zero-collar", "--confidence", "a.tif", "b.tif", "--preview"])
+    assert args.sources == ["a.tif"] and options == RasterOptions(zero_collar=False, confidence=True, preview=True)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "refused"),
+    [
+        (("{long}.tif", "{dir}/map.tif"), "{long}.tif cannot be read (File name too long)"),
+        (("{scene}", "{long}.tif"), "{long}.tif cannot be written (File name too long)"),
+        (
+            ("{scene}", "{dir}/map.tif", "--polygons", "{scene}/map.gpkg"),
+            "{scene}/map.gpkg cannot be written (File exists); free disk space or choose another place; the same "
+            "command resumes from the bands in {dir}/.map.tif.partial",
+        ),
+    ],
+)
+def test_a_path_that_the_file_system_refuses_is_named_in_one_line(
+    arguments: tuple[str, ...],
+    refused: str,
+    tmp_path: Path,
+    scenes: Path,
+    model: Path,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    if "--polygons" in arguments:
+        pytest.importorskip("pyogrio")
+    paths = {"long": tmp_path / ("x" * 300), "scene": scenes / "s0.tif", "dir": tmp_path}
+    assert run_main(*(argument.format(**paths) for argument in arguments), "--model", model) == 2
+    errors = [line for line in capfd.readouterr().err.splitlines() if line.startswith("error: ")]
+    assert errors == [f"error: {refused.format(**paths)}"]
+    assert not (tmp_path / "map.tif").exists()
+
+
+def test_an_interruption_is_one_line(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    def interrupt(argv: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(cli, "run", interrupt)
+    assert run_main() == 130
+    assert capsys.readouterr().err == "interrupted; the same command resumes from the last finished band\n"

@@ -1,4 +1,4 @@
-"""A map that is interrupted, resumed or runs out of disk, and the memory that it needs."""
+"""Maps that are interrupted, resumed or run out of disk space, and the memory they need."""
 
 import json
 import multiprocessing
@@ -25,7 +25,7 @@ from hf_seg.mapping.options import RasterOptions
 
 
 def fork(function: Callable[[], None]) -> int | None:
-    """Run something in a child of this process and return how it ended; negative: by that signal."""
+    """Run a function in a forked process and return its exit code; negative: killed by that signal."""
     child = multiprocessing.get_context("fork").Process(target=function)
     child.start()
     child.join(60)
@@ -33,7 +33,7 @@ def fork(function: Callable[[], None]) -> int | None:
 
 
 def kill_at_call(owner: Any, name: str, number: int) -> None:
-    """Let this process die before the `number`-th call of a function."""
+    """Kill this process before the `number`-th call of a function."""
     function, calls = getattr(owner, name), 0
 
     def counted(*args: Any, **kwargs: Any) -> Any:
@@ -46,7 +46,7 @@ def kill_at_call(owner: Any, name: str, number: int) -> None:
     setattr(owner, name, counted)
 
 
-# replaced are the note of what is made, three bands, the confidence, and at last the map
+# files are replaced in this order: map.json, three bands, the confidence, the map
 @pytest.mark.parametrize(
     ("owner", "name", "number", "kept"),
     [
@@ -60,13 +60,13 @@ def kill_at_call(owner: Any, name: str, number: int) -> None:
         (os, "replace", 6, 3),
     ],
 )
-def test_a_killed_run_goes_on_and_ends_with_the_same_bytes(
+def test_a_killed_run_resumes_and_ends_with_the_same_bytes(
     tmp_path: Path, owner: Any, name: str, number: int, kept: int
 ) -> None:
     write_tiff(tmp_path / "a.tif", speckled(1300, 60))
     network, settings, calls = pointwise(), {"confidence": True, "cog": True}, []
     network.register_forward_hook(lambda *_: calls.append(1))
-    predict(network, tmp_path / "a.tif", tmp_path / "whole.tif", **settings)
+    predict(network, tmp_path / "a.tif", tmp_path / "complete.tif", **settings)
     total = len(calls)
 
     def run() -> None:
@@ -78,10 +78,10 @@ def test_a_killed_run_goes_on_and_ends_with_the_same_bytes(
     assert len(list((tmp_path / ".b.tif.partial").glob("rows_*.z"))) == kept
     predict(network, tmp_path / "a.tif", tmp_path / "b.tif", **settings)
     for layer in ("", "_confidence"):
-        assert (tmp_path / f"b{layer}.tif").read_bytes() == (tmp_path / f"whole{layer}.tif").read_bytes()
+        assert (tmp_path / f"b{layer}.tif").read_bytes() == (tmp_path / f"complete{layer}.tif").read_bytes()
     assert len(calls) - total == {0: 243, 1: 150, 2: 54, 3: 0}[kept] and total == 243
     assert sorted(path.name for path in tmp_path.iterdir()) == [
-        *("a.tif", "b.tif", "b_confidence.tif", "whole.tif", "whole_confidence.tif")
+        *("a.tif", "b.tif", "b_confidence.tif", "complete.tif", "complete_confidence.tif")
     ]
 
 
@@ -106,7 +106,7 @@ def test_bands_of_another_network_scene_or_setting_are_not_used(tmp_path: Path) 
     assert missing() == [0, 1, 2]
 
 
-def test_a_damaged_band_is_named_and_made_again(tmp_path: Path) -> None:
+def test_a_damaged_band_is_named_and_computed_again(tmp_path: Path) -> None:
     write_tiff(tmp_path / "a.tif", speckled(1100, 40))
     predictor = Predictor(load_members(pointwise(), window=32), device=torch.device("cpu"))
     job = MapJob(predictor, tmp_path / "a.tif", tmp_path / "b.tif", RasterOptions())
@@ -124,7 +124,7 @@ def test_a_damaged_band_is_named_and_made_again(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("stage", ["compute", "finish"])
-def test_on_a_full_disk_nothing_is_lost_and_nothing_half_appears(tmp_path: Path, stage: str) -> None:
+def test_a_full_disk_loses_no_finished_band_and_leaves_no_incomplete_map(tmp_path: Path, stage: str) -> None:
     write_tiff(tmp_path / "a.tif", speckled(1100, 400))
     message = tmp_path / "message.txt"
     message.touch()
@@ -136,7 +136,7 @@ def test_on_a_full_disk_nothing_is_lost_and_nothing_half_appears(tmp_path: Path,
         out = message.open("w")
         if stage == "finish":
             job.compute(job.missing(), show_progress=False)
-        resource.setrlimit(resource.RLIMIT_FSIZE, (4000, 4000))  # what a file of this process may hold from now on
+        resource.setrlimit(resource.RLIMIT_FSIZE, (4000, 4000))  # largest file that this process may write
         try:
             job.compute(job.missing(), show_progress=False)
             job.finish()
@@ -148,8 +148,11 @@ def test_on_a_full_disk_nothing_is_lost_and_nothing_half_appears(tmp_path: Path,
     assert fork(run) == 7
     folder = tmp_path / ".b.tif.partial"
     text = message.read_text()
-    assert text.startswith(f"{tmp_path / 'b.tif'} cannot be written (") and "\n" not in text
-    assert text.endswith(f"what is finished stays in {folder}: make room or choose another target, and run it again")
+    unwritten = tmp_path / "b.tif" if stage == "finish" else folder / "rows_00000.z"
+    assert text.startswith(f"{unwritten} cannot be written (") and "\n" not in text
+    assert text.endswith(
+        f"free disk space or choose another place; the same command resumes from the bands in {folder}"
+    )
     assert not (tmp_path / "b.tif").exists()
     assert len(list(folder.glob("rows_*.z"))) == (3 if stage == "finish" else 0)
     predict(pointwise(), tmp_path / "a.tif", tmp_path / "b.tif", stride=1.0)
@@ -162,7 +165,7 @@ def test_on_a_full_disk_nothing_is_lost_and_nothing_half_appears(tmp_path: Path,
 def test_memory_does_not_grow_with_the_area_of_the_scene(tmp_path: Path) -> None:
     def measure(width: int, height: int) -> dict[str, Any]:
         script = Path(__file__).parents[1] / "scripts" / "benchmark_raster.py"
-        options = ("--window", "512", "--stride", "1", "--folder", str(tmp_path / f"{width}x{height}"))
+        options = ("--window", "512", "--stride", "1", "--output_dir", str(tmp_path / f"{width}x{height}"))
         command = [sys.executable, str(script), "--width", str(width), "--height", str(height), *options]
         done = subprocess.run(command, capture_output=True, text=True, check=True)
         figures: dict[str, Any] = json.loads(done.stdout)
@@ -170,4 +173,4 @@ def test_memory_does_not_grow_with_the_area_of_the_scene(tmp_path: Path) -> None
 
     low, high = measure(20_000, 5_000), measure(20_000, 20_000)
     assert high["peak_rss_mib"] <= 2048
-    assert high["peak_rss_mib"] - low["peak_rss_mib"] < 250  # the scene itself has 286 MiB more, its map as much
+    assert high["peak_rss_mib"] - low["peak_rss_mib"] < 250  # the larger scene has 286 MiB more, and so has its map

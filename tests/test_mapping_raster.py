@@ -1,4 +1,4 @@
-"""Laws of the map of a scene: georeference, nodata, seams, and what stands in the files."""
+"""Properties of the map of a scene: georeference, nodata, seams, and the content of the files."""
 
 import importlib.util
 import subprocess
@@ -61,7 +61,7 @@ def test_a_pointwise_network_gives_the_map_of_one_full_pass(tmp_path: Path, band
     ],
 )
 @pytest.mark.parametrize("cog", [False, True])
-def test_a_real_scene_keeps_its_georeference_and_its_footprint(
+def test_the_map_of_a_real_scene_has_its_georeference_and_footprint(
     tmp_path: Path, realdata: Path, name: str, cog: bool
 ) -> None:
     summary = predict(pointwise(), realdata / name, tmp_path / "b.tif", window=256, cog=cog)
@@ -71,12 +71,12 @@ def test_a_real_scene_keeps_its_georeference_and_its_footprint(
         assert np.array_equal(result.dataset_mask(), scene.dataset_mask())
         assert (result.tags(ns="IMAGE_STRUCTURE").get("LAYOUT") == "COG") is cog
         on_plane = np.linalg.det(np.array(scene.transform).reshape(3, 3)) * -1e-6 * sum(summary.pixels.values())
-    if scene.crs.is_projected:  # at most 0.1 % beside the ground in a UTM zone
+    if scene.crs.is_projected:  # in a UTM zone areas are distorted by about 0.1 %
         assert sum(summary.areas_km2.values()) == pytest.approx(on_plane, rel=4e-3)
 
 
 @pytest.mark.parametrize("cog", [False, True])
-def test_rotated_scenes_and_control_points_are_carried_over(tmp_path: Path, cog: bool) -> None:
+def test_rotated_transforms_and_control_points_are_preserved(tmp_path: Path, cog: bool) -> None:
     write_tiff(tmp_path / "a.tif", speckled(60, 70), crs="EPSG:32633", transform=ROTATED)
     predict(pointwise(), tmp_path / "a.tif", tmp_path / "b.tif", cog=cog)
     with rasterio.open(tmp_path / "b.tif") as result:
@@ -103,7 +103,13 @@ def test_the_map_has_tiles_colours_names_overviews_and_tags(tmp_path: Path, cog:
         assert result.compression == Compression.deflate and result.descriptions == ("land cover",)
         assert [result.tags(1)[f"class_{i}"] for i in range(NUM_LABELS)] == list(CLASS_NAMES)
         tags = result.tags()
-        assert (tags["scene"], tags["windows"], tags["strides"], tags["abstain"]) == ("a.tif", "256", "128", "0.2")
+        assert [tags[key] for key in ("scene", "windows", "strides", "tta", "abstain")] == [
+            "a.tif",
+            "256",
+            "128",
+            "none",
+            "0.2",
+        ]
         assert float(tags["seam_score"]) == pytest.approx(1, abs=0.1)
         assert result.overviews(1)[:2] == [2, 4]
         small = result.read(1, out_shape=(350, 550))
@@ -129,7 +135,7 @@ def test_pixels_below_the_threshold_get_no_class_and_keep_their_confidence(tmp_p
     assert summary.nodata_pixels == (read(tmp_path / "b.tif") == 0).sum()
 
 
-def test_an_ensemble_averages_probabilities_and_tells_where_it_disagrees(tmp_path: Path) -> None:
+def test_an_ensemble_averages_probabilities_and_reports_disagreement(tmp_path: Path) -> None:
     image = speckled(530, 45)
     write_tiff(tmp_path / "a.tif", image)
     networks, weights = [pointwise(seed) for seed in (1, 2, 6)], [1.0, 3.0, 2.0]
@@ -148,18 +154,18 @@ def test_an_ensemble_averages_probabilities_and_tells_where_it_disagrees(tmp_pat
         assert result.tags()["windows"] == "32 48 16"
 
 
-def fill_zero_tag(path: Path, image: np.ndarray, hole: np.ndarray, value: float) -> None:
-    write_tiff(path, np.where(hole, np.uint8(value), image), nodata=value)
+def fill_zero_tag(path: Path, image: np.ndarray, gap: np.ndarray, value: float) -> None:
+    write_tiff(path, np.where(gap, np.uint8(value), image), nodata=value)
 
 
-def fill_float_tag(path: Path, image: np.ndarray, hole: np.ndarray, value: float) -> None:
-    write_tiff(path, np.where(hole, np.float32(value), image.astype(np.float32)), nodata=value)
+def fill_float_tag(path: Path, image: np.ndarray, gap: np.ndarray, value: float) -> None:
+    write_tiff(path, np.where(gap, np.float32(value), image.astype(np.float32)), nodata=value)
 
 
-def fill_under_mask(path: Path, image: np.ndarray, hole: np.ndarray, value: float) -> None:
-    write_tiff(path, np.where(hole, np.uint8(value), image))
+def fill_under_mask(path: Path, image: np.ndarray, gap: np.ndarray, value: float) -> None:
+    write_tiff(path, np.where(gap, np.uint8(value), image))
     with rasterio.Env(GDAL_TIFF_INTERNAL_MASK=True), rasterio.open(path, "r+") as file:
-        file.write_mask(~hole)
+        file.write_mask(~gap)
 
 
 @pytest.mark.parametrize(
@@ -171,22 +177,22 @@ def fill_under_mask(path: Path, image: np.ndarray, hole: np.ndarray, value: floa
         (fill_under_mask, (0, 200)),
     ],
 )
-def test_what_nodata_pixels_hold_reaches_no_other_pixel(
+def test_the_values_of_nodata_pixels_do_not_affect_other_pixels(
     tmp_path: Path, write: Callable[..., None], values: tuple[float, float]
 ) -> None:
     image = np.clip(speckled(100, 110), 1, 250)
-    hole = np.zeros(image.shape, dtype=bool)
-    hole[:, :20] = hole[40:60, 50:80] = hole[70, 100] = True
+    gap = np.zeros(image.shape, dtype=bool)
+    gap[:, :20] = gap[40:60, 50:80] = gap[70, 100] = True
     results = []
     for name, value in zip(("x", "y"), values, strict=True):
-        write(tmp_path / name / "a.tif", image, hole, value)
+        write(tmp_path / name / "a.tif", image, gap, value)
         predict(contextual(), tmp_path / name / "a.tif", tmp_path / name / "b.tif", window=64, confidence=True)
         results.append((read(tmp_path / name / "b.tif"), read(tmp_path / name / "b_confidence.tif")))
-        assert np.array_equal(results[-1][0] == 0, hole) and np.array_equal(results[-1][1] == 255, hole)
+        assert np.array_equal(results[-1][0] == 0, gap) and np.array_equal(results[-1][1] == 255, gap)
     assert all(np.array_equal(one, other) for one, other in zip(*results, strict=True))
 
 
-def test_the_collar_of_zeros_gets_no_class_and_calm_water_inside_does(tmp_path: Path) -> None:
+def test_the_zero_collar_gets_no_class_and_zeros_inside_the_swath_do(tmp_path: Path) -> None:
     image = speckled(600, 80)
     collar = np.add.outer(np.arange(600), 8 * np.arange(80)) < 400
     image[collar] = 0
@@ -208,7 +214,7 @@ def test_the_bytes_do_not_depend_on_the_batch_size(tmp_path: Path, batch_size: i
         assert (tmp_path / f"b{layer}.tif").read_bytes() == (tmp_path / f"c{layer}.tif").read_bytes()
 
 
-def test_a_network_that_draws_its_windows_has_a_high_seam_score(tmp_path: Path) -> None:
+def test_a_network_with_one_class_per_window_has_a_high_seam_score(tmp_path: Path) -> None:
     class Blocks(nn.Module):
         def forward(self, images: Tensor) -> Tensor:
             index = (images.mean((1, 2, 3)) * 1000).long() % 8 + 1
@@ -221,7 +227,7 @@ def test_a_network_that_draws_its_windows_has_a_high_seam_score(tmp_path: Path) 
         assert float(result.tags()["seam_score"]) == pytest.approx(1, abs=0.15)
 
 
-def test_overlap_removes_the_seams_of_a_network_that_sees_the_border_of_its_window(tmp_path: Path) -> None:
+def test_overlap_removes_the_seams_of_a_network_with_context(tmp_path: Path) -> None:
     write_tiff(tmp_path / "a.tif", np.random.default_rng(0).integers(1, 255, (320, 320), dtype=np.uint8))
     apart, blended = (
         predict(contextual(), tmp_path / "a.tif", tmp_path / f"{stride}.tif", window=64, stride=stride).seam_score
@@ -230,7 +236,7 @@ def test_overlap_removes_the_seams_of_a_network_that_sees_the_border_of_its_wind
     assert apart > 2 and blended < 1.5
 
 
-def test_a_scene_without_a_place_on_earth_has_pixels_and_no_areas(tmp_path: Path) -> None:
+def test_a_scene_without_a_geographic_crs_has_pixel_counts_and_no_areas(tmp_path: Path) -> None:
     engineering = 'ENGCRS["site",EDATUM["x"],CS[Cartesian,2],AXIS["(E)",east],AXIS["(N)",north],LENGTHUNIT["metre",1]]'
     write_tiff(tmp_path / "a.tif", speckled(40, 40))
     write_tiff(tmp_path / "b.tif", speckled(40, 40), crs=engineering, transform=from_origin(0, 0, 1, 1))
@@ -247,20 +253,18 @@ def test_the_preview_shows_scene_classes_and_legend(tmp_path: Path) -> None:
     predict(Constant(), tmp_path / "a.tif", tmp_path / "b.tif", preview=True)
     pixels = np.moveaxis(read(tmp_path / "b_preview.png")[:3], 0, -1).reshape(-1, 3)
     water = (pixels == PALETTE[6]).all(axis=1).mean()
-    assert 0.2 < water < 0.6  # the map's part of the figure
+    assert 0.2 < water < 0.6  # the map covers about half of the figure
     for color in PALETTE[1:]:
-        assert (pixels == color).all(axis=1).sum() > 50  # its patch in the legend
+        assert (pixels == color).all(axis=1).sum() > 50  # the patch in the legend
 
 
 @pytest.mark.skipif(importlib.util.find_spec("pyogrio") is None, reason="needs the extra `vector`")
 @pytest.mark.parametrize("suffix", [".gpkg", ".geojson", ".fgb"])
-def test_polygons_cover_each_class_where_the_map_has_it(
-    tmp_path: Path, suffix: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_polygons_cover_the_area_of_each_class(tmp_path: Path, suffix: str, monkeypatch: pytest.MonkeyPatch) -> None:
     import pyogrio.raw
     import shapely
 
-    monkeypatch.setattr(hf_seg.mapping.polygons, "AT_ONCE", 100)  # as if there were many
+    monkeypatch.setattr(hf_seg.mapping.polygons, "BATCH_SIZE", 100)
     image = speckled(120, 140)
     image[:, :20] = 0
     write_tiff(tmp_path / "a.tif", image, crs="EPSG:32633", transform=ROTATED)
@@ -273,14 +277,14 @@ def test_polygons_cover_each_class_where_the_map_has_it(
     assert [areas[ids == index].sum() for index in range(1, NUM_LABELS)] == pytest.approx(pixels[1:] * 0.25)
 
 
-@pytest.mark.skipif(importlib.util.find_spec("pyogrio") is not None, reason="the extra `vector` is here")
-def test_polygons_say_what_they_need(tmp_path: Path) -> None:
+@pytest.mark.skipif(importlib.util.find_spec("pyogrio") is not None, reason="the extra `vector` is installed")
+def test_polygons_name_the_packages_they_need(tmp_path: Path) -> None:
     write_tiff(tmp_path / "a.tif", speckled(40, 40))
     with pytest.raises(UserError, match=r"polygons need pyogrio.*: pip install 'hf_seg\[vector\]'"):
         predict(pointwise(), tmp_path / "a.tif", tmp_path / "b.tif", polygons="b.gpkg")
 
 
-def test_the_function_is_the_packages_and_importing_the_package_is_light() -> None:
+def test_the_package_exports_predict_raster_and_is_light_to_import() -> None:
     assert hf_seg.predict_raster is predict_raster
     with pytest.raises(AttributeError, match="has no attribute 'predict_rasters'"):
         _ = hf_seg.predict_rasters

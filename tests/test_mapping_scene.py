@@ -1,4 +1,4 @@
-"""What the networks see of a raster: values, nodata, and the collar of zeros."""
+"""Rasters as the networks expect them: values, nodata, and the zero collar."""
 
 import logging
 import re
@@ -25,7 +25,7 @@ def read(path: Path, **settings: Any) -> tuple[np.ndarray, np.ndarray]:
         return scene.rows(0, scene.height)
 
 
-def test_uint8_stays_as_it_is_and_rows_do_not_depend_on_how_they_are_read(tmp_path: Path) -> None:
+def test_uint8_is_unchanged_and_rows_do_not_depend_on_the_order_of_reads(tmp_path: Path) -> None:
     image = np.random.default_rng(0).integers(1, 256, (2 * READ_ROWS + 70, 40), dtype=np.uint8)
     write_tiff(tmp_path / "a.tif", image)
     with Scene(tmp_path / "a.tif") as scene:
@@ -35,7 +35,7 @@ def test_uint8_stays_as_it_is_and_rows_do_not_depend_on_how_they_are_read(tmp_pa
             assert np.array_equal(pixels, image[None, top:bottom]) and valid.all() and valid.shape == (bottom - top, 40)
 
 
-def test_zeros_inside_the_swath_hold_data_and_the_search_can_be_left_out(tmp_path: Path) -> None:
+def test_zeros_inside_the_swath_are_data_and_the_search_for_the_collar_is_optional(tmp_path: Path) -> None:
     image = np.full((30, 30), 9, np.uint8)
     image[:, :5] = 0
     image[10:14, 10:14] = 0
@@ -46,7 +46,7 @@ def test_zeros_inside_the_swath_hold_data_and_the_search_can_be_left_out(tmp_pat
 
 
 @pytest.mark.parametrize("nodata", [0, 77])
-def test_a_scene_that_declares_nodata_is_believed(tmp_path: Path, nodata: int) -> None:
+def test_declared_nodata_is_used_instead_of_the_collar(tmp_path: Path, nodata: int) -> None:
     image = np.full((30, 30), 9, np.uint8)
     image[:, :5], image[10:14, 10:14], image[20:, 20:] = 0, 0, 77
     write_tiff(tmp_path / "a.tif", image, nodata=nodata)
@@ -55,7 +55,7 @@ def test_a_scene_that_declares_nodata_is_believed(tmp_path: Path, nodata: int) -
     assert np.array_equal(pixels[0], np.where(image == nodata, 0, image))
 
 
-def test_of_whole_numbers_all_bands_are_nodata_and_of_floats_one_suffices(tmp_path: Path) -> None:
+def test_an_integer_pixel_is_nodata_in_all_bands_and_a_float_pixel_in_any(tmp_path: Path) -> None:
     image = np.random.default_rng(0).integers(1, 255, (3, 20, 20), dtype=np.uint8)
     image[0, :10], image[:, :5] = 0, 0
     write_tiff(tmp_path / "byte.tif", image, nodata=0)
@@ -69,7 +69,7 @@ def test_of_whole_numbers_all_bands_are_nodata_and_of_floats_one_suffices(tmp_pa
 
 
 @pytest.mark.parametrize("kind", ["mask", "alpha"])
-def test_masks_and_alpha_say_what_is_nodata(tmp_path: Path, kind: str) -> None:
+def test_masks_and_alpha_declare_nodata(tmp_path: Path, kind: str) -> None:
     image = np.random.default_rng(0).integers(1, 255, (4, 20, 20), dtype=np.uint8)
     image[:3, 12:15] = 0  # black, and valid
     image[3] = 255
@@ -84,7 +84,7 @@ def test_masks_and_alpha_say_what_is_nodata(tmp_path: Path, kind: str) -> None:
     assert pixels.shape == (3, 20, 20) and np.array_equal(valid, image[3] > 0) and not pixels[:, :8].any()
 
 
-def test_decibels_and_power_give_what_the_amplitude_gives(tmp_path: Path) -> None:
+def test_decibels_and_power_give_the_same_pixels_as_amplitude(tmp_path: Path) -> None:
     amplitude = speckle(np.random.default_rng(0), 300, 200) * 0.1
     write_tiff(tmp_path / "linear.tif", amplitude)
     write_tiff(tmp_path / "power.tif", amplitude**2)
@@ -96,12 +96,12 @@ def test_decibels_and_power_give_what_the_amplitude_gives(tmp_path: Path) -> Non
         assert abs(pixels - expected).max() <= 1 and (pixels != expected).mean() < 0.01
 
 
-def test_the_stretch_found_brings_the_scene_to_where_training_was_and_can_be_repeated(
+def test_the_default_stretch_matches_the_training_data_and_can_be_repeated(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level(logging.INFO)
     image = speckle(np.random.default_rng(0), 400, 300) * 700
-    image[:, :100] = 0  # a collar must not count
+    image[:, :100] = 0  # the collar must not affect it
     for dtype in (np.uint16, np.float32):
         write_tiff(tmp_path / "a.tif", image.astype(dtype))
         pixels, valid = read(tmp_path / "a.tif")
@@ -142,7 +142,9 @@ def test_a_damaged_row_is_named_when_it_is_read(tmp_path: Path) -> None:
     (tmp_path / "a.tif").write_bytes(content[: len(content) * 3 // 4])
     with Scene(tmp_path / "a.tif", zero_collar=False) as scene:
         assert np.array_equal(scene.rows(0, 200)[0][0], image[:200])
-        with pytest.raises(UserError, match=r"a\.tif: rows 256 to 511 cannot be read; it is damaged or cut short"):
+        with pytest.raises(
+            UserError, match=r"a\.tif: rows 256 to 511 cannot be read; the file is damaged or truncated"
+        ):
             scene.rows(256, 300)
     with pytest.raises(UserError, match="rows 256 to 511 cannot be read"):
         Scene(tmp_path / "a.tif")

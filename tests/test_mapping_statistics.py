@@ -1,4 +1,4 @@
-"""Counts of a map: seams, areas, pixels."""
+"""Statistics of a map: seams, areas, pixels."""
 
 import numpy as np
 import pytest
@@ -9,7 +9,7 @@ from hf_seg.labels import NUM_LABELS
 from hf_seg.mapping.statistics import MapStatistics, pixel_areas
 
 
-def test_seams_areas_and_pixels_are_counted_as_by_hand() -> None:
+def test_seams_areas_and_pixels_agree_with_a_direct_count() -> None:
     rng = np.random.default_rng(0)
     classes = np.kron(rng.integers(0, 4, (14, 9)), np.ones((3, 4), int)).astype(np.uint8)
     row_borders, column_borders = {0, 10, 15, 42}, {0, 8, 13, 36}
@@ -39,6 +39,6 @@ def test_seams_areas_and_pixels_are_counted_as_by_hand() -> None:
         ("EPSG:2263", from_origin(1e6, 2e5, 10, 10), 9.2903),  # US survey feet
     ],
 )
-def test_the_area_of_a_pixel_is_that_on_the_ground(crs: str, transform: Affine, expected: float) -> None:
+def test_pixel_areas_are_areas_on_the_ground(crs: str, transform: Affine, expected: float) -> None:
     areas = pixel_areas(CRS.from_string(crs), transform, 20, range(3))
     assert areas == pytest.approx([expected] * 3, rel=2e-3)

@@ -1,5 +1,6 @@
-"""The dataset builders: layouts, holes, content checks, cache. All tiles are real GeoTIFFs, generated or sampled."""
+"""The dataset builders: layouts, missing tiles, content checks, cache. All tiles are GeoTIFFs, made here or real."""
 
+import errno
 import logging
 import os
 import shutil
@@ -16,15 +17,9 @@ import rasterio
 from conftest import write_tiff
 
 from hf_seg.data import open_earth_map
-from hf_seg.data.open_earth_map import (
-    FROM_XBD,
-    Scan,
-    load_open_earth_map,
-    load_open_earth_map_sar,
-    scan_open_earth_map,
-    scan_open_earth_map_sar,
-)
-from hf_seg.errors import DatasetError
+from hf_seg.data.open_earth_map import load_open_earth_map, load_open_earth_map_sar
+from hf_seg.data.scan import FROM_XBD, SAR_FOLDERS, SPLITS, Scan, scan_open_earth_map, scan_open_earth_map_sar
+from hf_seg.errors import DatasetError, FileError
 from hf_seg.labels import NUM_LABELS
 
 pytestmark = pytest.mark.filterwarnings("ignore::rasterio.errors.NotGeoreferencedWarning")
@@ -62,8 +57,8 @@ def make_sar(root: Path, names: tuple[str, ...] = ("TrainArea_999", "TrainArea_1
     return root
 
 
-def holes_of(scan: Scan) -> dict[tuple[str | None, str], list[str]]:
-    return {(hole.split, hole.reason): hole.names for hole in scan.holes}
+def missing_from(scan: Scan) -> dict[tuple[str | None, str], list[str]]:
+    return {(each.split, each.reason): each.names for each in scan.missing}
 
 
 def pixels_of(dataset: Any) -> list[dict[str, Any]]:
@@ -112,10 +107,10 @@ def test_pixels_are_those_of_the_files(tmp_path: Path):
     assert np.array_equal(np.asarray(row["label"]), random_tile(1, 1, NUM_LABELS)[0])
 
 
-def test_withheld_test_label_is_none_and_no_hole(tmp_path: Path):
+def test_withheld_test_label_is_none_and_not_missing(tmp_path: Path):
     root = make_oem(tmp_path)
     assert load_open_earth_map(root, "test")[0]["label"] is None
-    assert scan_open_earth_map(root).holes == []
+    assert scan_open_earth_map(root).missing == []
 
 
 def test_lists_may_have_crlf_blank_lines_and_a_byte_order_mark(tmp_path: Path):
@@ -125,7 +120,7 @@ def test_lists_may_have_crlf_blank_lines_and_a_byte_order_mark(tmp_path: Path):
     (root / "train.txt").write_bytes(b"\xef\xbb\xbf" + "\r\n\r\n".join(names).encode() + b"\r\n \r\n")
     scan = scan_open_earth_map(root)
     assert scan.rows == expected
-    assert scan.holes == []
+    assert scan.missing == []
 
 
 def test_extension_may_be_of_any_case_and_hidden_files_are_skipped(tmp_path: Path):
@@ -137,14 +132,14 @@ def test_extension_may_be_of_any_case_and_hidden_files_are_skipped(tmp_path: Pat
     assert load_open_earth_map(tmp_path, "train")["image_id"][:] == ["oslo_1", "oslo_2", "oslo_3"]
 
 
-def test_two_files_of_one_stem_are_an_error_that_names_both(tmp_path: Path):
+def test_two_files_with_the_same_stem_are_an_error_that_names_both(tmp_path: Path):
     root = make_oem(tmp_path)
     write_pair(root, "tonga_1", extension=".tiff")
-    with pytest.raises(DatasetError, match=r"tonga_1\.tif.* claim one image_id"):
+    with pytest.raises(DatasetError, match=r"tonga_1\.tif.* have the same image_id"):
         scan_open_earth_map(root)
 
 
-def test_every_kind_of_hole_is_counted_and_none_is_fatal(tmp_path: Path):
+def test_every_reason_for_a_missing_tile_is_counted_and_none_is_fatal(tmp_path: Path):
     root = make_oem(tmp_path)
     write_pair(root, "tonga_3", label=False)
     write_pair(root, "tonga_4")
@@ -157,7 +152,7 @@ def test_every_kind_of_hole_is_counted_and_none_is_fatal(tmp_path: Path):
     scan = scan_open_earth_map(root)
     assert [row.image_id for row in scan.rows["train"]] == ["al_qurnah_2", "tonga_1"]
     assert scan.rows["val"] == []
-    assert holes_of(scan) == {
+    assert missing_from(scan) == {
         ("train", FROM_XBD): ["oslo_1"],
         ("train", "label without image"): ["oslo_2"],
         ("train", "image without label"): ["tonga_3"],
@@ -169,14 +164,14 @@ def test_every_kind_of_hole_is_counted_and_none_is_fatal(tmp_path: Path):
     }
 
 
-def test_absent_sar_folder_is_a_missing_modality_but_absent_file_is_a_hole(tmp_path: Path):
+def test_absent_sar_folder_is_a_missing_modality_and_an_absent_file_a_missing_tile(tmp_path: Path):
     root = make_sar(tmp_path, ("TrainArea_001", "TrainArea_002", "TrainArea_003"))
     write_tiff(root / "val/sar_images/ValArea_001.tif", random_tile(0, 1, 256))
     (root / "train/labels/TrainArea_001.tif").unlink()
     (root / "train/sar_images/TrainArea_003.tif").unlink()
     scan = scan_open_earth_map_sar(root)
     assert [row.image_id for row in scan.rows["train"]] == ["TrainArea_002"]
-    assert holes_of(scan) == {
+    assert missing_from(scan) == {
         ("train", "no file in train/labels"): ["TrainArea_001"],
         ("train", "no file in train/sar_images"): ["TrainArea_003"],
     }
@@ -194,7 +189,7 @@ def test_official_lists_give_the_published_counts(tmp_path: Path, realdata: Path
     lists = realdata / "oem_splits"
     for path in lists.iterdir():
         (tmp_path / path.name).write_bytes(path.read_bytes())
-    stems = {split: (lists / f"{split}.txt").read_text().replace(".tif", "").split() for split in open_earth_map.SPLITS}
+    stems = {split: (lists / f"{split}.txt").read_text().replace(".tif", "").split() for split in SPLITS}
     from_xbd = {line.split(",")[1].removesuffix(".tif") for line in (lists / "xbd_files.csv").read_text().splitlines()}
     for split, names in stems.items():
         for name in names:
@@ -206,12 +201,12 @@ def test_official_lists_give_the_published_counts(tmp_path: Path, realdata: Path
     scan = scan_open_earth_map(tmp_path)
     assert len(from_xbd) == 1162
     assert {split: len(rows) for split, rows in scan.rows.items()} == {"train": 2303, "val": 384, "test": 1500 - 349}
-    assert {hole.split: len(hole.names) for hole in scan.holes if hole.reason == FROM_XBD} == {
+    assert {each.split: len(each.names) for each in scan.missing if each.reason == FROM_XBD} == {
         "train": 697,
         "val": 116,
         "test": 349,
     }
-    assert {hole.reason for hole in scan.holes} <= {FROM_XBD, "region folder without tiles"}
+    assert {each.reason for each in scan.missing} <= {FROM_XBD, "region folder without tiles"}
 
 
 def test_real_samples_load_with_their_counts(realdata: Path):
@@ -223,14 +218,14 @@ def test_real_samples_load_with_their_counts(realdata: Path):
     assert val["sar"].size == val["label"].size == (576, 576)
 
 
-def test_name_that_is_not_utf8_is_a_hole(tmp_path: Path):
+def test_name_that_is_not_utf8_is_a_missing_tile(tmp_path: Path):
     root = make_oem(tmp_path)
     (root / "val.txt").write_bytes(b"tonga_1.tif\nk\xf6ln_1.tif\n")
     assert [row.image_id for row in scan_open_earth_map(root).rows["val"]] == ["tonga_1"]
-    assert holes_of(scan_open_earth_map(root)) == {("val", "listed but not on disk"): ["k\ufffdln_1"]}
+    assert missing_from(scan_open_earth_map(root)) == {("val", "listed but not on disk"): ["k\ufffdln_1"]}
 
 
-# --- what the files hold
+# --- contents of the files
 
 
 @pytest.mark.parametrize("options", [{}, {"tiled": True, "blockxsize": 16, "blockysize": 16}, {"interleave": "band"}])
@@ -238,7 +233,7 @@ def test_name_that_is_not_utf8_is_a_hole(tmp_path: Path):
 def test_every_common_encoding_decodes_to_the_written_pixels(tmp_path: Path, compress: str, options: dict[str, Any]):
     predictor = {"predictor": 2} if compress in ("lzw", "deflate", "zstd") else {}
     written = {"optical": random_tile(0, 3, 256), "sar": random_tile(1, 1, 256), "label": random_tile(2, 1, 9)}
-    for column, folder in open_earth_map.SAR_FOLDERS.items():
+    for column, folder in SAR_FOLDERS.items():
         path = tmp_path / "train" / folder / "TrainArea_001.tif"
         write_tiff(path, written[column], compress=compress, **options, **predictor)
     row = next(iter(load_open_earth_map_sar(tmp_path, "train", streaming=True)))
@@ -290,10 +285,10 @@ def unknown_to_pillow(path: Path) -> None:
         (
             "images",
             html,
-            r"expected a whole GeoTIFF, found b'<!DOCTYPE html>.*Download it again.*prepare_data\.py check",
+            r"expected a complete GeoTIFF, found b'<!DOCTYPE html>.*Download it again.*prepare_data\.py check",
         ),
-        ("labels", truncate, r"expected a whole GeoTIFF, found b'II.*Download it again"),
-        ("images", empty, r"expected a whole GeoTIFF, found b''"),
+        ("labels", truncate, r"expected a complete GeoTIFF, found b'II.*Download it again"),
+        ("images", empty, r"expected a complete GeoTIFF, found b''"),
         ("images", sixteen_bit, r"expected bands 3 x uint8 \(image\), found 3 x uint16.*gdal_translate"),
         ("images", four_bands, r"expected bands 3 x uint8 \(image\), found 4 x uint8"),
         ("labels", ignore_index_in_file, r"expected ids 0\.\.8, found 255.*unknown is 0"),
@@ -363,7 +358,7 @@ def test_empty_split_says_why(tmp_path: Path):
         load_open_earth_map_sar(sar, "test")
 
 
-def test_one_summary_per_load_warns_only_of_holes(tmp_path: Path, caplog: pytest.LogCaptureFixture):
+def test_one_summary_per_load_warns_only_of_missing_tiles(tmp_path: Path, caplog: pytest.LogCaptureFixture):
     caplog.set_level(logging.INFO, logger=open_earth_map.__name__)
     root = make_oem(tmp_path)
     load_open_earth_map(root, "train")
@@ -371,8 +366,8 @@ def test_one_summary_per_load_warns_only_of_holes(tmp_path: Path, caplog: pytest
     load_open_earth_map(root, "train")
     levels = [(record.levelname, record.getMessage()) for record in caplog.records]
     assert levels == [
-        ("INFO", f"OpenEarthMap: 4 train tiles in {root}; holes: none"),
-        ("WARNING", f"OpenEarthMap: 3 train tiles in {root}; holes: 1 x image without label (e.g. al_qurnah_2)"),
+        ("INFO", f"OpenEarthMap: 4 train tiles in {root}; missing: none"),
+        ("WARNING", f"OpenEarthMap: 3 train tiles in {root}; missing: 1 x image without label (e.g. al_qurnah_2)"),
     ]
 
 
@@ -400,7 +395,7 @@ def test_added_file_appears_in_the_next_load(tmp_path: Path):
     assert load_open_earth_map(root, "val")["image_id"][:] == ["tonga_1", "tonga_5"]
 
 
-def test_failed_build_leaves_nothing_that_a_later_load_could_take_for_whole(tmp_path: Path):
+def test_failed_build_leaves_nothing_that_a_later_load_could_take_for_complete(tmp_path: Path):
     path = make_oem(tmp_path) / "kujawsko-pomorskie/images/kujawsko-pomorskie_1.tif"
     good, times = path.read_bytes(), path.stat()
     path.write_bytes(b"x" * len(good))
@@ -423,7 +418,7 @@ def test_streamed_embedded_parallel_and_stored_rows_are_equal(tmp_path: Path):
 
 def test_embedded_bytes_need_no_files_whatever_the_working_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     root = make_sar(tmp_path / "data")
-    monkeypatch.chdir(root / "train/sar_images")  # holds files named as every column's
+    monkeypatch.chdir(root / "train/sar_images")  # contains files named as every column's
     embedded = load_open_earth_map_sar(root, "train", embed=True)
     expected = pixels_of(embedded)
     for path in root.rglob("*.tif"):
@@ -450,8 +445,24 @@ def test_parquet_round_trip_keeps_pixels(tmp_path: Path, embed: bool):
 
 def test_bad_file_in_a_worker_process_is_the_same_clear_error(tmp_path: Path):
     html(make_oem(tmp_path) / "kujawsko-pomorskie/images/kujawsko-pomorskie_1.tif")
-    with pytest.raises(DatasetError, match=r"kujawsko-pomorskie_1\.tif: expected a whole GeoTIFF"):
+    with pytest.raises(DatasetError, match=r"kujawsko-pomorskie_1\.tif: expected a complete GeoTIFF"):
         load_open_earth_map(tmp_path, "train", num_proc=2)
+
+
+def test_a_cache_that_cannot_be_written_is_a_file_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    (tmp_path / "file").touch()
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "file")
+    with pytest.raises(FileError, match=r"file cannot be used as a cache .*HF_DATASETS_CACHE"):
+        load_open_earth_map(make_oem(tmp_path / "data"), "train")
+
+
+def test_a_full_disk_is_a_file_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    def fail(*_: object, **__: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(datasets.arrow_writer.ArrowWriter, "write", fail)
+    with pytest.raises(FileError, match=r"cannot be used as a cache .*No space left on device.*; free disk space"):
+        load_open_earth_map(make_oem(tmp_path), "train")
 
 
 def test_two_processes_may_build_one_split_at_once_in_the_cache_of_the_environment(tmp_path: Path):

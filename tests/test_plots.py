@@ -10,7 +10,7 @@ from PIL import Image
 
 from hf_seg.labels import BACKGROUND, CLASS_NAMES, IGNORE_INDEX, LABEL2ID, NUM_LABELS, PALETTE
 from hf_seg.metrics import ConfusionMatrix
-from hf_seg.report import plots
+from hf_seg.report import plots, style
 
 TREE, WATER, ROAD, BUILDING = (LABEL2ID[name] for name in ("tree", "water", "road", "building"))
 REAL_SAR = Path(__file__).parents[2] / "shared/realdata/dfc25_track1"
@@ -44,22 +44,22 @@ def sar() -> np.ndarray:
 
 def test_colorize_paints_every_class_in_its_colour() -> None:
     ids = np.arange(NUM_LABELS, dtype=np.uint8).reshape(3, 3)
-    assert (plots.colorize(ids).reshape(-1, 3) == PALETTE).all()
-    assert plots.colorize(ids).dtype == np.uint8
+    assert (style.colorize(ids).reshape(-1, 3) == PALETTE).all()
+    assert style.colorize(ids).dtype == np.uint8
 
 
 def test_ignored_pixels_are_striped_far_from_every_class_even_when_blurred() -> None:
-    ignored = plots.colorize(np.full((128, 128), IGNORE_INDEX, dtype=np.uint8))
+    ignored = style.colorize(np.full((128, 128), IGNORE_INDEX, dtype=np.uint8))
     assert len(np.unique(ignored.reshape(-1, 3), axis=0)) == 2
     blurred = ignored.reshape(-1, 3).mean(axis=0)
     distances = np.linalg.norm(PALETTE.astype(float) - blurred, axis=1)
     assert distances.min() > 60
-    assert (plots.colorize(halves(IGNORE_INDEX, ROAD))[:, 48:] == 255).all()
+    assert (style.colorize(halves(IGNORE_INDEX, ROAD))[:, 48:] == 255).all()
 
 
-def test_colorize_refuses_ids_that_are_no_class() -> None:
-    with pytest.raises(ValueError, match=r"label ids \[9, 77\] are no class; expected 0\.\.8 or 255"):
-        plots.colorize(np.array([[1, 9, 77, 255]], dtype=np.uint8))
+def test_colorize_rejects_ids_that_are_not_classes() -> None:
+    with pytest.raises(ValueError, match=r"label ids \[9, 77\] are not classes; expected 0\.\.8 or 255"):
+        style.colorize(np.array([[1, 9, 77, 255]], dtype=np.uint8))
 
 
 def test_panel_shows_grey_image_label_and_prediction_from_left_to_right(sar: np.ndarray, tmp_path: Path) -> None:
@@ -77,7 +77,7 @@ def test_panel_shows_grey_image_label_and_prediction_from_left_to_right(sar: np.
     assert not where(cells[1], PALETTE[BUILDING]).any()
 
 
-def test_panel_without_label_is_not_taken_for_road(sar: np.ndarray, tmp_path: Path) -> None:
+def test_panel_without_a_label_has_an_empty_cell_not_the_colour_of_road(sar: np.ndarray, tmp_path: Path) -> None:
     plots.plot_panel([("a", sar, None, halves(TREE, WATER))], tmp_path / "panel.png")
     picture = read(tmp_path / "panel.png")
     center = picture[100:400, 560:680]
@@ -90,7 +90,7 @@ def test_panel_accepts_optical_images_as_they_are(tmp_path: Path) -> None:
     assert where(read(tmp_path / "panel.png")[:, :500], (10, 120, 200)).sum() > 100_000
 
 
-def test_panel_refuses_maps_of_another_size_and_keeps_the_older_file(sar: np.ndarray, tmp_path: Path) -> None:
+def test_panel_rejects_maps_of_another_size_and_keeps_the_older_file(sar: np.ndarray, tmp_path: Path) -> None:
     output = tmp_path / "panel.png"
     output.write_bytes(b"older")
     with pytest.raises(ValueError, match=r"scene_7: prediction is \(64, 64\), its image \(96, 96\)"):
@@ -109,7 +109,7 @@ def test_panel_score_equals_the_metric_of_the_package() -> None:
     confusion = ConfusionMatrix()
     confusion.update(prediction, label)
     assert plots._mean_iou(label, prediction) == pytest.approx(confusion.compute()["mean_iou"])
-    assert math.isnan(plots._mean_iou(np.full((4, 4), BACKGROUND), prediction[:4, :4]))
+    assert plots._mean_iou(np.full((4, 4), BACKGROUND), prediction[:4, :4]) is None
 
 
 def test_stretch_ignores_nodata_and_outliers() -> None:
@@ -117,13 +117,13 @@ def test_stretch_ignores_nodata_and_outliers() -> None:
     image[:50] = 80
     image[:, :10] = 0  # swath edge
     image[0, 99] = 255
-    stretched = plots.stretch(image)
+    stretched = style.stretch(image)
     assert (stretched[:, :10] == 0).all()
     assert stretched[20, 50] == 1
-    assert plots.stretch(np.zeros((4, 4), dtype=np.uint8)).max() == 0
+    assert style.stretch(np.zeros((4, 4), dtype=np.uint8)).max() == 0
 
 
-def test_curves_survive_null_nan_unknown_keys_and_a_torn_last_line(
+def test_curves_skip_null_nan_unknown_keys_and_a_truncated_last_line(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     entries: list[dict] = [
@@ -133,7 +133,7 @@ def test_curves_survive_null_nan_unknown_keys_and_a_torn_last_line(
     file = write_metrics(tmp_path / "metrics.jsonl", entries)
     file.write_text(file.read_text() + '{"step": 90, "lo')
     plots.plot_curves(file, tmp_path / "curves.png")
-    assert "line 93 is no JSON object" in caplog.text
+    assert "line 93 is not a JSON object" in caplog.text
     picture = read(tmp_path / "curves.png")
     assert where(picture, BEST_COLOR).sum() > 50  # the star
     assert where(picture[:, :500], (0x35, 0x72, 0xB0)).any()  # ce, in the first panel
@@ -155,7 +155,7 @@ def test_steps_logged_again_after_a_resume_count_once_with_the_later_value(tmp_p
 
 def test_metrics_without_any_value_are_an_error_that_names_the_file(tmp_path: Path) -> None:
     (tmp_path / "metrics.jsonl").touch()
-    with pytest.raises(ValueError, match=r"metrics\.jsonl holds no metrics"):
+    with pytest.raises(ValueError, match=r"metrics\.jsonl contains no metrics"):
         plots.plot_curves(tmp_path / "metrics.jsonl", tmp_path / "curves.png")
 
 
@@ -177,7 +177,7 @@ def test_confusion_matrix_shades_the_diagonal_and_paints_iou_in_class_colours(tm
     assert where(picture, (0xD9, 0xD9, 0xD9)).mean() < 1e-3
 
 
-def test_absent_classes_are_grey_and_take_no_part(tmp_path: Path) -> None:
+def test_absent_classes_are_grey_and_have_no_bar(tmp_path: Path) -> None:
     plots.plot_confusion_matrix(perfect_results([TREE, WATER]), tmp_path / "matrix.png")
     picture = read(tmp_path / "matrix.png")
     grey_rows = np.nonzero(where(picture[:, 200:1000], (0xD9, 0xD9, 0xD9)).mean(axis=1) > 0.5)[0]
@@ -193,7 +193,7 @@ def test_confusion_matrix_of_an_empty_or_partial_evaluation_is_drawn(tmp_path: P
         plots.plot_confusion_matrix({"confusion_matrix": [[1, 0], [0, 1]]}, tmp_path / "wrong.png")
 
 
-def test_figures_are_deterministic_and_leave_nothing_aside(sar: np.ndarray, tmp_path: Path) -> None:
+def test_figures_are_deterministic_and_leave_no_temporary_file(sar: np.ndarray, tmp_path: Path) -> None:
     for output in (tmp_path / "new/a.png", tmp_path / "new/b.png"):
         plots.plot_panel([("a", sar, halves(TREE, IGNORE_INDEX), halves(TREE, WATER))], output)
     assert (tmp_path / "new/a.png").read_bytes() == (tmp_path / "new/b.png").read_bytes()
@@ -205,7 +205,7 @@ def test_module_needs_neither_pyplot_nor_torch() -> None:
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout == "set()\n"
 
 
-@pytest.mark.skipif(not REAL_SAR.is_dir(), reason="real samples are not at hand")
+@pytest.mark.skipif(not REAL_SAR.is_dir(), reason="real samples not found")
 def test_real_scene_fills_the_panel_with_the_shares_of_its_classes(tmp_path: Path) -> None:
     sar_image = np.asarray(Image.open(REAL_SAR / "val/sar_images/ValArea_001.tif"))
     label = np.asarray(Image.open(REAL_SAR / "val/labels/ValArea_001.tif"))

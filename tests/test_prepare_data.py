@@ -1,3 +1,5 @@
+"""The command line of prepare_data.py: exit codes, one-line errors, and downloads that resume."""
+
 import hashlib
 import json
 import os
@@ -18,7 +20,7 @@ import numpy as np
 import pytest
 import rasterio
 
-from hf_seg.data.download import ARCHIVES
+from hf_seg.data.archives import ARCHIVES
 
 SCRIPT = Path(__file__).parents[1] / "scripts/prepare_data.py"
 ARCHIVE = ARCHIVES["oem-sar-val-labels"][0]
@@ -101,11 +103,11 @@ def sar_folder(tmp_path: Path) -> Path:
     return root
 
 
-def test_help_names_every_archive_without_a_heavy_import() -> None:
+def test_help_names_every_archive_without_a_slow_import() -> None:
     command = [sys.executable, "-X", "importtime", str(SCRIPT), "--help"]
     process = subprocess.run(command, capture_output=True, text=True, check=True, timeout=60)
     assert set(ARCHIVES) <= set(re.findall(r"[a-z-]+", process.stdout))
-    assert not re.search(r"\| +(numpy|torch|datasets|rasterio|hf_seg)\b", process.stderr)
+    assert not re.search(r"\| +(numpy|torch|datasets|rasterio|tqdm)\b", process.stderr)
 
 
 def test_interrupted_download_says_how_to_resume_and_then_does(mirror: str, tmp_path: Path) -> None:
@@ -142,6 +144,20 @@ def test_wrong_usage_is_one_line_before_any_download(tmp_path: Path) -> None:
     assert status == 2
     assert stderr.startswith("error: no DIR after 'oem-sar'; usage:")
     assert stderr.count("\n") == 1
+    for wrong, message in (
+        (["chekc", "data"], "argument command: invalid choice: 'chekc'"),
+        (["check"], "the following arguments are required: DIR"),
+        (["check", tmp_path, "--jsn", "x"], "unknown setting '--jsn'"),
+    ):
+        status, _, stderr = run(*wrong)
+        assert status == 2
+        assert stderr.startswith(f"error: {message}") and stderr.count("\n") == 1
+
+
+def test_dashes_and_underscores_are_the_same(mirror: str, tmp_path: Path) -> None:
+    StallingHandler.released.set()
+    status, stdout, _ = run("download", "oem-sar-val-labels", tmp_path / "data", "--no-extract", url=mirror)
+    assert (status, stdout) == (0, f"oem-sar-val-labels: verified in {tmp_path / 'data'}\n")
 
 
 def test_failed_download_is_one_line_and_status_1(mirror: str, tmp_path: Path) -> None:
@@ -150,7 +166,7 @@ def test_failed_download_is_one_line_and_status_1(mirror: str, tmp_path: Path) -
     assert stderr == f"error: {mirror}/api/records/7223446 answered 404 File not found; check the address\n"
 
 
-def test_check_of_a_healthy_folder_exits_with_0_and_writes_json(sar_folder: Path, tmp_path: Path) -> None:
+def test_check_of_a_folder_without_problems_exits_with_0_and_writes_json(sar_folder: Path, tmp_path: Path) -> None:
     status, stdout, stderr = run("check", sar_folder, "--json", tmp_path / "check.json")
     assert status == 0, stdout + stderr
     assert stdout.strip()
@@ -164,6 +180,13 @@ def test_check_of_a_folder_with_a_damaged_label_exits_with_1_and_names_it(sar_fo
     assert "TrainArea_002" in stdout
 
 
+def test_report_that_cannot_be_written_is_one_line(sar_folder: Path, tmp_path: Path) -> None:
+    status, _, stderr = run("check", sar_folder, "--json", tmp_path)
+    assert status == 2
+    assert stderr.splitlines()[-1].startswith(f"error: {tmp_path} cannot be written (Is a directory)")
+    assert "Traceback" not in stderr
+
+
 def test_check_of_no_dataset_exits_with_2_and_one_line(tmp_path: Path) -> None:
     status, stdout, stderr = run("check", tmp_path / "nowhere")
     assert (status, stdout) == (2, "")
@@ -171,7 +194,7 @@ def test_check_of_no_dataset_exits_with_2_and_one_line(tmp_path: Path) -> None:
     assert stderr.count("\n") == 1
 
 
-@pytest.mark.skipif(not REAL_SAR.is_dir(), reason="real samples are not at hand")
+@pytest.mark.skipif(not REAL_SAR.is_dir(), reason="real samples are not here")
 def test_check_reads_real_scenes() -> None:
     status, stdout, stderr = run("check", REAL_SAR)
     assert status in (0, 1), stderr

@@ -3,33 +3,25 @@
 import dataclasses
 import hashlib
 import json
-import multiprocessing
 import os
 import re
 import shutil
 import signal
-import socket
-import sys
 import typing
-from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any
 
 import datasets
 import huggingface_hub
 import numpy as np
 import pytest
 import torch
-from accelerate import Accelerator
 from conftest import write_tiff
 from huggingface_hub import DatasetCard
 from PIL import Image
+from recipe_process import Result, run_recipe
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "recipes"))
-import pseudo_label
-
-from hf_seg.arguments import FREE_ON_RESUME, PseudoLabelArguments
-from hf_seg.data.dataloaders import LabelledImages
+from hf_seg.arguments import PseudoLabelArguments
 from hf_seg.data.nodata import outside_swath
 from hf_seg.data.open_earth_map import load_open_earth_map_sar
 from hf_seg.data.pseudo_label_dataset import (
@@ -39,79 +31,24 @@ from hf_seg.data.pseudo_label_dataset import (
     summarize,
     write_shard,
 )
-from hf_seg.errors import one_line_errors
+from hf_seg.data.samples import LabelledImages
 from hf_seg.hub.cards import write_pseudo_label_card
 from hf_seg.hub.export import export_model
-from hf_seg.inference.tta import VIEW_PRESETS
-from hf_seg.labels import CLASS_NAMES, IGNORE_INDEX, LABEL2ID, NUM_LABELS
-from hf_seg.models import SegmentationNetwork, build_model, load_trained
+from hf_seg.inference.load import load_networks
+from hf_seg.inference.predict import Predictor
+from hf_seg.inference.tta import TTA_PRESETS
+from hf_seg.labels import BACKGROUND, CLASS_NAMES, IGNORE_INDEX, LABEL2ID, NUM_LABELS
+from hf_seg.models import build_model
 from hf_seg.settings import parse_arguments
-from hf_seg.training.evaluation import predict_probs
 
 CONFIGS = sorted((Path(__file__).parents[1] / "recipes" / "configs" / "pseudo_label").glob("*.yaml"))
 
-_context = multiprocessing.get_context("forkserver")
-_context.set_forkserver_preload(["hf_seg.training.evaluation", "hf_seg.hub.export", "scipy.ndimage", "pytest"])
-
-
-class Result(NamedTuple):
-    """How a launch ended: exit code (negative: killed by that signal) of each process, and what all printed."""
-
-    exit_codes: list[int | None]
-    output: str
-
-
-def launch(*argv: object, log: Path, processes: int = 1, disturb: str = "") -> Result:
-    """Run the recipe with a command line in processes of its own; `disturb` is one of `DISTURBANCES`."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    arguments = (tuple(map(str, argv)), log, processes, port, disturb)
-    started = [_context.Process(target=_run, args=(rank, *arguments)) for rank in range(processes)]
-    for process in started:
-        process.start()
-    for process in started:
-        process.join(120)
-        if process.is_alive():
-            process.kill()
-            process.join()
-    return Result([process.exitcode for process in started], log.read_text())
-
-
-def _run(rank: int, argv: tuple[str, ...], log: Path, processes: int, port: int, disturb: str) -> None:
-    descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-    os.dup2(descriptor, 1)
-    os.dup2(descriptor, 2)
-    torch.set_num_threads(1)
-    if processes > 1:
-        os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(processes))
-        os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
-    if disturb:
-        DISTURBANCES[disturb]()
-    with one_line_errors():
-        pseudo_label.main(list(argv))
-
-
-def _die_at(wanted: str, *, half: bool) -> None:
-    """Die where a file would get its name, after cutting it in half or not."""
-    replace = os.replace
-
-    def watched(aside: Path, path: Path) -> None:
-        if Path(path).name == wanted:
-            if half:
-                os.truncate(aside, os.path.getsize(aside) // 2)
-            os.kill(os.getpid(), signal.SIGKILL)
-        replace(aside, path)
-
-    os.replace = watched
-
-
 SECOND = "train-00001-of-00003.parquet"
-DISTURBANCES: dict[str, Callable[[], None]] = {
-    "between two shards": lambda: _die_at(SECOND, half=False),
-    "inside a shard": lambda: _die_at(SECOND, half=True),
-    "inside the manifest": lambda: _die_at("manifest.json", half=True),
-}
+
+
+def launch(*argv: object, **how: Any) -> Result:
+    """Run the recipe with a command line in processes of its own."""
+    return run_recipe("pseudo_label", *map(str, argv), **how)
 
 
 @pytest.fixture(scope="session")
@@ -131,9 +68,9 @@ def save_network(place: Path, seed: int) -> None:
 
 
 @pytest.fixture(scope="session")
-def world(oem_sar: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def tiles(oem_sar: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The training tiles of the tiny OpenEarthMap-SAR with holes: no optical data, a swath's edge, dark pixels."""
-    root = tmp_path_factory.mktemp("world") / "dfc25_track1"
+    root = tmp_path_factory.mktemp("tiles") / "dfc25_track1"
     shutil.copytree(oem_sar, root)
     for name in ("TrainArea_001", "TrainArea_002"):
         for folder, fill in (("rgb_images", _cut_optical), ("sar_images", _cut_sar)):
@@ -155,19 +92,19 @@ def _cut_sar(pixels: np.ndarray) -> None:
     pixels[15, 15] = 0  # touches the corner of what lies beyond
 
 
-def settings(world: Path, models: list[Path], output_dir: Path, *more: object) -> list[object]:
+def settings(tiles: Path, models: list[Path], output_dir: Path, *more: object) -> list[object]:
     """Return a command line: three shards, each window seen once."""
-    common = ["--data_dir", world, "--output_dir", output_dir, "--tiles_per_shard", 2, "--stride", 1]
+    common = ["--data_dir", tiles, "--output_dir", output_dir, "--tiles_per_shard", 2, "--stride", 1]
     return ["--model", *models, *common, "--batch_size", 16, *more]
 
 
 @pytest.fixture(scope="module")
-def whole(world: Path, stage1: list[Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+def finished(tiles: Path, stage1: list[Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The dataset of one teacher, made by one process that nothing disturbed."""
-    output_dir = tmp_path_factory.mktemp("whole") / "labels"
-    result = launch(*settings(world, stage1[:1], output_dir), log=output_dir.parent / "log")
+    output_dir = tmp_path_factory.mktemp("finished") / "labels"
+    result = launch(*settings(tiles, stage1[:1], output_dir), log=output_dir.parent / "log")
     assert result.exit_codes == [0], result.output
-    assert "6 tiles in 3 shards, 0 of them whole and kept" in result.output
+    assert "6 tiles in 3 shards, 0 of them complete and kept" in result.output
     return output_dir
 
 
@@ -176,15 +113,15 @@ def stock_rows(folder: Path) -> datasets.Dataset:
     return datasets.load_dataset(str(folder), split="train")
 
 
-def expected_probs(world: Path, place: Path, **views: str) -> dict[str, np.ndarray]:
-    """Predict every tile without the recipe."""
-    model, window = load_trained(str(place))
-    network, accelerator = SegmentationNetwork(model).eval(), Accelerator(cpu=True)
-    windows = {"window": window, "stride": window, "batch_size": 16}
-    return {
-        row["image_id"]: predict_probs(network, np.array(row["optical"]), accelerator, **windows, **views).numpy()
-        for row in load_open_earth_map_sar(world, "train")
-    }
+def expected_probs(tiles: Path, place: Path, **settings: str) -> dict[str, np.ndarray]:
+    """Predict every tile without the recipe; background gets 0."""
+    networks = load_networks(place)
+    predictor = Predictor(networks, device=torch.device("cpu"), stride=1, batch_size=16, **settings)
+    probs = {}
+    for row in load_open_earth_map_sar(tiles, "train"):
+        probs[row["image_id"]] = predictor.predict(np.array(row["optical"])).probs().numpy()
+        probs[row["image_id"]][BACKGROUND] = 0
+    return probs
 
 
 def check_tiles(folder: Path, probs: dict[str, np.ndarray], ignored: dict[str, np.ndarray]) -> None:
@@ -201,25 +138,34 @@ def check_tiles(folder: Path, probs: dict[str, np.ndarray], ignored: dict[str, n
         assert (abs(found // CONFIDENCE_STEP - steps) <= (abs(each.max(0) * 51 % 1 - 0.5) < 1e-4)).all()
 
 
-def no_optical_data(world: Path) -> dict[str, np.ndarray]:
+def no_optical_data(tiles: Path) -> dict[str, np.ndarray]:
     """Find the pixels of each tile that are black in every band."""
-    rows = load_open_earth_map_sar(world, "train")
+    rows = load_open_earth_map_sar(tiles, "train")
     return {row["image_id"]: (np.array(row["optical"]) == 0).all(axis=-1) for row in rows}
 
 
-def test_stock_datasets_reads_the_labels_of_the_teacher(whole: Path, world: Path, stage1: list[Path]) -> None:
-    rows = stock_rows(whole)
+def test_stock_datasets_reads_the_labels_of_the_teacher(finished: Path, tiles: Path, stage1: list[Path]) -> None:
+    rows = stock_rows(finished)
     assert list(rows.features) == ["image_id", "pseudo_label", "confidence"]
     assert {row["pseudo_label"].mode for row in rows} == {row["confidence"].mode for row in rows} == {"L"}
-    holes = no_optical_data(world)
+    holes = no_optical_data(tiles)
     assert [int(hole.sum()) for hole in holes.values()] == [800, 800, 0, 0, 0, 0]
-    check_tiles(whole, expected_probs(world, stage1[0]), holes)
+    check_tiles(finished, expected_probs(tiles, stage1[0]), holes)
 
 
-def test_a_finished_folder_holds_nothing_else(whole: Path) -> None:
+def test_a_finished_folder_holds_nothing_else(finished: Path) -> None:
     shards = {f"data/train-0000{number}-of-00003.parquet" for number in range(3)}
-    others = {"README.md", "inputs.json", "manifest.json", "recipe.yaml", "figures/panel.png", "figures/confidence.png"}
-    files = {path.relative_to(whole).as_posix() for path in whole.rglob("*") if path.is_file()}
+    others = {
+        "README.md",
+        "training_data.json",
+        "local_paths.yaml",
+        "inputs.json",
+        "manifest.json",
+        "recipe.yaml",
+        "figures/panel.png",
+        "figures/confidence.png",
+    }
+    files = {path.relative_to(finished).as_posix() for path in finished.rglob("*") if path.is_file()}
     assert files == shards | others
 
 
@@ -233,49 +179,54 @@ def result_of(folder: Path) -> dict[str, bytes]:
 
 
 @pytest.mark.parametrize(
-    ("disturb", "kept"), [("between two shards", 1), ("inside a shard", 1), ("inside the manifest", 3)]
+    ("disturb", "kept"),
+    [
+        (f"kill_before_rename:{SECOND}", 1),
+        (f"kill_after_cutting:{SECOND}", 1),
+        ("kill_after_cutting:manifest.json", 3),
+    ],
 )
 def test_killed_and_launched_again_gives_the_same_bytes(
-    disturb: str, kept: int, whole: Path, world: Path, stage1: list[Path], tmp_path: Path
+    disturb: str, kept: int, finished: Path, tiles: Path, stage1: list[Path], tmp_path: Path
 ) -> None:
-    argv = settings(world, stage1[:1], tmp_path / "labels")
+    argv = settings(tiles, stage1[:1], tmp_path / "labels")
     killed = launch(*argv, log=tmp_path / "killed", disturb=disturb)
     assert killed.exit_codes == [-signal.SIGKILL], killed.output
     assert not (tmp_path / "labels" / "manifest.json").exists()
     resumed = launch(*argv, log=tmp_path / "resumed")
     assert resumed.exit_codes == [0], resumed.output
-    assert f"{kept} of them whole and kept" in resumed.output
-    assert result_of(tmp_path / "labels") == result_of(whole)
+    assert f"{kept} of them complete and kept" in resumed.output
+    assert result_of(tmp_path / "labels") == result_of(finished)
 
 
 def test_two_processes_give_the_bytes_of_one_and_mend_a_damaged_shard(
-    whole: Path, world: Path, stage1: list[Path], tmp_path: Path
+    finished: Path, tiles: Path, stage1: list[Path], tmp_path: Path
 ) -> None:
-    argv = settings(world, stage1[:1], tmp_path / "labels")
+    argv = settings(tiles, stage1[:1], tmp_path / "labels")
     result = launch(*argv, log=tmp_path / "log", processes=2)
     assert result.exit_codes == [0, 0], result.output
     assert "2 process(es)" in result.output
-    assert result_of(tmp_path / "labels") == result_of(whole)
+    assert result_of(tmp_path / "labels") == result_of(finished)
     shard = tmp_path / "labels" / "data" / SECOND
     os.truncate(shard, shard.stat().st_size - 1)
     again = launch(*argv, log=tmp_path / "again", processes=2)
-    assert again.exit_codes == [0, 0] and "2 of them whole and kept" in again.output
-    assert result_of(tmp_path / "labels") == result_of(whole)
+    assert again.exit_codes == [0, 0] and "2 of them complete and kept" in again.output
+    assert result_of(tmp_path / "labels") == result_of(finished)
 
 
 def test_several_networks_are_averaged_and_agreement_ignores_where_they_disagree(
-    world: Path, stage1: list[Path], tmp_path: Path
+    tiles: Path, stage1: list[Path], tmp_path: Path
 ) -> None:
     """And all else that leaves a pixel without a label, each counted for its first reason."""
-    first, second = (expected_probs(world, folder / "student", views="flips") for folder in stage1)
+    first, second = (expected_probs(tiles, folder / "student", tta="flips") for folder in stage1)
     probs = {name: (first[name] + second[name]) / 2 for name in first}
-    optical = no_optical_data(world)
-    swath = {row["image_id"]: outside_swath(np.array(row["sar"])) for row in load_open_earth_map_sar(world, "train")}
+    optical = no_optical_data(tiles)
+    swath = {row["image_id"]: outside_swath(np.array(row["sar"])) for row in load_open_earth_map_sar(tiles, "train")}
     disagree = {name: first[name].argmax(0) != second[name].argmax(0) for name in first}
     low = {name: probs[name].max(0) < 0.25 for name in first}
 
-    more = ["--combine", "agreement", "--network", "student", "--tta", "flips", "--ignore_sar_nodata"]
-    argv = settings(world, stage1, tmp_path / "labels", *more, "--min_confidence", 0.25)
+    more = ["--combine", "agreement", "--network", "student", "--tta", "flips", "--mask_nodata"]
+    argv = settings(tiles, stage1, tmp_path / "labels", *more, "--min_confidence", 0.25)
     result = launch(*argv, log=tmp_path / "log")
     assert result.exit_codes == [0], result.output
     masks = (optical, swath, disagree, low)
@@ -296,74 +247,74 @@ def test_several_networks_are_averaged_and_agreement_ignores_where_they_disagree
     assert manifest["kept_share"] == {name: shares[name] for name in CLASS_NAMES[1:]}
 
 
-def test_manifest_says_what_every_file_is(whole: Path, stage1: list[Path]) -> None:
-    manifest = json.loads((whole / "manifest.json").read_text())
-    files = {path.relative_to(whole).as_posix(): path for path in whole.rglob("*") if path.is_file()}
+def test_manifest_says_what_every_file_is(finished: Path, stage1: list[Path]) -> None:
+    manifest = json.loads((finished / "manifest.json").read_text())
+    files = {path.relative_to(finished).as_posix(): path for path in finished.rglob("*") if path.is_file()}
     del files["manifest.json"]
     assert manifest["files"] == {name: hashlib.sha256(path.read_bytes()).hexdigest() for name, path in files.items()}
-    labels = np.concatenate([np.array(row["pseudo_label"]).ravel() for row in stock_rows(whole)])
+    labels = np.concatenate([np.array(row["pseudo_label"]).ravel() for row in stock_rows(finished)])
     histogram = {name: int((labels == index).sum()) for index, name in enumerate(CLASS_NAMES)}
     assert histogram.pop("background") == 0
     assert manifest["class_histogram"] == histogram
     assert manifest["ignored"]["no optical data"] == (labels == IGNORE_INDEX).sum() == 1600
     assert manifest["n_tiles"] == 6
     (model,) = manifest["models"]
-    assert (model["name"], model["revision"]) == (str(stage1[0]), None)
+    assert (model["name"], model["revision"]) == (stage1[0].name, None)
     assert re.fullmatch("[0-9a-f]{64}", model["sha256"])
     assert manifest["settings"]["network"] == "teacher" and "output_dir" not in manifest["settings"]
 
 
-def test_card_is_one_and_says_what_was_measured(whole: Path) -> None:
-    card = DatasetCard.load(whole / "README.md")
+def test_card_is_one_and_says_what_was_measured(finished: Path) -> None:
+    card = DatasetCard.load(finished / "README.md")
     (config,) = card.data.configs
     assert config["data_files"] == [{"split": "train", "path": "data/train-*.parquet"}]
-    manifest = json.loads((whole / "manifest.json").read_text())
+    manifest = json.loads((finished / "manifest.json").read_text())
     water, n_labelled = manifest["class_histogram"]["water"], sum(manifest["class_histogram"].values())
     assert f"| 6 | water | {100 * water / n_labelled:.2f} | {'100.00' if water else '-'} |" in card.text
     assert "| no optical data | 2.45 |" in card.text  # 1600 of 3 x 112 x 112 + 3 x 96 x 96 pixels
     assert manifest["models"][0]["sha256"][:16] in card.text
     assert "{{" not in card.text and "{%" not in card.text
     for figure in re.findall(r"\]\((figures/.*?)\)", card.text):
-        assert (whole / figure).exists()
+        assert (finished / figure).exists()
 
 
-def test_new_labels_in_an_old_place_are_read_anew(whole: Path, tmp_path: Path) -> None:
+def test_new_labels_in_an_old_place_are_read_anew(finished: Path, tmp_path: Path) -> None:
     """What `datasets` keeps in its cache goes by the card's header, not by the files."""
-    labels = copy_of(whole, tmp_path / "labels")
+    labels = copy_of(finished, tmp_path / "labels")
     before = stock_rows(labels)
     tiles = []
     for row in before.select([2, 3]):
         water = np.full((row["pseudo_label"].height, row["pseudo_label"].width), LABEL2ID["water"], np.uint8)
         counts = np.bincount(water.ravel(), minlength=NUM_LABELS)
-        ignored = dict.fromkeys(json.loads((whole / "manifest.json").read_text())["ignored"], 0)
+        ignored = dict.fromkeys(json.loads((finished / "manifest.json").read_text())["ignored"], 0)
         tiles.append(LabelledTile(row["image_id"], water, np.ones(water.shape, np.float32), counts, counts, ignored))
     write_shard(labels / "data" / SECOND, tiles)
     summary = json.loads((labels / "manifest.json").read_text()) | summarize(sorted(labels.glob("data/*")))
-    write_pseudo_label_card(pseudo_label.CARD_TEMPLATE, labels / "README.md", summary)
+    write_pseudo_label_card(labels, summary)
     after = stock_rows(labels)
     assert (np.array(after[2]["pseudo_label"]) == LABEL2ID["water"]).all()
     assert np.array_equal(np.array(after[0]["pseudo_label"]), np.array(before[0]["pseudo_label"]))
 
 
-def test_figures_are_of_the_tiles_and_whole(whole: Path) -> None:
+def test_figures_are_of_the_tiles_and_whole(finished: Path) -> None:
     for name in ("panel.png", "confidence.png"):
-        with Image.open(whole / "figures" / name) as figure:
+        with Image.open(finished / "figures" / name) as figure:
             figure.load()
             assert figure.width == 1500 and figure.height > 2000  # four rows
 
 
-def test_labels_are_joined_by_image_id_in_whatever_order(whole: Path, world: Path) -> None:
-    labels = {row["image_id"]: np.array(row["pseudo_label"]) for row in stock_rows(whole)}
-    shuffled = load_pseudo_labels(str(whole)).select([3, 0, 5, 1, 4, 2])
-    samples = LabelledImages(load_open_earth_map_sar(world, "train"), "sar", pseudo_labels=shuffled)
+def test_labels_are_joined_by_image_id_in_whatever_order(finished: Path, tiles: Path) -> None:
+    labels = {row["image_id"]: np.array(row["pseudo_label"]) for row in stock_rows(finished)}
+    shuffled = load_pseudo_labels(str(finished)).select([3, 0, 5, 1, 4, 2])
+    samples = LabelledImages(load_open_earth_map_sar(tiles, "train"), "sar", pseudo_labels=shuffled)
     assert len(samples) == 6
     for image_id, _, label in samples:
         assert np.array_equal(label, labels[image_id])
 
 
-def copy_of(whole: Path, folder: Path) -> Path:
+def copy_of(finished: Path, folder: Path) -> Path:
     """Copy a finished dataset, to be launched on again."""
-    shutil.copytree(whole, folder)
+    shutil.copytree(finished, folder)
     return folder
 
 
@@ -376,12 +327,12 @@ def copy_of(whole: Path, folder: Path) -> Path:
     ],
 )
 def test_launching_again_with_other_settings_is_refused(
-    more: list[str], message: str, whole: Path, world: Path, stage1: list[Path], tmp_path: Path
+    more: list[str], message: str, finished: Path, tiles: Path, stage1: list[Path], tmp_path: Path
 ) -> None:
-    before = (whole / "manifest.json").read_bytes()
-    result = launch(*settings(world, stage1[:1], whole, *more), log=tmp_path / "log")
+    before = (finished / "manifest.json").read_bytes()
+    result = launch(*settings(tiles, stage1[:1], finished, *more), log=tmp_path / "log")
     check_mistake(result, message)
-    assert (whole / "manifest.json").read_bytes() == before
+    assert (finished / "manifest.json").read_bytes() == before
 
 
 def check_mistake(result: Result, message: str) -> None:
@@ -393,39 +344,39 @@ def check_mistake(result: Result, message: str) -> None:
 
 
 def test_a_network_that_moved_is_the_same_and_one_that_learned_is_not(
-    whole: Path, world: Path, stage1: list[Path], tmp_path: Path
+    finished: Path, tiles: Path, stage1: list[Path], tmp_path: Path
 ) -> None:
-    labels = copy_of(whole, tmp_path / "labels")
+    labels = copy_of(finished, tmp_path / "labels")
     shutil.copytree(stage1[0], tmp_path / "moved")
-    argv = settings(world, [tmp_path / "moved"], labels, "--batch_size", 8)
+    argv = settings(tiles, [tmp_path / "moved"], labels, "--batch_size", 8)
     result = launch(*argv, log=tmp_path / "same")
-    assert result.exit_codes == [0] and "3 of them whole and kept" in result.output
+    assert result.exit_codes == [0] and "3 of them complete and kept" in result.output
     save_network(tmp_path / "moved", seed=7)
     check_mistake(launch(*argv, log=tmp_path / "trained"), "began with another network than")
-    check_mistake(launch(*settings(world, stage1, labels), log=tmp_path / "two"), "with 1 network(s), now there are 2")
+    check_mistake(launch(*settings(tiles, stage1, labels), log=tmp_path / "two"), "with 1 network(s), now there are 2")
 
 
 def test_other_tiles_and_foreign_folders_are_refused(
-    whole: Path, world: Path, stage1: list[Path], tmp_path: Path
+    finished: Path, tiles: Path, stage1: list[Path], tmp_path: Path
 ) -> None:
-    shutil.copytree(world, tmp_path / "fewer")
+    shutil.copytree(tiles, tmp_path / "fewer")
     for folder in ("rgb_images", "sar_images", "labels"):
         (tmp_path / "fewer" / "train" / folder / "TrainArea_006.tif").unlink()
-    result = launch(*settings(tmp_path / "fewer", stage1[:1], whole), log=tmp_path / "tiles")
+    result = launch(*settings(tmp_path / "fewer", stage1[:1], finished), log=tmp_path / "tiles")
     check_mistake(result, "began with other tiles (6 then, 5 now)")
-    result = launch(*settings(world, stage1[:1], stage1[0]), log=tmp_path / "foreign")
-    check_mistake(result, "already holds something else, config.json for one; choose another --output_dir")
+    result = launch(*settings(tiles, stage1[:1], stage1[0]), log=tmp_path / "foreign")
+    check_mistake(result, "already contains something else, e.g. config.json; choose another --output_dir")
 
 
 BAD_SETTINGS = [
-    (["--model", "nowhere"], "--model nowhere is neither a folder nor to be had from the Hub now"),
+    (["--model", "nowhere"], "nowhere was not found locally or on the Hub"),
     (["--model", "{tmp}/other"], "is no segmentation model of the 9 land-cover classes"),
-    (["--model", "{tmp}/alone", "--network", "student"], "alone has no folder student/; --network teacher"),
-    (["--model", "{tmp}/empty"], "is neither a folder with a config.json nor"),
+    (["--model", "{tmp}/alone", "--network", "student"], "alone has no folder student with a model"),
+    (["--model", "{tmp}/empty"], "is neither a model nor an ensemble"),
     (["--split", "val"], "3 of 3 tiles have no optical image, first ValArea_001"),
     (["--split", "test"], "split 'test' has no usable tile"),
     (["--tta", "all"], "--tta: invalid choice: 'all' (choose from 'none', 'flips', 'd4', 'paper')"),
-    (["--combine", "agreement"], "combine must be average for a single model; it is 'agreement'"),
+    (["--combine", "agreement"], "combine must be average for a single network; it is 'agreement'"),
     (["--stride", "1.5"], "stride must be more than 0 and at most 1; it is 1.5"),
     (["--tiles_per_shard", "0"], "tiles_per_shard must be at least 1; it is 0"),
     (["--push_to_hub"], "hub_model_id must be user/name to push to; it is None"),
@@ -434,7 +385,7 @@ BAD_SETTINGS = [
 
 @pytest.mark.parametrize(("more", "message"), BAD_SETTINGS, ids=[message for _, message in BAD_SETTINGS])
 def test_mistake_gives_one_line_and_writes_nothing(
-    more: list[str], message: str, world: Path, stage1: list[Path], tmp_path: Path
+    more: list[str], message: str, tiles: Path, stage1: list[Path], tmp_path: Path
 ) -> None:
     save_network(tmp_path / "alone", seed=0)
     shutil.copytree(tmp_path / "alone", tmp_path / "other")
@@ -443,36 +394,34 @@ def test_mistake_gives_one_line_and_writes_nothing(
     (tmp_path / "other" / "config.json").write_text(json.dumps(config))
     (tmp_path / "empty").mkdir()
     more = [word.format(tmp=tmp_path) for word in more]
-    result = launch(*settings(world, stage1[:1], tmp_path / "labels", *more), log=tmp_path / "log")
+    result = launch(*settings(tiles, stage1[:1], tmp_path / "labels", *more), log=tmp_path / "log")
     check_mistake(result, message)
     assert not (tmp_path / "labels").exists()
 
 
 def test_a_network_of_the_hub_is_known_by_its_commit(stage1: list[Path]) -> None:
-    """From the cache of downloads, since nothing else is to be had offline."""
+    """From the cache of downloads, since there is no network."""
     repository = Path(huggingface_hub.constants.HF_HUB_CACHE) / "models--me--stage1"
     first, second = "1" * 40, "2" * 40
     for commit, place in zip((first, second), stage1, strict=True):
         shutil.copytree(place, repository / "snapshots" / commit)
     (repository / "refs").mkdir()
     (repository / "refs" / "main").write_text(second)
+    digests = set()
     for name, commit, place in (("me/stage1", second, stage1[1]), (f"me/stage1@{first}", first, stage1[0])):
-        for kind in ("teacher", "student"):
-            found, local = (pseudo_label.find_network(each, kind) for each in (name, str(place)))
-            assert (found.name, found.revision, found.sha256) == (name, commit, local.sha256)
-            load_trained(str(found.root), subfolder=found.subfolder)
-    assert (
-        len({pseudo_label.find_network(str(place), kind).sha256 for place in stage1 for kind in ("teacher", "student")})
-        == 4
-    )
+        for subfolder in ("", "student"):
+            (found,), (local,) = (load_networks(each, subfolder=subfolder) for each in (name, place))
+            assert (found.name, found.revision, found.sha256) == ("me/stage1", commit, local.sha256)
+            digests.add(found.sha256)
+    assert len(digests) == 4
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
 def test_configs_say_all_that_makes_the_labels(path: Path) -> None:
     args = parse_arguments(PseudoLabelArguments, ["--config", str(path), "--model", "first", "second"])
     said = {line.partition(":")[0] for line in path.read_text().splitlines() if not line.startswith("#")}
-    assert said >= {field.name for field in dataclasses.fields(args)} - FREE_ON_RESUME - {"config"}
+    assert said >= {field.name for field in dataclasses.fields(args) if not field.metadata["free"]}
 
 
-def test_every_preset_of_views_can_be_asked_for() -> None:
-    assert typing.get_args(typing.get_type_hints(PseudoLabelArguments)["tta"]) == VIEW_PRESETS
+def test_every_preset_of_tta_can_be_asked_for() -> None:
+    assert typing.get_args(typing.get_type_hints(PseudoLabelArguments)["tta"]) == TTA_PRESETS

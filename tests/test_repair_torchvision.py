@@ -1,4 +1,4 @@
-"""The repair of a CUDA torchvision beside a CPU torch, proved in an environment of its own."""
+"""The repair of a CUDA torchvision with a CPU torch, tested in a fresh environment."""
 
 import importlib.util
 import subprocess
@@ -13,7 +13,7 @@ SCRIPT = Path(__file__).parents[1] / "scripts" / "repair_torchvision.py"
 
 @pytest.fixture
 def environment(tmp_path: Path) -> Path:
-    """A fresh environment that finds torch and torchvision through a path file, but none of this one's hooks."""
+    """A fresh environment that finds torch and torchvision through a path file, without this one's hooks."""
     venv.create(tmp_path / "env", with_pip=False)
     python = tmp_path / "env" / "bin" / "python"
     (site,) = (tmp_path / "env").glob("lib/python*/site-packages")
@@ -44,7 +44,17 @@ def test_a_mismatched_torchvision_is_made_to_import_and_a_sound_one_is_left_alon
     assert untouched.stdout == "False\n", "the hook must cost nothing until torchvision is imported"
 
 
-def test_another_defect_is_reported_and_not_papered_over(environment: Path) -> None:
+def test_help_and_a_wrong_argument_repair_nothing(environment: Path) -> None:
+    shown = run(environment, SCRIPT, "--help")
+    assert shown.returncode == 0 and "To undo the repair" in shown.stdout
+    wrong = run(environment, SCRIPT, "--undo")
+    assert (wrong.returncode, wrong.stderr) == (2, "error: unknown argument '--undo'; the script takes none\n")
+    for result in (shown, wrong):
+        assert "nothing to repair" not in result.stdout and "repaired by" not in result.stdout
+    assert not list(environment.parents[1].glob("lib/python*/site-packages/_declare_torchvision*"))
+
+
+def test_another_defect_is_reported_and_not_repaired(environment: Path) -> None:
     (site,) = environment.parents[1].glob("lib/python*/site-packages")
     (site / "torchvision.py").write_text("raise ImportError('some other defect')")
     repair = run(environment, SCRIPT)

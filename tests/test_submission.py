@@ -1,4 +1,4 @@
-"""The contest's zip: what goes in, what is refused, and the footprint."""
+"""The zip for the contest: its content, what is refused, and the pixels outside the swath."""
 
 import io
 import sys
@@ -16,7 +16,7 @@ from hf_seg.errors import one_line_errors
 from hf_seg.labels import NUM_LABELS
 from hf_seg.mapping.raster import predict_raster
 
-sys.path.append(str(Path(__file__).parents[1] / "scripts"))  # last: it holds an evaluate.py
+sys.path.append(str(Path(__file__).parents[1] / "scripts"))
 import make_submission
 
 
@@ -60,7 +60,7 @@ def read(path: Path) -> np.ndarray:
     return band
 
 
-def test_the_zip_is_flat_and_holds_each_map_blanked_outside_the_footprint(
+def test_the_zip_is_flat_and_contains_each_map_with_zeros_outside_the_swath(
     monkeypatch: pytest.MonkeyPatch, data: Path
 ) -> None:
     assert submit(monkeypatch, data) == 0
@@ -77,7 +77,7 @@ def test_the_zip_is_flat_and_holds_each_map_blanked_outside_the_footprint(
     assert (contents(data)["ValArea_002.png"] > 0).all()
 
 
-def test_maps_of_the_command_line_are_accepted_as_they_are(monkeypatch: pytest.MonkeyPatch, data: Path) -> None:
+def test_maps_of_the_mapping_command_are_accepted(monkeypatch: pytest.MonkeyPatch, data: Path) -> None:
     for path in sorted((data / "val" / "sar_images").iterdir()):
         target = data.parent / "maps" / path.name
         predict_raster(nn.Conv2d(3, 9, 1), path, target, window=16, overwrite=True, show_progress=False)
@@ -86,22 +86,25 @@ def test_maps_of_the_command_line_are_accepted_as_they_are(monkeypatch: pytest.M
     assert (ids[:, :7] == 0).all() and (ids[:, 7:] > 0).all()
 
 
-def test_what_the_contest_would_refuse_is_refused_here(
+def test_maps_that_the_contest_would_refuse_are_refused(
     monkeypatch: pytest.MonkeyPatch, data: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     maps = data.parent / "maps"
     good = read(maps / "ValArea_002.tif")
-    holes, too_high = good.copy(), good.copy()
-    holes[3:5, 6:10], too_high[9, 9] = 0, 9
+    gaps, too_high = good.copy(), good.copy()
+    gaps[3:5, 6:10], too_high[9, 9] = 0, 9
     tif = maps / "ValArea_002.tif"
     cases = [
-        (holes, f"{tif}: 6 pixels of the footprint have no class; map it again without --abstain"),
-        (too_high, f"{tif} holds 9, which is no class id; ids are 1..8"),
-        (good[:-1], f"{tif} must be one band of uint8, 40 x 50 pixels as its tile; it is 1 x 39 x 50 uint8"),
-        (np.stack([good] * 3), f"{tif} must be one band of uint8, 40 x 50 pixels as its tile; it is 3 x 40 x 50 uint8"),
+        (gaps, f"{tif}: 6 pixels of the swath have no class; map it again without --abstain"),
+        (too_high, f"{tif} contains 9, which is not a class id; ids are 1..8"),
+        (good[:-1], f"{tif} must be one band of uint8, 40 x 50 pixels like its tile; it is 1 x 39 x 50 uint8"),
+        (
+            np.stack([good] * 3),
+            f"{tif} must be one band of uint8, 40 x 50 pixels like its tile; it is 3 x 40 x 50 uint8",
+        ),
         (
             good.astype(np.uint16),
-            f"{tif} must be one band of uint8, 40 x 50 pixels as its tile; it is 1 x 40 x 50 uint16",
+            f"{tif} must be one band of uint8, 40 x 50 pixels like its tile; it is 1 x 40 x 50 uint16",
         ),
     ]
     for ids, message in cases:
@@ -111,19 +114,34 @@ def test_what_the_contest_would_refuse_is_refused_here(
         assert not (data.parent / "out" / "submission.zip").exists()
     tif.unlink()
     assert submit(monkeypatch, data) == 2
-    assert capsys.readouterr().err == f"error: {maps} has no map of 1 of 3 tiles, ValArea_002 for one\n"
+    assert capsys.readouterr().err == f"error: {maps} has no map of 1 of 3 tiles, e.g. ValArea_002\n"
     Image.fromarray(good).save(maps / "ValArea_001.png")
     assert submit(monkeypatch, data) == 2
     png, other = maps / "ValArea_001.png", maps / "ValArea_001.tif"
     assert capsys.readouterr().err == f"error: {png} and {other} are both maps of one tile; delete one of them\n"
 
 
-def test_a_data_folder_without_all_tiles_of_the_contest_is_noticed(
+def test_a_data_folder_without_all_tiles_of_the_contest_is_refused(
     monkeypatch: pytest.MonkeyPatch, data: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     argv = ["make_submission.py", str(data.parent / "maps"), "--data_dir", str(data), "--output", "x.zip"]
     monkeypatch.setattr(sys, "argv", argv)
     with pytest.raises(SystemExit), one_line_errors():
         make_submission.main()
-    message = f"{data} has 3 val tiles, the contest's val has 210; complete it, or add --partial"
+    message = f"{data} has 3 val tiles, the contest has 210; complete it, or add --partial"
     assert capsys.readouterr().err == f"error: {message}\n"
+
+
+def test_files_that_cannot_be_read_or_written_are_named(
+    monkeypatch: pytest.MonkeyPatch, data: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    output = data.parent / "out" / "submission.zip"
+    output.mkdir(parents=True)
+    assert submit(monkeypatch, data) == 2
+    hint = "free disk space or choose another place"
+    assert capsys.readouterr().err == f"error: {output} cannot be written (Is a directory); {hint}\n"
+    assert [path.name for path in output.parent.iterdir()] == ["submission.zip"]
+    (data.parent / "maps").rename(data.parent / "other")
+    assert submit(monkeypatch, data) == 2
+    error = f"error: {data.parent / 'maps'} cannot be read (No such file or directory)\n"
+    assert capsys.readouterr().err == error

@@ -12,7 +12,8 @@ import pytest
 import rasterio
 
 from hf_seg.data.doctor import examine
-from hf_seg.data.open_earth_map import load_open_earth_map, load_open_earth_map_sar, scan_open_earth_map
+from hf_seg.data.open_earth_map import load_open_earth_map, load_open_earth_map_sar
+from hf_seg.data.scan import scan_open_earth_map
 from hf_seg.labels import BACKGROUND, CLASS_NAMES, LABEL2ID, NUM_LABELS
 from hf_seg.metrics import ConfusionMatrix
 from hf_seg.synthetic import KINDS, REGIONS, Scene, SyntheticDatasetError, make_synthetic_dataset

@@ -1,4 +1,4 @@
-"""Laws of the training transforms, on images whose pixel values say where they come from."""
+"""Properties of the training transforms, on images whose pixel values encode their position."""
 
 from pathlib import Path
 
@@ -93,7 +93,7 @@ def test_the_zoom_is_uniform_in_its_range() -> None:
 
 
 @pytest.mark.parametrize("shape", [(40, 50), (100, 20), (20, 100), (1, 30)])
-def test_what_lies_outside_the_image_is_black_and_ignored(shape: tuple[int, int]) -> None:
+def test_pixels_outside_the_image_are_black_and_ignored(shape: tuple[int, int]) -> None:
     image, label = position_image(*shape), np.full(shape, 3, np.uint8)
     for seed in range(8):
         cut, mask = crop(image, label, 64, (1, 1), seed)
@@ -125,7 +125,7 @@ def largest_share(mask: np.ndarray) -> float:
     return float(counts.max() / max(counts.sum(), 1))
 
 
-def test_a_crop_of_one_class_is_drawn_again() -> None:
+def test_a_crop_of_one_class_is_redrawn() -> None:
     label = np.ones((200, 200), np.uint8)
     label[:, 150:] = 2  # a plain draw of 32 pixels is mixed in about one of five
     image = position_image()
@@ -136,7 +136,7 @@ def test_a_crop_of_one_class_is_drawn_again() -> None:
     assert limited != free
 
 
-def test_a_hopeless_image_still_gives_a_crop() -> None:
+def test_an_image_without_a_suitable_crop_still_gives_one() -> None:
     label = np.ones((100, 100), np.uint8)
     assert (crop(position_image(100, 100), label, 32, (1, 1), 0, 0.5)[1] == 1).all()
     label[:] = IGNORE_INDEX
@@ -201,7 +201,7 @@ def test_the_eight_orientations_are_all_drawn_and_the_label_turns_along() -> Non
 
 
 @pytest.mark.parametrize("radiometry", [SARJitter(p=1), SARJitter(gain=3, gamma=1, p=1), SARSpeckle((1, 2), p=1)])
-def test_sar_radiometry_keeps_the_zeros_and_makes_none(radiometry: A.ImageOnlyTransform) -> None:
+def test_sar_radiometry_keeps_zeros_and_adds_none(radiometry: A.ImageOnlyTransform) -> None:
     image = np.tile(np.arange(256, dtype=np.uint8), (64, 1))
     transform = A.Compose([radiometry])
     for seed in range(20):
@@ -328,7 +328,6 @@ def test_resolution_alignment_keeps_size_and_labels(shape: tuple[int, int]) -> N
 
 
 def test_resolution_alignment_draws_its_ratio_uniformly() -> None:
-    """A wave too short for the coarse grid is lost, so what survives tells the ratio."""
     transform = ResolutionAlignment((0.1, 0.5))
     transform.set_random_seed(0)
     ratios = np.array([transform.get_params()["ratio"] for _ in range(2000)])
@@ -336,7 +335,7 @@ def test_resolution_alignment_draws_its_ratio_uniformly() -> None:
     assert np.histogram(ratios, 4)[0] == pytest.approx(500, abs=80)
 
 
-def test_resolution_alignment_comes_with_its_probability() -> None:
+def test_resolution_alignment_has_its_probability() -> None:
     image, mask = random_tile()
     for p in (0.0, 0.2):
         transform = A.Compose([ResolutionAlignment((0.2, 0.3), p=p)])
@@ -358,8 +357,8 @@ def test_released_form_zooms_image_and_label_alike() -> None:
     assert 200 / 3 - 2 <= min(sides) < 100 and 150 < max(sides) <= 200
 
 
-def test_only_a_transform_that_is_given_alignment_has_it() -> None:
-    """The source's has it, the target's has not."""
+def test_resolution_alignment_is_part_of_a_transform_only_if_given() -> None:
+    """Of the source, not of the target."""
     names = [type(t).__name__ for t in optical_transform(32, resolution_alignment=ResolutionAlignment()).transforms]
     assert names == ["RandomScaledCrop", "D4", "ResolutionAlignment", "ColorJitter"]
     assert "ResolutionAlignment" not in [type(t).__name__ for t in optical_transform(32).transforms]

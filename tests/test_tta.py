@@ -1,4 +1,4 @@
-"""Views: each is undone exactly, their mean is the plain mean, and several networks are counted fairly."""
+"""Views: each is undone exactly, and their mean is the plain mean."""
 
 import cv2
 import numpy as np
@@ -6,9 +6,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from hf_seg.inference.tta import _PRESETS, VIEW_PRESETS, View, Votes, average_views
+from hf_seg.inference.tta import _PRESETS, TTA_PRESETS, View, average_views
 
-EVERY_VIEW = [(name, index) for name in VIEW_PRESETS for index in range(len(_PRESETS[name]))]
+EVERY_VIEW = [(name, index) for name in TTA_PRESETS for index in range(len(_PRESETS[name]))]
 
 
 def ramp(height: int, width: int) -> Tensor:
@@ -106,55 +106,15 @@ def test_a_view_zooms_as_training_does(scale: float) -> None:
 
 def test_an_image_of_one_pixel_has_every_view() -> None:
     image = torch.full((3, 1, 1), 0.25)
-    for preset in VIEW_PRESETS:
+    for preset in TTA_PRESETS:
         assert torch.equal(average_views(split_pixels, image, preset), split_pixels(image)), preset
 
 
 def test_unknown_views_are_named_with_the_known_ones() -> None:
-    with pytest.raises(ValueError, match="unknown views 'flip'; choose one of none, flips, d4, paper"):
+    with pytest.raises(ValueError, match="unknown preset 'flip'; choose one of none, flips, d4, paper"):
         average_views(split_pixels, ramp(4, 4), "flip")
 
 
 def test_maps_of_another_size_than_their_view_are_refused() -> None:
     with pytest.raises(ValueError, match=r"maps of \(4, 6\) pixels, got \(3, 1, 1\)"):
         average_views(lambda shown: shown[:, :1, :1], ramp(4, 6), "none")
-
-
-def one_hot(*classes: int) -> Tensor:
-    """(3, 1, n) probabilities, certain of one class a pixel."""
-    return torch.nn.functional.one_hot(torch.tensor([classes]), 3).permute(2, 0, 1).float()
-
-
-def test_votes_choose_by_the_mean_probability() -> None:
-    votes, probs = Votes(), [torch.rand(9, 6, 5, generator=torch.Generator().manual_seed(i)) for i in range(3)]
-    for each in probs:
-        votes.add(each)
-    mean = torch.stack(probs).mean(0)[1:]
-    choice, confidence, _ = votes.decide()
-    assert choice.dtype == torch.uint8
-    assert torch.equal(choice.long(), mean.argmax(0) + 1)
-    torch.testing.assert_close(confidence, mean.amax(0))
-
-
-def test_votes_disagree_where_any_network_chooses_otherwise() -> None:
-    votes = Votes()
-    for classes in ((1, 1, 2), (1, 2, 2), (1, 1, 2)):
-        votes.add(one_hot(*classes))
-    choice, confidence, disagreement = votes.decide()
-    assert disagreement.tolist() == [[False, True, False]]
-    assert choice.tolist() == [[1, 1, 2]]
-    torch.testing.assert_close(confidence, torch.tensor([[1, 2 / 3, 1]]))
-
-
-def test_background_never_wins_a_vote() -> None:
-    votes = Votes()
-    votes.add(one_hot(0, 0))  # all that is left for the others is 0
-    choice, confidence, _ = votes.decide()
-    assert choice.tolist() == [[1, 1]] and confidence.tolist() == [[0, 0]]
-
-
-def test_votes_leave_the_probabilities_alone() -> None:
-    votes, probs = Votes(), one_hot(1, 2)
-    votes.add(probs)
-    votes.add(one_hot(2, 2))
-    assert torch.equal(probs, one_hot(1, 2))

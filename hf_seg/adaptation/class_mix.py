@@ -16,7 +16,7 @@ def sample_class_mask(labels: Tensor, generator: torch.Generator) -> Tensor:
         generator: the only source of randomness, on the device of `labels`.
 
     Returns:
-        (H, W) bool, True where the source pixel survives; nowhere if no pixel is labelled.
+        (H, W) bool, True where the source pixel is pasted; nowhere if no pixel is labelled.
     """
     present = labels.unique()
     present = present[present != IGNORE_INDEX]
@@ -27,7 +27,7 @@ def sample_class_mask(labels: Tensor, generator: torch.Generator) -> Tensor:
 def mix_domains(
     source: dict[str, Tensor], target: dict[str, Tensor], class_masks: Tensor, pseudo_labels: Tensor, weights: Tensor
 ) -> dict[str, Tensor]:
-    """Paste the chosen source pixels, with their labels, onto the target images that stand at the same place.
+    """Paste the chosen source pixels, with their labels, onto the target images at the same positions of the batch.
 
     Args:
         source: `pixel_values` (B, 3, H, W) and `labels` (B, H, W).

@@ -9,14 +9,14 @@ from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 
 class MeanTeacher(nn.Module):
-    """A copy of the student that follows it slowly; always in eval mode, never with a gradient.
+    """The moving average of the student's weights; always in eval mode, without gradients.
 
-    The number of updates is a buffer, so whatever saves the weights saves it too. (In a plain attribute it would be 0
-    after a resume, and the first update would overwrite the teacher with the student.)
+    The number of updates is a buffer, so it is saved with the weights. (In a plain attribute it would be 0 after a
+    resume, and the first update would overwrite the teacher with the student.)
 
     Args:
         student: copied; not wrapped for distributed training.
-        decay: weight of the past. In its warm-up update t = 0, 1, ... takes min(1 - 1 / (t + 1), decay).
+        decay: weight of the past. During warm-up, update t = 0, 1, ... uses min(1 - 1 / (t + 1), decay).
     """
 
     step: Tensor  # int64 scalar: updates done

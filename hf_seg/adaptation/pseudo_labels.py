@@ -1,4 +1,4 @@
-"""Pseudo-labels of the teacher, what they weigh, and how to see that they go wrong."""
+"""Pseudo-labels of the teacher, the weights of their images, and signs that self-training fails."""
 
 import torch
 from torch import Tensor
@@ -14,15 +14,15 @@ def weigh_pseudo_labels(
     valid: Tensor | None = None,
     keep_background: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    """Label every pixel by the teacher's argmax and weigh each image by its share of confident pixels (eq. 5, 7).
+    """Label every pixel by the teacher's argmax and weight each image by its share of confident pixels (eq. 5, 7).
 
-    Threshold-free: no pixel is dropped for its confidence; a doubtful image counts less as a whole.
+    No pixel is dropped for low confidence; an image with few confident pixels has a low weight instead.
 
     Args:
         logits: (B, C, H, W) of the teacher.
         confidence_threshold: a pixel whose largest probability reaches it is confident.
-        valid: (B, H, W) bool, False where there is no ground to label (padding, nodata); None: everywhere True.
-        keep_background: class 0 may win; it is out of the softmax where nothing teaches it.
+        valid: (B, H, W) bool, False on padding and nodata; None: True everywhere.
+        keep_background: class 0 may be predicted; else it is left out of the softmax, since no label teaches it.
 
     Returns:
         labels (B, H, W) int64, `IGNORE_INDEX` where not valid; weights (B,) float32 in 0..1, the share of the valid
@@ -41,7 +41,7 @@ def weigh_pseudo_labels(
 
 
 def describe_pseudo_labels(labels: Tensor, weights: Tensor) -> dict[str, Tensor]:
-    """Return what shows how self-training goes, as scalars.
+    """Return scalars that show the progress of self-training.
 
     Args:
         labels: (B, H, W) and weights (B,) of `weigh_pseudo_labels`.
@@ -57,27 +57,27 @@ def describe_pseudo_labels(labels: Tensor, weights: Tensor) -> dict[str, Tensor]
 
 
 class CollapseWatch:
-    """Tells when self-training collapses: one class takes nearly every pixel, or no image ever gets a weight.
+    """Warns when self-training collapses: one class covers nearly every pixel, or the weights stay at 0.
 
     Args:
-        patience: how many reports in a row must look so; a warning comes each time that many have.
-        largest_share: a class above this share of the pseudo-labelled pixels has taken over.
-        smallest_weight: a mean weight (lambda) at or below this is stuck at 0.
+        patience: reports in a row that must show it before a warning, and before each further one.
+        largest_share: a class above this share of the pseudo-labelled pixels dominates.
+        smallest_weight: a mean weight (lambda) at or below this counts as 0.
     """
 
     def __init__(self, patience: int = 10, largest_share: float = 0.95, smallest_weight: float = 1e-4) -> None:
         self.patience = patience
         self.largest_share = largest_share
         self.smallest_weight = smallest_weight
-        self._taken_over = self._stuck = 0
+        self._dominated = self._stuck = 0
 
     def update(self, class_shares: list[float], mean_weight: float) -> str | None:
-        """Take one report: shares of the classes in the pseudo-labels, mean lambda. Return a warning, or None."""
+        """Add a report (each class's share of the pseudo-labels, mean lambda); return a warning, or None."""
         largest = max(class_shares)
-        self._taken_over = self._taken_over + 1 if largest > self.largest_share else 0
+        self._dominated = self._dominated + 1 if largest > self.largest_share else 0
         self._stuck = self._stuck + 1 if mean_weight <= self.smallest_weight else 0
-        if self._taken_over == self.patience:
-            self._taken_over = 0
+        if self._dominated == self.patience:
+            self._dominated = 0
             name = CLASS_NAMES[class_shares.index(largest)]
             return (
                 f"COLLAPSE: {100 * largest:.1f} % of the pseudo-labels are {name}, {self.patience} reports in a row; "
@@ -86,7 +86,7 @@ class CollapseWatch:
         if self._stuck == self.patience:
             self._stuck = 0
             return (
-                f"SELF-TRAINING STANDS STILL: mean weight {mean_weight:.5f}, {self.patience} reports in a row, so "
-                "target images count for nothing; train longer on the source, or lower confidence_threshold"
+                f"SELF-TRAINING STALLS: mean weight {mean_weight:.5f}, {self.patience} reports in a row, so target "
+                "images have no effect; train longer on the source, or lower confidence_threshold"
             )
         return None

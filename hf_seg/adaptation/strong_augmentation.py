@@ -1,4 +1,4 @@
-"""Strong augmentation of mixed images, on their device: colour jitter and Gaussian blur, one coin a sample."""
+"""Strong augmentation of mixed images, on their device: colour jitter and Gaussian blur, drawn for each sample."""
 
 import math
 
@@ -8,7 +8,7 @@ from torchvision.transforms.v2 import functional as F
 
 from hf_seg.normalization import IMAGE_MEAN, IMAGE_STD
 
-JITTER = 0.2  # brightness, contrast and saturation by 1 +- this; hue by +- this
+JITTER = 0.2  # brightness, contrast and saturation times 1 +- this; hue +- this share of the circle
 BLUR_SIGMA = (0.15, 1.15)  # pixels
 _BLUR_SIDE = 2 * math.ceil(4 * BLUR_SIGMA[1]) + 1
 
@@ -20,8 +20,8 @@ def strong_augment(
 
     Args:
         pixel_values: (B, 3, H, W) ImageNet-normalised RGB.
-        generators: B generators of the CPU, the only source of randomness: what happens to an image does not depend
-            on its neighbours in the batch.
+        generators: B generators of the CPU, the only source of randomness, so that the augmentation of an image does
+            not depend on the others in the batch.
 
     Returns:
         (B, 3, H, W), a new tensor. Nodata, black in all bands, stays black.
@@ -29,7 +29,7 @@ def strong_augment(
     mean, std = (pixel_values.new_tensor(values).view(3, 1, 1) for values in (IMAGE_MEAN, IMAGE_STD))
     augmented = []
     for normalised, generator in zip(pixel_values, generators, strict=True):
-        draws = torch.rand(7, generator=generator).tolist()  # always seven, whatever the coins say
+        draws = torch.rand(7, generator=generator).tolist()  # always seven, whether they are used or not
         image = (normalised * std + mean).clamp(0, 1)
         nodata = (image < 0.5 / 255).all(dim=0)
         if draws[0] < jitter_prob:

@@ -4,152 +4,19 @@ Neither the number of workers or processes nor a resume changes which image come
 there. So a checkpoint saves only how many samples were seen.
 """
 
+import random
 from collections.abc import Iterator
-from contextlib import contextmanager
 from functools import lru_cache
-from typing import Any, NamedTuple
+from typing import Any
 
 import albumentations as A
-import datasets
 import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from hf_seg.data.nodata import outside_swath
-from hf_seg.errors import DatasetError, UserError
-from hf_seg.labels import BACKGROUND, IGNORE_INDEX, NUM_LABELS
+from hf_seg.data.samples import LabelledImages, Sample, UnlabelledImages
+from hf_seg.errors import UserError
 from hf_seg.normalization import to_pixel_values
-
-
-class Sample(NamedTuple):
-    """One image with its label, before any transform."""
-
-    image_id: str
-    image: np.ndarray  # (H, W) or (H, W, 3) uint8
-    label: np.ndarray  # (H, W) uint8 class ids, IGNORE_INDEX where there is none
-
-
-class UnlabelledSample(NamedTuple):
-    """One image without a label, before any transform."""
-
-    image_id: str
-    image: np.ndarray  # (H, W) or (H, W, 3) uint8
-    valid_mask: np.ndarray  # (H, W) bool, False on nodata: zero in every band
-
-
-@contextmanager
-def _read_errors(image_id: str) -> Iterator[None]:
-    """Name the image when PIL cannot read a file that has changed since it was checked."""
-    try:
-        yield
-    except (OSError, SyntaxError) as error:
-        raise DatasetError(f"{image_id}: cannot be read any more ({error}); was it moved or replaced?") from error
-
-
-def _has_image(rows: datasets.Dataset, column: str) -> list[bool]:
-    """Tell which rows have an image in a column, without decoding it."""
-    undecoded = rows.select_columns([column]).cast_column(column, datasets.Image(decode=False)).with_format("arrow")
-    return list(undecoded[:][column].is_valid().to_pylist())
-
-
-class LabelledImages:
-    """Random access to one image column and its labels; class 0 becomes `IGNORE_INDEX` here, once.
-
-    Args:
-        rows: a dataset of `hf_seg.data.open_earth_map`.
-        column: its image column: "sar", "optical" or "image".
-        pseudo_labels: rows `{image_id, pseudo_label}` that replace the label column, joined by `image_id`.
-        keep_background: keep class 0 as a class.
-        mask_nodata: ignore pixels outside the SAR swath (`outside_swath`); for column "sar" only.
-
-    Raises:
-        DatasetError: an image has no label, naming it; on access, an image that cannot be read or whose label does
-            not fit it.
-    """
-
-    def __init__(
-        self,
-        rows: datasets.Dataset,
-        column: str,
-        *,
-        pseudo_labels: datasets.Dataset | None = None,
-        keep_background: bool = False,
-        mask_nodata: bool = False,
-    ) -> None:
-        self.column = column
-        self.pseudo_labels = pseudo_labels
-        self.keep_background = keep_background
-        self.mask_nodata = mask_nodata
-        self.image_ids: list[str] = rows["image_id"][:]
-        if pseudo_labels is None:
-            kind = "label"
-            self.rows = rows.select_columns([column, "label"])
-            labelled = _has_image(rows, "label")
-        else:
-            kind = "pseudo-label"
-            self.rows = rows.select_columns([column])
-            self._row_of = {image_id: row for row, image_id in enumerate(pseudo_labels["image_id"][:])}
-            labelled = [image_id in self._row_of for image_id in self.image_ids]
-        if not all(labelled):
-            first = self.image_ids[labelled.index(False)]
-            raise DatasetError(
-                f"{labelled.count(False)} of {len(labelled)} images have no {kind}, first {first}; labels of val and "
-                "test are separate archives (python scripts/prepare_data.py download), and --eval_steps 0 trains "
-                "without validation"
-            )
-
-    def __len__(self) -> int:
-        return len(self.image_ids)
-
-    def __getitem__(self, index: int) -> Sample:
-        image_id = self.image_ids[index]
-        with _read_errors(image_id):
-            row = self.rows[index]
-            if self.pseudo_labels is None:
-                label = np.array(row["label"])  # a copy: PIL's memory is read-only
-            else:
-                label = np.array(self.pseudo_labels[self._row_of[image_id]]["pseudo_label"])
-            image = np.array(row[self.column])
-        if image.shape[:2] != label.shape:
-            raise DatasetError(f"{image_id}: the image is {image.shape[:2]} and the label {label.shape} pixels")
-        if (wrong := label[(label >= NUM_LABELS) & (label != IGNORE_INDEX)]).size:
-            last = NUM_LABELS - 1
-            raise DatasetError(f"{image_id}: label {wrong[0]} is no class 0..{last}, nor {IGNORE_INDEX} for none")
-        if not self.keep_background:
-            label[label == BACKGROUND] = IGNORE_INDEX
-        if self.mask_nodata:
-            label[outside_swath(image)] = IGNORE_INDEX
-        return Sample(image_id, image, label)
-
-
-class UnlabelledImages:
-    """Random access to one image column without labels.
-
-    Args:
-        rows: a dataset of `hf_seg.data.open_earth_map`.
-        column: its image column: "optical", "sar" or "image".
-
-    Raises:
-        DatasetError: an image is missing, naming it; on access, an image that cannot be read.
-    """
-
-    def __init__(self, rows: datasets.Dataset, column: str) -> None:
-        self.rows = rows.select_columns([column])
-        self.column = column
-        self.image_ids: list[str] = rows["image_id"][:]
-        present = _has_image(rows, column)
-        if not all(present):
-            first = self.image_ids[present.index(False)]
-            raise DatasetError(f"{present.count(False)} of {len(present)} tiles have no {column} image, first {first}")
-
-    def __len__(self) -> int:
-        return len(self.image_ids)
-
-    def __getitem__(self, index: int) -> UnlabelledSample:
-        with _read_errors(self.image_ids[index]):
-            image = np.array(self.rows[index][self.column])
-        valid_mask = np.atleast_3d(image).max(axis=2) > 0
-        return UnlabelledSample(self.image_ids[index], image, valid_mask)
 
 
 def stream_seed(seed: int, stream: int) -> int:
@@ -192,7 +59,9 @@ class AugmentedStream(Dataset[dict[str, Any]]):
         Padding is `IGNORE_INDEX` in `labels` and False in `valid_mask`.
         """
         sample = self.samples[index_at(self.seed, position, len(self.samples))]
-        self.transform.set_random_seed(seed_at(self.seed, position))
+        seed = seed_at(self.seed, position)
+        # One generator for all transforms; `set_random_seed` would give each one its own, with the same numbers.
+        self.transform.set_random_state(np.random.default_rng(seed), random.Random(seed))  # noqa: S311 (not for secrets)
         if isinstance(sample, Sample):
             augmented = self.transform(image=sample.image, mask=sample.label)
             target = {"labels": torch.from_numpy(augmented["mask"].astype(np.int64))}

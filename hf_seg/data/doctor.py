@@ -1,4 +1,4 @@
-"""Examine a whole dataset on disk: every file is read, every fault is listed, nothing stops at the first."""
+"""Check a dataset on disk: every file is read and every problem is listed."""
 
 import os
 import textwrap
@@ -15,14 +15,13 @@ import rasterio
 from rasterio.errors import NotGeoreferencedWarning, RasterioError
 from tqdm.auto import tqdm
 
-from hf_seg.data.open_earth_map import (
+from hf_seg.data.open_earth_map import check_sizes, read_tile
+from hf_seg.data.scan import (
     FROM_XBD,
     NO_LIST,
     XBD_HINT,
     Row,
     Scan,
-    check_sizes,
-    read_tile,
     scan_open_earth_map,
     scan_open_earth_map_sar,
 )
@@ -34,10 +33,10 @@ SHOWN = 20  # problems in the text; all of them are in `problems`
 
 @dataclass
 class SplitReport:
-    """What the files of one split hold (of one row, until rows are added up).
+    """Counts over the files of one row, or the sum of them over a split.
 
-    `shapes` ("H x W") and `dtypes` ("column dtype") count files with a readable header, `class_pixels` and the SAR
-    counts cover valid files only.
+    `shapes` ("H x W") and `dtypes` ("column bands x dtype") count files with a readable header; `class_pixels` and the
+    SAR counts cover valid files only.
     """
 
     rows: int = 0
@@ -73,7 +72,7 @@ class SplitReport:
 
 @dataclass
 class DatasetReport:
-    """The health of one dataset: `problems` keep it from being trained on, `notes` are holes one can live with."""
+    """The state of one dataset: `problems` prevent training on it; `notes` list missing tiles that do not."""
 
     kind: str
     root: str
@@ -82,11 +81,11 @@ class DatasetReport:
 
     @property
     def problems(self) -> list[str]:
-        """Every fault, split by split; empty means healthy."""
-        faults = [fault for split in self.splits.values() for fault in split.problems]
-        return (
-            faults if any(split.rows for split in self.splits.values()) else [f"{self.root}: no usable tile", *faults]
-        )
+        """All problems, split by split; empty if it can be trained on."""
+        found = [problem for split in self.splits.values() for problem in split.problems]
+        if not any(split.rows for split in self.splits.values()):
+            found.insert(0, f"{self.root}: no usable tile")
+        return found
 
     def as_dict(self) -> dict[str, Any]:
         """Return everything as plain, JSON-able values."""
@@ -101,7 +100,7 @@ class DatasetReport:
         return {**vars(self), "splits": splits, "problems": self.problems}
 
     def __str__(self) -> str:
-        counts = [["split", "rows", "labelled", "files", "with CRS", "faults", "regions", "SAR zeros"]]
+        counts = [["split", "rows", "labelled", "files", "with CRS", "problems", "regions", "SAR zeros"]]
         shares = [["class share, %", *CLASS_NAMES]]
         contents = []
         for name, split in self.splits.items():
@@ -126,31 +125,32 @@ class DatasetReport:
 
 
 def examine(data_dir: str | Path, *, num_workers: int | None = None) -> DatasetReport:
-    """Read every file of an OpenEarthMap or OpenEarthMap-SAR folder (told apart by its layout) and report.
+    """Read every file of an OpenEarthMap or OpenEarthMap-SAR folder (recognised by its layout) and report.
 
     Args:
         data_dir: as for `load_open_earth_map` and `load_open_earth_map_sar`.
         num_workers: threads that read; one per core, at most 8, if None.
 
     Raises:
-        DatasetError: `data_dir` holds neither dataset, or both.
+        DatasetError: `data_dir` contains neither dataset, or both.
     """
     kind, scan = _detect(data_dir)
     splits = {name: SplitReport() for name in scan.rows}
     jobs = [(name, row) for name, rows in scan.rows.items() for row in rows]
-    # Filters are one per process, so they are set around the threads, not in them.
+    # Warning filters belong to the process, so they are set around the threads, not in them.
     with warnings.catch_warnings(), ThreadPoolExecutor(num_workers or min(8, os.cpu_count() or 1)) as pool:
         warnings.simplefilter("ignore", NotGeoreferencedWarning)
         findings = pool.map(_examine_row, (row for _, row in jobs))
         for (name, _), finding in zip(jobs, tqdm(findings, total=len(jobs), desc="Examining", unit="row"), strict=True):
             splits[name].add(finding)
     for name, split in splits.items():
-        # A split without a list is one that this copy lacks; one that has tiles but can use none is broken.
-        reasons = [str(hole) for hole in scan.holes if hole.split == name and hole.reason != NO_LIST]
+        # A split without a list is not part of this copy; one with tiles of which none can be used is a problem.
+        reasons = [str(each) for each in scan.missing if each.split == name and each.reason != NO_LIST]
         if reasons and not split.rows:
             split.problems.append(f"split {name!r} has no usable tile: {'; '.join(reasons)}")
-    notes = [f"{hole.split or 'all splits'}: {hole}" for hole in scan.holes]
-    notes += [XBD_HINT] if any(hole.reason == FROM_XBD for hole in scan.holes) else []
+    notes = [f"{each.split or 'all splits'}: {each}" for each in scan.missing]
+    if any(each.reason == FROM_XBD for each in scan.missing):
+        notes.append(XBD_HINT)
     return DatasetReport(kind, str(scan.root), splits, notes)
 
 
@@ -164,14 +164,14 @@ def _detect(data_dir: str | Path) -> tuple[str, Scan]:
             failures.append(str(error))
     if len(scans) > 1:
         roots = " and ".join(f"{kind} in {scan.root}" for kind, scan in scans.items())
-        raise DatasetError(f"{data_dir} holds {roots}: examine one at a time.")
+        raise DatasetError(f"{data_dir} contains {roots}: check one at a time.")
     if not scans:
-        raise DatasetError("\n".join(failures))
+        raise DatasetError(" ".join(failures))
     return scans.popitem()
 
 
 def _examine_row(row: Row) -> SplitReport:
-    """Read all files of one row; faults become `problems`."""
+    """Read all files of one row, and collect what is wrong in `problems`."""
     report = SplitReport(rows=1, labelled=int(row.files["label"] is not None))
     if "sar" not in row.files:  # only OpenEarthMap names its regions
         report.regions[row.image_id.rpartition("_")[0]] = 1

@@ -1,11 +1,8 @@
-"""Fetch OpenEarthMap and OpenEarthMap-SAR from Zenodo and unpack them into the layout that the loaders read.
-
-    <destination>/OpenEarthMap/OpenEarthMap_wo_xBD/<region>/{images,labels}/...     name oem
-    <destination>/dfc25_track1/{train,val,test}/{rgb_images,sar_images,labels}/...  names oem-sar*
+"""Download OpenEarthMap and OpenEarthMap-SAR from Zenodo and unpack them into the layout that the loaders read.
 
 Everything resumes: an archive grows as `<file>.<checksum>.part` and gets its name only after its size and md5 are
-right; members of the archive are written aside and renamed; what is complete is left alone. A hidden list of the
-unpacked files lets a later call see, without the network, that nothing is missing.
+verified; files are unpacked atomically; complete files are kept. A hidden list of the unpacked files tells a later
+call, without the network, that nothing is missing.
 """
 
 import hashlib
@@ -17,12 +14,11 @@ import stat
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
 from functools import partial
 from http.client import HTTPException
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from ssl import SSLError
-from typing import TypeVar
+from typing import NamedTuple, TypeVar
 from urllib.error import HTTPError, URLError
 from urllib.request import Request, urlopen
 from zipfile import BadZipFile, ZipFile, ZipInfo
@@ -31,13 +27,12 @@ from zlib import error as ZlibError
 from tqdm import tqdm
 
 from hf_seg import __version__
-from hf_seg.errors import UserError
+from hf_seg.data.archives import ARCHIVES, Archive, Place
+from hf_seg.errors import UserError, file_errors
+from hf_seg.files import DISK_HINT, atomic_file, write_atomic
 
 ZENODO_URL = "https://zenodo.org"
 ZENODO_URL_VARIABLE = "HF_SEG_ZENODO_URL"
-
-OPEN_EARTH_MAP_ROOT = PurePosixPath("OpenEarthMap", "OpenEarthMap_wo_xBD")
-SAR_ROOT = PurePosixPath("dfc25_track1")
 
 HEADERS = {"User-Agent": f"hf_seg/{__version__}"}
 TIMEOUT_SECONDS = 60.0
@@ -45,83 +40,13 @@ CHUNK_BYTES = 1 << 20
 TRANSIENT_ERRORS = (URLError, HTTPException, ConnectionError, SSLError, TimeoutError)
 
 Result = TypeVar("Result")
-Place = Callable[[PurePosixPath], PurePosixPath]  # of a member of an archive -> of the file below the destination
 
 
 class DownloadError(UserError):
-    """A dataset could not be fetched or unpacked; the message names the file and the way out."""
+    """A dataset could not be downloaded or unpacked; the message names the file and how to fix it."""
 
 
-def place_open_earth_map(member: PurePosixPath) -> PurePosixPath:
-    """Put `OpenEarthMap_wo_xBD/`, wherever it lies in the archive, under `OpenEarthMap/`; keep the rest as it is."""
-    parts, (top, root) = member.parts, OPEN_EARTH_MAP_ROOT.parts
-    start = parts.index(root) if root in parts else int(parts[0] == top)
-    return PurePosixPath(top, *parts[start:])
-
-
-def place_open_earth_map_sar(member: PurePosixPath, *, labels_only: bool = False) -> PurePosixPath:
-    """Map a member of a DFC 2025 track 1 archive to its place under `dfc25_track1/`.
-
-    A tile tells its split by its name (`ValArea_001.tif` -> val) and its kind by the nearest enclosing `rgb_images`,
-    `sar_images` or `labels`. Tiles without such a folder are labels in a label archive (`labels_only`, where the
-    enclosing folders do not count at all) and otherwise SAR, the only image that val and test have. Other files are
-    kept from their first `train`, `val` or `test` folder on.
-    """
-    *folders, name = member.parts
-    tile = re.fullmatch(r"(Train|Val|Test)Area_\d+\.tif", name)
-    if tile:
-        split = tile[1].lower()
-        kinds = [folder for folder in folders if folder in ("rgb_images", "sar_images", "labels")]
-        default = [] if split == "train" else ["sar_images"]
-        for kind in ["labels"] if labels_only else kinds[-1:] or default:
-            return SAR_ROOT / split / kind / name
-    for index, folder in enumerate(folders):
-        if folder in ("train", "val", "test"):
-            return SAR_ROOT.joinpath(*member.parts[index:])
-    return SAR_ROOT.joinpath(*[folder for folder in folders if not folder.startswith(SAR_ROOT.name)], name)
-
-
-@dataclass(frozen=True)
-class Archive:
-    """One zip file of a Zenodo record.
-
-    `unpacked_bytes` is an estimate from above: every band of every tile, uncompressed at 1024 x 1024 pixels. `md5` is
-    None where only the record knows it.
-    """
-
-    record: int
-    file_name: str
-    unpacked_bytes: int
-    root: PurePosixPath
-    place: Place
-    md5: str | None = None
-
-
-_BAND_BYTES = 1 << 20
-_place_label = partial(place_open_earth_map_sar, labels_only=True)
-_OEM_MD5 = "64155d1dc9d3b68536063f79878e1a67"
-_OEM = Archive(7223446, "OpenEarthMap.zip", 16_000 * _BAND_BYTES, OPEN_EARTH_MAP_ROOT, place_open_earth_map, _OEM_MD5)
-_TRAINVAL, _VAL_LABELS, _TEST, _TEST_LABELS = (
-    Archive(record, f"dfc25_track1_{content}.zip", n_bands * _BAND_BYTES, SAR_ROOT, place)
-    for record, content, n_bands, place in (
-        (14622048, "trainval", 5 * 4333 + 210, place_open_earth_map_sar),
-        (14950559, "val_labels", 210, _place_label),
-        (14950559, "test", 490, place_open_earth_map_sar),
-        (14950559, "test_labels", 490, _place_label),
-    )
-)
-ARCHIVES: dict[str, tuple[Archive, ...]] = {
-    "oem": (_OEM,),
-    "oem-sar": (_TRAINVAL,),
-    "oem-sar-val-labels": (_VAL_LABELS,),
-    "oem-sar-test": (_TEST,),
-    "oem-sar-test-labels": (_TEST_LABELS,),
-    "oem-sar-all": (_TRAINVAL, _VAL_LABELS, _TEST, _TEST_LABELS),
-}
-
-
-@dataclass(frozen=True)
-class _RemoteFile:
+class _RemoteFile(NamedTuple):
     url: str
     size: int
     md5: str | None
@@ -137,19 +62,20 @@ def download(
     retries: int = 6,
     backoff: float = 2.0,
 ) -> Path:
-    """Fetch and unpack every archive that `name` stands for, and return the root folder of the dataset.
+    """Download and unpack every archive of `name`, and return the root folder of the dataset.
 
     Args:
         name: a key of `ARCHIVES`.
-        destination: folder that receives archives and datasets; created if need be.
+        destination: folder for archives and datasets; created if it does not exist.
         unpack: False stops after the verified archives.
         keep_archives: keep the zip files after unpacking.
         base_url: default: environment variable `HF_SEG_ZENODO_URL`, or else https://zenodo.org.
-        retries: how many failures in a row, without a single new byte, are forgiven.
+        retries: failures in a row, without a single new byte, after which to give up.
         backoff: seconds before the first retry; doubles up to a minute.
 
     Raises:
         DownloadError: unknown name, no space, no connection, wrong checksum, or an archive that cannot be trusted.
+        FileError: something below `destination` cannot be read or written.
     """
     if name not in ARCHIVES:
         raise DownloadError(f"unknown dataset {name!r}; choose from {', '.join(ARCHIVES)}")
@@ -161,70 +87,68 @@ def download(
             continue
         remote = _look_up(archive, f"{base_url}/api/records/{archive.record}", retry)
         archive_file = destination / archive.file_name
-        _fetch(remote, archive_file, archive.unpacked_bytes if unpack else 0, retry)
+        with file_errors(archive_file, "cannot be written", f"{DISK_HINT}, and run the same command again"):
+            _fetch(remote, archive_file, archive.unpacked_bytes if unpack else 0, retry)
         if unpack:
             sizes = extract(archive_file, destination, archive.place)
-            inventory.write_text(json.dumps(sizes))
+            write_atomic(inventory, json.dumps(sizes))
             if not keep_archives:
-                archive_file.unlink()
+                with file_errors(archive_file, "cannot be deleted"):
+                    archive_file.unlink()
     return destination / archive.root
 
 
 def extract(archive_file: Path, destination: Path, place: Place) -> dict[str, int]:
-    """Unpack a zip file, each member to `destination / place(member)`; files already there at full size stay.
+    """Unpack a zip file, each member to `destination / place(member)`; files that exist at full size are kept.
 
     Returns the size in bytes of every file of the archive, by its path below `destination`.
 
     Raises:
-        DownloadError: before anything is written, if a member is a link, encrypted, bound for outside `destination`
-            or for another's place, or if the disk cannot hold them all; later, if the archive is damaged.
+        DownloadError: before anything is written, if a member is a link, encrypted, or would be written outside
+            `destination` or to another's place, or if the disk is too small; later, if the archive is damaged.
+        FileError: a file cannot be read or written.
     """
     try:
-        with ZipFile(archive_file) as archive:
+        with file_errors(archive_file, "cannot be unpacked"), ZipFile(archive_file) as archive:
             members = _plan_extraction(archive, place)
             missing = [path for path in members if not _has_size(destination / path, members[path].file_size)]
             unpacked = sum(members[path].file_size for path in missing)
             _require_space(destination, unpacked, f"to unpack {archive_file}")
             for path in tqdm(missing, desc=f"unpack {archive_file.name}", unit="file"):
-                target = destination / path
-                target.parent.mkdir(parents=True, exist_ok=True)
-                aside = target.with_name(f".{target.name}.part")
-                with archive.open(members[path]) as source, aside.open("wb") as sink:
-                    shutil.copyfileobj(source, sink, CHUNK_BYTES)  # raises at the end if the checksum is wrong
-                aside.replace(target)
+                with (
+                    archive.open(members[path]) as source,
+                    atomic_file(destination / path) as temporary,
+                    temporary.open("wb") as file,
+                ):
+                    shutil.copyfileobj(source, file, CHUNK_BYTES)  # raises at the end if the checksum is wrong
     except (BadZipFile, EOFError, ZlibError, NotImplementedError) as error:
         raise DownloadError(f"{archive_file} is damaged ({error}); delete it and download it again") from error
-    except OSError as error:
-        raise DownloadError(f"cannot unpack {archive_file} to {destination}: {error}") from error
     return {str(path): member.file_size for path, member in members.items()}
 
 
 def _is_unpacked(inventory: Path) -> bool:
-    """Whether every file of an earlier extraction is still there, at its size."""
+    """Tell whether every file of an earlier extraction exists at its size."""
     try:
         sizes = json.loads(inventory.read_text())
-    except (OSError, ValueError):  # never unpacked, or killed while writing the inventory
+    except (OSError, ValueError):  # never unpacked
         return False
     return all(_has_size(inventory.parent / path, size) for path, size in sizes.items())
 
 
 def _fetch(remote: _RemoteFile, target: Path, reserve: int, retry: Callable[..., None]) -> None:
-    """Bring one file to `target`, whole and verified; `reserve` more bytes must be free for what follows."""
+    """Download one file to `target`, complete and verified; `reserve` more bytes must be free for unpacking."""
     if target.exists():
         if not _has_size(target, remote.size) or not _has_md5(target, remote.md5):
-            raise DownloadError(f"{target} is not the file at {remote.url}; move it away and start again")
+            raise DownloadError(f"{target} is not the file at {remote.url}; move it away and run the command again")
         return
-    # The checksum in the name keeps the beginning of one version from being continued with another.
+    # The checksum in the name prevents that one version of the file is continued with another.
     part = target.with_name(f"{target.name}.{(remote.md5 or str(remote.size))[:8]}.part")
     remaining = max(remote.size - _size(part), 0)
-    purpose = f"for {target.name} ({remaining / 1e9:,.1f} GB to fetch, about {reserve / 1e9:,.1f} GB to unpack)"
+    purpose = f"for {target.name} ({remaining / 1e9:,.1f} GB to download, about {reserve / 1e9:,.1f} GB to unpack)"
     _require_space(target.parent, remaining + reserve, purpose)
     for stale in set(target.parent.glob(f"{target.name}.*.part")) - {part}:
         stale.unlink()
-    try:
-        retry(lambda: _receive(remote, part), remote.url, progress=lambda: _size(part))
-    except OSError as error:
-        raise DownloadError(f"cannot go on with {part} ({error}); mend that and run the same command again") from error
+    retry(lambda: _receive(remote, part), remote.url, progress=lambda: _size(part))
     if not _has_md5(part, remote.md5):
         part.unlink()
         raise DownloadError(f"{remote.url} arrived with a wrong md5 and was deleted; run the same command again")
@@ -238,15 +162,18 @@ def _look_up(archive: Archive, record_url: str, retry: Callable[..., bytes]) -> 
         with urlopen(Request(record_url, headers=HEADERS), timeout=TIMEOUT_SECONDS) as response:
             return bytes(response.read())
 
+    content = retry(read, record_url)
+    files: dict[str, _RemoteFile] = {}
     try:
-        files = {file["key"]: file for file in json.loads(retry(read, record_url))["files"]}
-        if archive.file_name not in files:
-            raise DownloadError(f"{record_url} has no {archive.file_name}, only {', '.join(files) or 'no files'}")
-        file = files[archive.file_name]
-        algorithm, _, digest = file["checksum"].partition(":")
-        remote = _RemoteFile(file["links"]["self"], int(file["size"]), digest if algorithm == "md5" else archive.md5)
+        for file in json.loads(content)["files"]:
+            algorithm, _, digest = file["checksum"].partition(":")
+            md5 = digest if algorithm == "md5" else archive.md5
+            files[file["key"]] = _RemoteFile(file["links"]["self"], int(file["size"]), md5)
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise DownloadError(f"{record_url} is no Zenodo record ({error!r}); is its base address right?") from error
+    if archive.file_name not in files:
+        raise DownloadError(f"{record_url} has no {archive.file_name}, only {', '.join(files) or 'no files'}")
+    remote = files[archive.file_name]
     if archive.md5 and remote.md5 != archive.md5:
         raise DownloadError(f"{record_url} lists {archive.file_name} with md5 {remote.md5}, expected {archive.md5}")
     if not remote.url.startswith(("http://", "https://")):
@@ -274,7 +201,7 @@ def _retry(
 
 
 def _receive(remote: _RemoteFile, part: Path) -> None:
-    """Append to `part` what it lacks of `remote`, or start it anew; a `ConnectionError` asks to be tried again."""
+    """Append to `part` what it lacks of `remote`, or start again; raises `ConnectionError` if it is to be retried."""
     offset = _size(part) if _size(part) <= remote.size else 0
     if _has_size(part, remote.size):
         return
@@ -282,17 +209,17 @@ def _receive(remote: _RemoteFile, part: Path) -> None:
     try:
         response = urlopen(Request(remote.url, headers=headers), timeout=TIMEOUT_SECONDS)
     except HTTPError as error:
-        if error.code != 416:  # range not satisfiable: what we hold is no beginning of what the server has
+        if error.code != 416:  # range not satisfiable: `part` is not the beginning of the server's file
             raise
         part.unlink(missing_ok=True)
-        raise ConnectionError("the server has nothing at the place to resume from") from error
+        raise ConnectionError("the server cannot resume at this place") from error
     with response:
         content_range = response.headers.get("Content-Range") or ""
         if response.status == 206 and not re.fullmatch(rf"bytes {offset}-\d+/({remote.size}|\*)", content_range):
             part.unlink(missing_ok=True)
             raise ConnectionError(f"the server resumed with {content_range!r} at byte {offset} of {remote.size}")
         offset = offset if response.status == 206 else 0
-        # In a log file every update is a line of its own: two a minute are enough there.
+        # In a log file every update is a line: two a minute are enough there.
         pause = 0.1 if sys.stderr.isatty() else 30.0
         bar = tqdm(desc=part.name, total=remote.size, initial=offset, unit="B", unit_scale=True, mininterval=pause)
         with part.open("ab" if offset else "wb") as file, bar:
@@ -320,14 +247,14 @@ def _has_md5(file: Path, md5: str | None) -> bool:
 
 
 def _plan_extraction(archive: ZipFile, place: Place) -> dict[PurePosixPath, ZipInfo]:
-    """Choose a place for every file of the archive; refuse what could be written anywhere else than intended."""
+    """Choose a place for every file of the archive; refuse a member that would be written anywhere else."""
     planned: dict[PurePosixPath, ZipInfo] = {}
     for member in archive.infolist():
-        # Windows paths know both separators, drive letters and shares, so that one parser sees every way out.
+        # Windows paths know both separators, drive letters and shares, so that one parser recognises every escape.
         path = PureWindowsPath(member.filename)
         is_link, is_encrypted = stat.S_ISLNK(member.external_attr >> 16), member.flag_bits & 1
         if path.drive or path.root or ".." in path.parts or is_link or is_encrypted:
-            raise DownloadError(f"{archive.filename} holds a member that is unsafe to unpack, {member.filename!r}")
+            raise DownloadError(f"{archive.filename} contains a member that is unsafe to unpack, {member.filename!r}")
         if member.is_dir() or path.parts[:1] in ((), ("__MACOSX",)) or path.name == ".DS_Store":
             continue
         target = place(PurePosixPath(*path.parts))
@@ -339,12 +266,10 @@ def _plan_extraction(archive: ZipFile, place: Place) -> dict[PurePosixPath, ZipI
 
 
 def _require_space(folder: Path, needed: int, purpose: str) -> None:
-    """Create `folder`, and raise `DownloadError` if fewer than `needed` bytes are free there."""
-    try:
+    """Create `folder`, and check that `needed` bytes are free there."""
+    with file_errors(folder, "cannot be created", "choose another folder"):
         folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise DownloadError(f"cannot create {folder} ({error.strerror}); choose another folder") from error
     free = shutil.disk_usage(folder).free
     if needed > free:
         numbers = f"{needed / 1e9:,.1f} GB are needed {purpose}, {free / 1e9:,.1f} GB are free in {folder}"
-        raise DownloadError(f"{numbers}; free some space or choose another folder")
+        raise DownloadError(f"{numbers}; free disk space or choose another folder")

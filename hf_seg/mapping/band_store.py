@@ -1,12 +1,10 @@
-"""Finished rows of a map on disk, so that a killed run goes on and several processes work on one scene.
+"""Finished bands of a map on disk, so that a killed run can resume and several processes can share one scene.
 
-The folder holds `map.json`, which says what is being made, and one compressed file per band of rows. A file appears
-whole or not at all.
+The folder contains `map.json`, which identifies the map, and one compressed file per band of rows. Every file is
+written atomically.
 """
 
 import json
-import os
-import shutil
 import zlib
 from collections.abc import Mapping
 from pathlib import Path
@@ -14,14 +12,15 @@ from pathlib import Path
 import numpy as np
 
 from hf_seg.errors import UserError
+from hf_seg.files import remove, write_atomic
 
 
 class BandStore:
-    """The bands of one map in progress.
+    """The finished bands of one map.
 
     Args:
-        folder: of the store, and of nothing else.
-        count: number of bands.
+        folder: contains nothing else.
+        count: number of bands of the map.
     """
 
     def __init__(self, folder: Path, count: int) -> None:
@@ -29,36 +28,36 @@ class BandStore:
         self.count = count
 
     def open(self, identity: Mapping[str, object]) -> bool:
-        """Make the folder, or keep it where it was made for the same map; bands of another map are dropped.
+        """Create the folder, or keep it if it belongs to the same map; the bands of another map are deleted.
 
         Args:
-            identity: JSON-able; all that the bands depend on.
+            identity: everything that the bands depend on, serialisable as JSON.
 
         Returns:
-            Whether bands of another map were dropped.
+            Whether bands of another map were deleted.
         """
-        wanted = json.dumps(dict(identity), indent=1, sort_keys=True)
+        wanted = json.dumps(dict(identity), indent=1, sort_keys=True).encode()
         file = self.folder / "map.json"
-        dropped = self.folder.exists() and not (file.is_file() and file.read_text(encoding="utf-8") == wanted)
-        if dropped:
-            shutil.rmtree(self.folder)
+        is_other = self.folder.exists() and not (file.is_file() and file.read_bytes() == wanted)
+        if is_other:
+            remove(self.folder)
         self.folder.mkdir(parents=True, exist_ok=True)
-        _write_whole(file, wanted.encode())
-        return dropped
+        write_atomic(file, wanted)
+        return is_other
 
     def missing(self) -> list[int]:
-        """Return the numbers of the bands that are still to be made, ascending."""
+        """Return the numbers of the unfinished bands, ascending."""
         return [number for number in range(self.count) if not self._file(number).exists()]
 
     def save(self, number: int, band: np.ndarray) -> None:
-        """Keep a band, any shape of uint8."""
-        _write_whole(self._file(number), zlib.compress(band.tobytes(), level=1))
+        """Save a finished band, uint8 of any shape."""
+        write_atomic(self._file(number), zlib.compress(band.tobytes(), level=1))
 
     def load(self, number: int, shape: tuple[int, ...]) -> np.ndarray:
         """Return a band that was saved with this shape.
 
         Raises:
-            UserError: it is damaged.
+            UserError: its file is damaged.
         """
         try:
             content = zlib.decompress(self._file(number).read_bytes())
@@ -69,17 +68,7 @@ class BandStore:
 
     def remove(self) -> None:
         """Delete the folder."""
-        shutil.rmtree(self.folder)
+        remove(self.folder)
 
     def _file(self, number: int) -> Path:
         return self.folder / f"rows_{number:05d}.z"
-
-
-def _write_whole(path: Path, content: bytes) -> None:
-    """Write aside, make sure that it has reached the disk, rename."""
-    aside = path.with_name(f"{path.name}.{os.getpid()}")
-    with aside.open("wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(aside, path)

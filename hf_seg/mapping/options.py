@@ -1,62 +1,80 @@
-"""What can be chosen when a scene is mapped, and which targets are refused."""
+"""The options of a map. Import-light, so that the command line answers `--help` before its slow imports."""
 
+import importlib.util
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Literal, get_args
 
 from hf_seg.errors import UserError
-from hf_seg.mapping.polygons import DRIVERS, check_polygon_target
-from hf_seg.settings import setting
+from hf_seg.settings import check_bounds, setting
+
+Units = Literal["linear", "power", "db"]
+UNITS: tuple[str, ...] = get_args(Units)
+POLYGON_DRIVERS = {".gpkg": "GPKG", ".geojson": "GeoJSON", ".fgb": "FlatGeobuf"}
 
 
 @dataclass(frozen=True, kw_only=True)
-class RasterOptions:
-    """How to read a scene, how to look at it, and what to write."""
+class SceneOptions:
+    """Reading the scene."""
 
     bands: list[int] | None = setting(
-        None, "1-based bands: one (SAR) or three (optical); default: the only one, or RGB"
+        None, "1-based band numbers: one (SAR) or three (optical); default: the only band, or red, green and blue"
     )
-    units: Literal["linear", "power", "db"] = setting(
-        "linear", "what the values are: linear (as they are), power, or db"
+    units: Units = setting("linear", "units of the values: amplitude (linear), power, or decibels (db)")
+    stretch: list[float] | None = setting(
+        None, "the two values that become 0 and 255; default: uint8 is not stretched, other types by percentiles"
     )
-    stretch: list[float] | None = setting(None, "two values that become 0 and 255; default: uint8 as it is, else found")
-    zero_collar: bool = setting(True, "zeros connected with the border are nodata, where the scene declares none")
-    stride: float = setting(0.5, "step of the window as a share of it")
-    batch_size: int = setting(4, "windows per forward pass")
-    confidence: bool = setting(False, "also write the probability of the class chosen")
-    disagreement: bool = setting(False, "also write the share of an ensemble's networks for another class")
+    zero_collar: bool = setting(
+        True,
+        "zeros connected with the scene's border are nodata if the scene declares none; --no_zero_collar keeps them",
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class PredictionOptions:
+    """Prediction."""
+
+    stride: float = setting(0.5, "step of the sliding window as a fraction of the window", above=0, high=1)
+    batch_size: int = setting(4, "windows per forward pass", low=1)
+    abstain: float = setting(0.0, "pixels whose most probable class is below this become nodata", low=0, high=1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class OutputOptions:
+    """Output files."""
+
+    confidence: bool = setting(False, "also write the probability of the predicted class")
+    disagreement: bool = setting(False, "also write the weight of the ensemble's networks that predict another class")
     probabilities: bool = setting(False, "also write the probability of every class")
-    abstain: float = setting(0.0, "pixels whose class has a probability below this become nodata")
-    cog: bool = setting(False, "write cloud-optimised GeoTIFF")
-    preview: bool = setting(False, "also draw scene, map and legend, as MAP_preview.png")
+    cog: bool = setting(False, "write cloud-optimized GeoTIFF")
+    preview: bool = setting(False, "also draw the scene, the map and a legend: MAP_preview.png")
     polygons: str | None = setting(
-        None, "also write the map as polygons: a file, or just .gpkg, .geojson or .fgb for MAP.gpkg ..."
+        None,
+        "also write the map as polygons: a file name, or a suffix (.gpkg, .geojson, .fgb) to name it after the map",
     )
-    overwrite: bool = setting(False, "replace a map that is already there")
+    overwrite: bool = setting(False, "replace an existing map")
+
+
+@dataclass(frozen=True, kw_only=True)
+class RasterOptions(OutputOptions, PredictionOptions, SceneOptions):
+    """How to read a scene, how to predict, and what to write.
+
+    Raises:
+        UserError: a value out of its bounds, or polygons that cannot be written.
+    """
 
     def __post_init__(self) -> None:
-        for name, holds, what in (
-            ("stride", 0 < self.stride <= 1, "above 0 and at most 1"),
-            ("batch_size", self.batch_size >= 1, "at least 1"),
-            ("abstain", 0 <= self.abstain <= 1, "in 0..1"),
-        ):
-            if not holds:
-                raise UserError(f"{name} must be {what}; it is {getattr(self, name)!r}")
-        if self.polygons is not None:
-            check_polygon_target(self.polygon_path(Path("map.tif")))
+        check_bounds(self)
+        if self.polygons is None:
+            return
+        path = self.polygon_path(Path("map.tif"))
+        if path.suffix not in POLYGON_DRIVERS:
+            raise UserError(f"polygons are written to a file that ends in {', '.join(POLYGON_DRIVERS)}; not to {path}")
+        missing = [name for name in ("pyogrio", "shapely") if importlib.util.find_spec(name) is None]
+        if missing:
+            raise UserError(f"polygons need {' and '.join(missing)}: pip install 'hf_seg[vector]'")
 
     def polygon_path(self, destination: Path) -> Path:
-        """Return where the polygons of a map go."""
+        """Return the polygon file of the map at `destination`."""
         assert self.polygons is not None
-        return destination.with_suffix(self.polygons) if self.polygons in DRIVERS else Path(self.polygons)
-
-
-def check_targets(source: Path, targets: list[Path], *, overwrite: bool) -> None:
-    """Refuse to write over the scene, a folder or, unless told to, an earlier map."""
-    for target in targets:
-        if target.is_dir():
-            raise UserError(f"{target} is a folder; name the file to write")
-        if source.exists() and target.exists() and source.samefile(target):
-            raise UserError(f"{target} is the scene itself; name another file for the map")
-        if target.exists() and not overwrite:
-            raise UserError(f"{target} is already there; add --overwrite (overwrite=True), or name another file")
+        return destination.with_suffix(self.polygons) if self.polygons in POLYGON_DRIVERS else Path(self.polygons)

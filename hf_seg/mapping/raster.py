@@ -2,9 +2,9 @@
 
     summary = predict_raster("runs/ensemble", "scene.tif", "map.tif", cog=True)
 
-The scene is worked off in bands of rows. Each finished band is kept in `.map.tif.partial/` beside the target, so a
-killed run goes on where it stopped; the map appears when it is whole. Its bytes depend neither on the batch size nor
-on how often the work was interrupted or how it was shared.
+The scene is mapped in bands of rows. Each finished band is saved in `.map.tif.partial/` beside the map, so a killed run
+resumes where it stopped; the map appears when it is complete. Its bytes depend neither on the batch size, nor on
+interruptions, nor on how the bands were shared among processes.
 """
 
 from collections.abc import Sequence
@@ -13,7 +13,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import rasterio
 import torch
 from torch import nn
 
@@ -21,10 +20,10 @@ from hf_seg.ensemble import EnsembleForSemanticSegmentation
 from hf_seg.errors import UserError
 from hf_seg.inference.load import LoadedNetwork, load_networks, use_network
 from hf_seg.inference.predict import Predictor
-from hf_seg.mapping.job import MapJob, MapSummary
+from hf_seg.mapping.gdal import gdal_session
+from hf_seg.mapping.job import MapJob
 from hf_seg.mapping.options import RasterOptions
-
-GDAL_CACHE = 128  # MiB; by default GDAL takes a share of the machine's memory
+from hf_seg.mapping.statistics import MapSummary
 
 
 def predict_raster(
@@ -44,27 +43,30 @@ def predict_raster(
     Args:
         model: folder or Hub id of a trained network or ensemble; or a network in memory that maps (B, 3, h, w) to
             logits of the nine classes, which is put into eval mode.
-        source: the scene: a GeoTIFF, or whatever else GDAL reads.
+        source: the scene: a GeoTIFF, or anything else that GDAL reads.
         destination: the GeoTIFF to write.
-        window: side of the sliding window in pixels; None: the crop of the training, where the model tells it.
-        views: test-time augmentation, see `hf_seg.inference.tta`.
+        window: side of the sliding window in pixels; None: the crop size of the training, if the model tells it.
+        tta: test-time augmentation, see `hf_seg.inference.tta`.
         mixed_precision: "no", "bf16" or "fp16".
-        device: None: an accelerator if there is one; for a network in memory, where it is.
+        device: None: an accelerator if there is one; for a network in memory, its own device.
         show_progress: draw a progress bar.
         options: fields of `RasterOptions`.
 
     Raises:
-        UserError: a model, scene, target or option that cannot be; the message names it and the way out.
+        UserError: a model, scene, target or option that cannot be used; the message names it and how to fix it.
     """
     chosen = RasterOptions(**options)
     networks = find_networks(model, window=window)
     if device is None and not isinstance(model, str | Path):
-        weights = (weight for each in networks if each.module is not None for weight in each.module.parameters())
+        weights = (weight for each in networks for weight in each.network().parameters())
         device = next((weight.device for weight in weights), torch.device("cpu"))
     elif device is None:
         device = torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
     predictor = Predictor(networks, device=torch.device(device), tta=tta, mixed_precision=mixed_precision)
-    return map_scene(predictor, source, destination, chosen, show_progress=show_progress)
+    with gdal_session(), closing(MapJob(predictor, source, destination, chosen)) as job:
+        job.prepare()
+        job.compute(job.missing(), show_progress=show_progress)
+        return job.finish()
 
 
 def find_networks(
@@ -73,11 +75,11 @@ def find_networks(
     """Return the networks that a model consists of, in memory.
 
     Args:
-        model: see `predict_raster`.
-        window: replaces the crop that the networks were trained at.
+        model: as for `predict_raster`.
+        window: replaces the crop size that the networks were trained at.
 
     Raises:
-        UserError: see `load_networks` and `use_network`; or a window of no pixel.
+        UserError: as `load_networks` and `use_network`; or a window of no pixel.
     """
     if window is not None and window < 1:
         raise UserError(f"window must be at least 1 pixel; it is {window}")
@@ -89,20 +91,5 @@ def find_networks(
         networks = load_networks(model)
     else:
         networks = list(model)
-    # those of a low-memory ensemble are needed window by window
+    # those that a low-memory ensemble leaves on disk are needed window by window
     return [replace(each, crop_size=window or each.crop_size, module=each.network()) for each in networks]
-
-
-def map_scene(
-    predictor: Predictor,
-    source: str | Path,
-    destination: str | Path,
-    options: RasterOptions,
-    *,
-    show_progress: bool = True,
-) -> MapSummary:
-    """Map one scene in this process; see `predict_raster`."""
-    with rasterio.Env(GDAL_CACHEMAX=GDAL_CACHE), closing(MapJob(predictor, source, destination, options)) as job:
-        job.prepare()
-        job.compute(job.missing(), show_progress=show_progress)
-        return job.finish()

@@ -1,4 +1,4 @@
-"""The picture of self-training at one step: what was mixed, what the teacher said, what the student saw in it."""
+"""The figure of one step of self-training: the mixed images, their labels and the student's predictions."""
 
 from pathlib import Path
 from typing import Any
@@ -8,7 +8,7 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 from hf_seg.normalization import to_image
-from hf_seg.report.plots import DPI, class_legend, colorize, save_figure
+from hf_seg.report.style import DPI, class_legend, colorize, save_figure, show_image
 
 
 def plot_mix_panel(
@@ -28,7 +28,8 @@ def plot_mix_panel(
         source, target, mixed: batches with `pixel_values` (B, 3, H, W), `labels` (B, H, W), and `image_id`.
         class_masks: (B, H, W) bool, True where the source is pasted.
         predictions: (B, H, W) class ids on the mixed images.
-        weights: (B,) lambda of each target image.
+        weights: (B,) weight (lambda) of each target image.
+        rows: images to draw, at most.
     """
     rows = min(rows, len(weights))
     figure = Figure(figsize=(18, 3.3 * rows + 0.7), dpi=DPI, layout="constrained")
@@ -46,9 +47,6 @@ def plot_mix_panel(
         }
         ids |= set(np.unique(labels).tolist())
         for cell, (name, image) in zip(axes, cells.items(), strict=True):
-            cell.imshow(image, interpolation="nearest")
-            cell.set_title(name, loc="left", fontsize=10)
-            cell.set(xticks=[], yticks=[])
-            cell.spines[:].set_color("#888888")
+            show_image(cell, name, image)
     figure.legend(handles=class_legend(ids), loc="outside lower center", ncols=10, frameon=False, fontsize=9)
     save_figure(figure, output)

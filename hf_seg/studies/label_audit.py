@@ -1,8 +1,8 @@
-"""Arithmetic of a label audit: two label sets against each other and, where there is one, against a truth.
+"""Arithmetic of a label audit: two label sets compared with each other and, if there is one, with a truth.
 
 A tile is counted once, into a (9, 9, 9) histogram of (truth, label of A, label of B) in which id 0 is "no label".
-Coverage, agreement, IoU, who is right where A and B differ and the bootstrap over tiles are sums over these counts, so
-no tile needs to be held. Classes 1..8 alone are scored, on the pixels that have a label in every compared map.
+Coverage, agreement, IoU, which set is correct where A and B differ, and the bootstrap over tiles are sums of these
+counts, so no tile is kept in memory. Only classes 1..8 are scored, on the pixels with a label in every compared map.
 """
 
 from collections.abc import Sequence
@@ -35,7 +35,7 @@ def count_pixels(a: np.ndarray, b: np.ndarray, truth: np.ndarray | None = None) 
 
 
 def count_confidence(confidence: np.ndarray, labels: np.ndarray, reference: np.ndarray) -> np.ndarray:
-    """Count, at each of 256 levels of confidence, the pixels that both maps label, and those on which they agree.
+    """Count at each of 256 levels of confidence the pixels that both maps label, and those on which they agree.
 
     Args:
         confidence: (H, W) uint8, 255 = 1.0.
@@ -50,15 +50,15 @@ def count_confidence(confidence: np.ndarray, labels: np.ndarray, reference: np.n
 
 
 def calibrate(levels: np.ndarray) -> dict[str, Any] | None:
-    """Compare confidence with agreement, decile by decile of the pixels; equal confidences stay together.
+    """Compare confidence with agreement in deciles of the pixels; pixels of equal confidence share a decile.
 
     Args:
         levels: (256, 2) of `count_confidence`.
 
     Returns:
-        `deciles`: from the least confident, each with `low`, `high`, `mean` confidence, `share` of the pixels and
-        `agreement`; `calibration_error`: mean over the pixels of |agreement - mean confidence| of their decile. None
-        without pixels.
+        `deciles`: least confident first, each with `low`, `high` and `mean` confidence, `share` (fraction) of the
+        pixels and `agreement`; `calibration_error`: |agreement - mean confidence|, averaged over deciles weighted by
+        their pixels. None without pixels.
     """
     pixels, agreeing = levels.T
     if not pixels.any():
@@ -87,12 +87,12 @@ def summarize(
     replicates: int = 1000,
     seed: int = 0,
 ) -> dict[str, Any]:
-    """Compute everything but the calibration from the counts of all tiles; every value can be written as JSON.
+    """Compute the audit from the counts of all tiles, without the calibration; every value can be written as JSON.
 
     Args:
         image_ids: N names.
         counts: (N, 9, 9, 9) of `count_pixels`, with at least one pixel that A and B both label.
-        regions: N names, or None where none is known.
+        regions: N names, or None if none is known.
         replicates, seed: of the bootstrap over tiles.
 
     Returns:
@@ -128,34 +128,34 @@ def summarize(
 def bootstrap_difference(
     matrices_a: np.ndarray, matrices_b: np.ndarray, *, replicates: int, seed: int
 ) -> dict[str, Any]:
-    """Return scores of B minus scores of A over all tiles, with 95 % intervals over tiles drawn with replacement.
+    """Return the scores of B minus those of A over all tiles, with 95 % intervals from tiles drawn with replacement.
 
     Args:
         matrices_a, matrices_b: (N, 8, 8) counts of classes 1..8 in each tile on the same pixels, rows = truth.
-        replicates: number of redrawn sets.
-        seed: fixes the draws.
+        replicates: number of resampled sets of N tiles.
+        seed: of the resampling.
 
     Returns:
         `mean_iou`, `overall_accuracy` and, by class, `iou`: each `{difference, low, high}`; None for a class that is
-        not in the truth; `low` and `high` are None for a single tile, which has no spread.
+        not in the truth; `low` and `high` are None for a single tile.
     """
     n_tiles = len(matrices_a)
     draws = np.random.default_rng(seed).multinomial(n_tiles, np.full(n_tiles, 1 / n_tiles), size=replicates)
-    once = np.ones((1, n_tiles))
-    difference = (_score_draws(matrices_b, once) - _score_draws(matrices_a, once))[0]
-    redrawn = _score_draws(matrices_b, draws) - _score_draws(matrices_a, draws)
+    every_tile = np.ones((1, n_tiles))
+    difference = (_score_weighted(matrices_b, every_tile) - _score_weighted(matrices_a, every_tile))[0]
+    resampled = _score_weighted(matrices_b, draws) - _score_weighted(matrices_a, draws)
 
     def describe(column: int) -> dict[str, float | None] | None:
         if np.isnan(difference[column]):
             return None
-        low, high = np.nanquantile(redrawn[:, column], INTERVAL).tolist() if n_tiles > 1 else (None, None)
+        low, high = np.nanquantile(resampled[:, column], INTERVAL).tolist() if n_tiles > 1 else (None, None)
         return {"difference": float(difference[column]), "low": low, "high": high}
 
     per_class = {name: describe(column) for column, name in enumerate(CLASSES)}
     return {"mean_iou": describe(len(CLASSES)), "overall_accuracy": describe(len(CLASSES) + 1), "iou": per_class}
 
 
-def _score_draws(matrices: np.ndarray, weights: np.ndarray) -> np.ndarray:
+def _score_weighted(matrices: np.ndarray, weights: np.ndarray) -> np.ndarray:
     """Score weighted sums of N tiles: (N, C, C) counts, (R, N) weights -> (R, C + 2): each IoU, mIoU, accuracy."""
     flat = matrices.reshape(len(matrices), -1).astype(np.float64)
     sums = (weights.astype(np.float64) @ flat).reshape(len(weights), *matrices.shape[1:])
@@ -165,7 +165,7 @@ def _score_draws(matrices: np.ndarray, weights: np.ndarray) -> np.ndarray:
 
 
 def _against_truth(counts: np.ndarray, total: np.ndarray, replicates: int, seed: int) -> dict[str, Any] | None:
-    """Score A and B on the pixels that all three label, and on each one's own; None if there are none."""
+    """Score A and B on the pixels that all three label, and each on all its pixels; None if all three share none."""
     same = counts[:, 1:, 1:, 1:]
     same = same[same.any(axis=(1, 2, 3))]
     if not len(same):
@@ -182,14 +182,14 @@ def _against_truth(counts: np.ndarray, total: np.ndarray, replicates: int, seed:
 
 
 def _score(matrix: np.ndarray) -> dict[str, Any]:
-    """Score (8, 8) counts, rows = truth, as `ConfusionMatrix` does, and add the recall of each class."""
+    """Score (8, 8) counts, rows = truth, with `ConfusionMatrix`, and add the recall of each class."""
     confusion = ConfusionMatrix()
     confusion.matrix[1:, 1:] = matrix
     return {**confusion.compute(), "recall": _by_class(_ratio(matrix.diagonal(), matrix.sum(axis=1)))}
 
 
 def _agreement(pairs: np.ndarray) -> dict[str, Any]:
-    """Compare A with B from (9, 9) counts, rows = A; neither is the truth, so IoU counts where either has the class."""
+    """Compare A with B from (9, 9) counts, rows = A; a class that A or B has is scored, as neither is the truth."""
     matrix = pairs[1:, 1:]
     in_a, in_b, in_both = matrix.sum(axis=1), matrix.sum(axis=0), matrix.diagonal()
     iou = _ratio(in_both, in_a + in_b - in_both)
@@ -204,17 +204,17 @@ def _agreement(pairs: np.ndarray) -> dict[str, Any]:
 
 
 def _disagreements(total: np.ndarray, most: int = 10) -> dict[str, Any]:
-    """List the commonest (class of A, class of B) pairs that differ, and how often the truth sides with each."""
+    """List the most frequent pairs (class of A, class of B) that differ, and how often each set is correct."""
     differing = total.copy()
     differing[:, range(NUM_LABELS), range(NUM_LABELS)] = 0
     differing[:, 0, :] = differing[:, :, 0] = 0
     pairs, compared = differing.sum(axis=0), total[:, 1:, 1:].sum()
 
     def describe(a: np.ndarray, b: np.ndarray) -> dict[str, float | None]:
-        judged = differing[1:, a, b].sum()
+        with_truth = differing[1:, a, b].sum()
         found = {"a_right": differing[a, a, b].sum(), "b_right": differing[b, a, b].sum()}
-        right = {key: float(value / judged) if judged else None for key, value in found.items()}
-        return {"share": float(pairs[a, b].sum() / compared), **right}
+        correct = {key: float(value / with_truth) if with_truth else None for key, value in found.items()}
+        return {"share": float(pairs[a, b].sum() / compared), **correct}
 
     order = np.argsort(-pairs, axis=None, kind="stable")[:most]
     largest = [(a, b) for a, b in zip(*np.unravel_index(order, pairs.shape), strict=True) if pairs[a, b]]
@@ -240,9 +240,9 @@ def _iou(matrices: np.ndarray) -> np.ndarray:
     return np.where(truth > 0, _ratio(overlap, truth + matrices.sum(axis=-2) - overlap), np.nan)
 
 
-def _ratio(part: np.ndarray, whole: np.ndarray) -> np.ndarray:
-    """Divide; NaN where the whole is 0."""
-    return np.divide(part, whole, out=np.full(part.shape, np.nan), where=whole > 0)
+def _ratio(part: np.ndarray, total: np.ndarray) -> np.ndarray:
+    """Divide; NaN where the total is 0."""
+    return np.divide(part, total, out=np.full(part.shape, np.nan), where=total > 0)
 
 
 def _by_class(values: np.ndarray) -> dict[str, float | None]:

@@ -1,10 +1,10 @@
 """Radial power spectra of optical images, and the blur between two sets of them as a ratio of resolution alignment.
 
-What blur does to a spectrum, other things do too. So contrast is fitted, content averaged out by medians over patches
-and images, and noise measured where the image is flat. From a dozen images known ratios up to 0.4 come back within a
-fifth or so; noise can double that. Two limits stay. JPEG leaves noise where there is texture and none where it is
-flat, and so passes for sharpness. And a bilinear resampling by more than 0.45 or so folds detail back instead of
-removing it: spectra differ little up there, and of a range only the lower end can be told.
+Blur is not the only thing that changes a spectrum. So contrast is fitted, content is averaged out by medians over
+patches and images, and noise is measured where the image is flat. From a dozen images, known ratios up to 0.4 are
+recovered within about a fifth; noise can double that error. Two limits remain. JPEG leaves noise in textured areas and
+none in flat ones, and so looks like sharpness. And a bilinear resampling by more than about 0.45 aliases detail instead
+of removing it: spectra differ little there, and only the lower end of a range can be determined.
 """
 
 from collections.abc import Sequence
@@ -16,45 +16,46 @@ from scipy import fft
 
 from hf_seg.data.transforms import align_resolution
 
-PATCH = 128  # pixels, the side of what is transformed at once
+PATCH = 128  # pixels, the side of a transformed patch
 N_RINGS = 18
-RING_EDGES = np.geomspace(2 / PATCH, 0.7, N_RINGS + 1)  # cycles per pixel; beyond 0.5 lie the corners of the spectrum
+RING_EDGES = np.geomspace(2 / PATCH, 0.7, N_RINGS + 1)  # cycles per pixel; above 0.5 only in the corners
 RINGS = np.sqrt(RING_EDGES[:-1] * RING_EDGES[1:])
-BASE = slice(0, 5)  # rings below 0.045 cycles per pixel, which tell the contrast of an image
-SHARP = slice(12, 16)  # rings from 0.2 to 0.45 cycles per pixel, which tell its sharpness
-SEEN = slice(0, 17)  # rings below 0.57 cycles per pixel; the last one serves to tell noise from detail
+CONTRAST_RINGS = slice(0, 5)  # below 0.045 cycles per pixel: the contrast of an image
+DETAIL_RINGS = slice(12, 16)  # 0.2 to 0.45 cycles per pixel: its sharpness
+COMPARED_RINGS = slice(0, 17)  # below 0.57 cycles per pixel; the last ring separates noise from detail
 
 RATIOS = np.concatenate([np.geomspace(0.1, 0.5, 16)[:-1], np.linspace(0.5, 1, 11)])  # the last one changes nothing
 RATIO_WIDTHS = np.gradient(RATIOS)
 
-DB = 10 / np.log(10)  # decibels in a unit of natural log power
+DB = 10 / np.log(10)  # decibels per unit of natural log power
 
-BLOCK = 32  # pixels, the side of what may be flat
-CORNER = 0.55  # cycles per pixel: nothing but noise, where the image is flat
-FLAT_QUANTILE, FLAT_BIAS = 0.1, 0.72  # the tenth flattest of blocks; of pure noise that one has 0.72 of its power
+BLOCK = 32  # pixels, the side of a block that may be flat
+CORNER = 0.55  # cycles per pixel: only noise, where the image is flat
+FLAT_QUANTILE, FLAT_BIAS = 0.1, 0.72  # in pure noise the flattest tenth of blocks has 0.72 of the power
 NOISE_MARGIN = 1.25  # rings below this multiple of the noise are not compared
-BLUR_FLOOR = 0.01  # nor is what lies 20 dB under the sharp source: details of an interpolation's side lobes
-SCENE_SPREAD = 0.35  # of one ring's log power between scenes of equal sharpness (0.23-0.30 toy, 0.36-0.46 real ones)
-OUTLIERS = 0.05  # share of images that follow no mixture
-EVIDENCE = 4.0  # log-likelihood that a mixture must gain; domains of one sharpness, toy and real, gain at most 1
+BLUR_FLOOR = 0.01  # nor are levels 20 dB below the sharp source: side lobes of the interpolation
+# standard deviation of a ring's log power between scenes of equal sharpness: 0.23-0.30 synthetic, 0.36-0.46 real
+SCENE_SPREAD = 0.35
+OUTLIERS = 0.05  # fraction of images that follow no mixture
+MIN_EVIDENCE = 4.0  # log-likelihood that a mixture must gain; domains of equal sharpness gain at most 1
 
 
 class Spectra(NamedTuple):
-    """Spectra of one image, or of many along leading axes."""
+    """Spectra of one image, or of several along leading axes."""
 
     power: np.ndarray  # (..., N_RINGS), median over patches; white noise of variance v has v in every ring
     noise: np.ndarray  # (...), power of the noise in every ring
 
 
 class Mixture(NamedTuple):
-    """Share `prob` of images blurred by a ratio that is uniform between two, the rest as sharp as the source."""
+    """A fraction `prob` of images is blurred by a ratio uniform in a range, the others are as sharp as the source."""
 
     prob: float
     min_ratio: float
     max_ratio: float
 
     def weights(self) -> np.ndarray:
-        """Return the share of each of `RATIOS`; they sum to 1."""
+        """Return the weight of each of `RATIOS`; they sum to 1."""
         inside = RATIO_WIDTHS * ((self.min_ratio <= RATIOS) & (RATIOS <= self.max_ratio))  # noqa: SIM300
         weights: np.ndarray = self.prob * inside / inside.sum()
         weights[-1] += 1 - self.prob
@@ -62,10 +63,10 @@ class Mixture(NamedTuple):
 
 
 def power_spectrum(image: np.ndarray) -> np.ndarray:
-    """Return the mean power in each ring, of the tapered image without its mean.
+    """Return the mean power in each ring of the tapered image without its mean.
 
     Args:
-        image: (..., S, S) grey; S of at least `PATCH`, or the lowest rings are empty and NaN.
+        image: (..., S, S) grey; if S is less than `PATCH`, the lowest rings are empty and NaN.
 
     Returns:
         (..., N_RINGS) float64, in the image's units squared; ring k lies about `RINGS[k]` cycles per pixel.
@@ -80,10 +81,10 @@ def power_spectrum(image: np.ndarray) -> np.ndarray:
 
 
 def noise_power(patches: np.ndarray) -> float:
-    """Return the power of an image's white noise, from its flattest blocks; without flat ones it is too high.
+    """Estimate the power of an image's white noise from its flattest blocks; too high if no block is flat.
 
     Args:
-        patches: (N, PATCH, PATCH) grey levels 0..255; blocks with clipped pixels, which hide noise, are left aside.
+        patches: (N, PATCH, PATCH) grey levels 0..255; blocks with clipped pixels hide noise and are skipped.
     """
     grid = (len(patches), PATCH // BLOCK, BLOCK, PATCH // BLOCK, BLOCK)
     blocks = patches.reshape(grid).swapaxes(2, 3).reshape(-1, BLOCK, BLOCK)
@@ -95,11 +96,11 @@ def noise_power(patches: np.ndarray) -> float:
 
 
 def choose_patches(image: np.ndarray, per_side: int = 3) -> list[tuple[slice, slice]]:
-    """Spread patches evenly over an image and keep those that have contrast and at most 1 % of nodata.
+    """Spread patches evenly over an image and keep those with contrast and at most 1 % of nodata.
 
     Args:
         image: (H, W, 3) uint8; all-zero pixels are nodata.
-        per_side: number of patches along a side, where there is room for them at half overlap.
+        per_side: patches along a side; fewer if they would overlap by more than half.
     """
 
     def starts(length: int) -> list[int]:
@@ -113,7 +114,7 @@ def choose_patches(image: np.ndarray, per_side: int = 3) -> list[tuple[slice, sl
         for left in starts(image.shape[1])
     ]
     valid: np.ndarray = np.any(image > 0, axis=-1)
-    return [at for at in windows if valid[at].mean() >= 0.99 and image[at].mean(-1).std() >= 2]
+    return [window for window in windows if valid[window].mean() >= 0.99 and image[window].mean(-1).std() >= 2]
 
 
 def measure(grey: np.ndarray, windows: Sequence[tuple[slice, slice]]) -> Spectra:
@@ -121,10 +122,10 @@ def measure(grey: np.ndarray, windows: Sequence[tuple[slice, slice]]) -> Spectra
 
     Args:
         grey: (H, W) float32 luminance, 0..255.
-        windows: of `choose_patches`; at least one.
+        windows: at least one, of `choose_patches`.
     """
-    patches = np.stack([grey[at] for at in windows])
-    power = np.maximum(np.median(power_spectrum(patches), 0), 1e-6)  # drawings may have silent rings
+    patches = np.stack([grey[window] for window in windows])
+    power = np.maximum(np.median(power_spectrum(patches), 0), 1e-6)  # synthetic images may have empty rings
     return Spectra(power, np.array(noise_power(patches)))
 
 
@@ -135,23 +136,23 @@ def measure_aligned(grey: np.ndarray, windows: Sequence[tuple[slice, slice]]) ->
 
 def stack(spectra: Sequence[Spectra]) -> Spectra:
     """Join spectra along a new first axis."""
-    return Spectra(np.stack([one.power for one in spectra]), np.stack([one.noise for one in spectra]))
+    return Spectra(np.stack([each.power for each in spectra]), np.stack([each.noise for each in spectra]))
 
 
 def sharpness(spectra: Spectra) -> np.ndarray:
-    """Return (...), the level of fine detail over that of coarse detail, in dB and without the noise."""
+    """Return (...), the level of fine detail relative to coarse detail, in dB and without noise."""
     log_power, _ = _without_noise(spectra)
-    return (log_power[..., SHARP].mean(-1) - log_power[..., BASE].mean(-1)) * DB
+    return (log_power[..., DETAIL_RINGS].mean(-1) - log_power[..., CONTRAST_RINGS].mean(-1)) * DB
 
 
 def reference_curves(source: Spectra) -> np.ndarray:
-    """Return (len(RATIOS), N_RINGS), the log power of the median source image at each ratio, without its noise.
+    """Return (len(RATIOS), N_RINGS), the log power of the median source image at each ratio, without noise.
 
     Args:
-        source: `measure_aligned` of N images; each is scaled to the contrast that it has unaligned.
+        source: `measure_aligned` of N images; each is normalised by its contrast before alignment.
     """
     log_power, _ = _without_noise(source)
-    contrast = log_power[:, -1:, BASE].mean(-1, keepdims=True)
+    contrast = log_power[:, -1:, CONTRAST_RINGS].mean(-1, keepdims=True)
     curves: np.ndarray = np.median(log_power - contrast, 0)
     return curves
 
@@ -169,7 +170,7 @@ def ratio_costs(target: Spectra, curves: np.ndarray) -> np.ndarray:
     log_power, weight = (array[:, None] for array in _without_noise(target))
     floor = curves[-1] + np.log(BLUR_FLOOR)
     model = np.logaddexp(curves, floor)
-    trust = (weight * np.exp(curves - model)) ** 2  # a ring at the floor says nothing about the contrast
+    trust = (weight * np.exp(curves - model)) ** 2  # a ring at the floor carries no contrast
     contrast = ((log_power - curves) * trust).sum(-1) / np.maximum(trust.sum(-1), 1e-9)
     error = weight * (model - np.logaddexp(log_power - contrast[..., None], floor))
     costs: np.ndarray = (error**2).sum(-1) / SCENE_SPREAD**2
@@ -177,18 +178,18 @@ def ratio_costs(target: Spectra, curves: np.ndarray) -> np.ndarray:
 
 
 def fit_mixture(costs: np.ndarray) -> Mixture:
-    """Find the mixture under which the images are most likely; prob is 0 without `EVIDENCE` for anything else.
+    """Find the mixture under which the images are most likely; prob is 0 unless it gains `MIN_EVIDENCE`.
 
-    Quantiles of the images' best ratios would be simpler, and wider than the truth by the error of each ratio.
+    Quantiles of the images' best ratios would be simpler, but too wide by the error of each ratio.
 
     Args:
         costs: (N, len(RATIOS)), of `ratio_costs`.
     """
     likelihood = np.exp(-(costs - costs.min(1, keepdims=True)) / 2)
-    stray = likelihood @ RATIO_WIDTHS / RATIO_WIDTHS.sum()
+    outlier_likelihood = likelihood @ RATIO_WIDTHS / RATIO_WIDTHS.sum()
 
     def score(mixture: Mixture) -> float:
-        return float(np.log((1 - OUTLIERS) * likelihood @ mixture.weights() + OUTLIERS * stray).sum())
+        return float(np.log((1 - OUTLIERS) * likelihood @ mixture.weights() + OUTLIERS * outlier_likelihood).sum())
 
     candidates = [
         Mixture(prob, low, high)
@@ -198,26 +199,26 @@ def fit_mixture(costs: np.ndarray) -> Mixture:
     ]
     unblurred = Mixture(0.0, float(RATIOS[-2]), 1.0)
     best = max(candidates, key=score)
-    return best if score(best) - score(unblurred) >= EVIDENCE else unblurred
+    return best if score(best) - score(unblurred) >= MIN_EVIDENCE else unblurred
 
 
 def mixture_bands(source: Spectra, mixture: Mixture) -> np.ndarray:
-    """Return (9, N_RINGS), the deciles of log power over the source's images when they are aligned by `mixture`."""
+    """Return (9, N_RINGS), the deciles of log power over the source images, aligned by `mixture`."""
     log_power = np.log(source.power)
-    log_power = log_power - log_power[:, -1:, BASE].mean(-1, keepdims=True)
+    log_power = log_power - log_power[:, -1:, CONTRAST_RINGS].mean(-1, keepdims=True)
     weights = np.tile(mixture.weights(), len(log_power))
     return _deciles(log_power.reshape(-1, N_RINGS), weights)
 
 
 def image_bands(target: Spectra) -> np.ndarray:
-    """Return (9, N_RINGS), the deciles of log power over images, each scaled to one contrast."""
+    """Return (9, N_RINGS), the deciles of log power over images of normalised contrast."""
     log_power = np.log(target.power)
-    return _deciles(log_power - log_power[:, BASE].mean(-1, keepdims=True), np.ones(len(log_power)))
+    return _deciles(log_power - log_power[:, CONTRAST_RINGS].mean(-1, keepdims=True), np.ones(len(log_power)))
 
 
 def mismatch(bands: np.ndarray, others: np.ndarray) -> float:
-    """Return the mean difference of two sets of deciles over the rings that are `SEEN`, in dB."""
-    return float(np.abs(bands - others)[:, SEEN].mean()) * DB
+    """Return the mean absolute difference of two sets of deciles over `COMPARED_RINGS`, in dB."""
+    return float(np.abs(bands - others)[:, COMPARED_RINGS].mean()) * DB
 
 
 def _deciles(values: np.ndarray, weights: np.ndarray) -> np.ndarray:
@@ -226,7 +227,7 @@ def _deciles(values: np.ndarray, weights: np.ndarray) -> np.ndarray:
 
 
 def _without_noise(spectra: Spectra) -> tuple[np.ndarray, np.ndarray]:
-    """Return log power less that of the noise, and in [0, 1] how much of each ring is not noise."""
+    """Return log power without the noise, and for each ring the weight in [0, 1] that is not noise."""
     power, noise = spectra.power, spectra.noise[..., None]
     weight = np.clip(1 - NOISE_MARGIN * noise / power, 0, 1)
     return np.log(np.maximum(power - noise, 0.02 * power)), weight
@@ -248,7 +249,7 @@ def _taper(side: int) -> np.ndarray:
 
 @lru_cache(maxsize=8)
 def _rings(side: int) -> tuple[np.ndarray, np.ndarray]:
-    """Return the taper, and the ring of every frequency of a square, flat; `N_RINGS` is none."""
+    """Return the taper of a square, and the ring of each frequency, flattened; `N_RINGS` stands for none."""
     frequency = np.hypot(fft.fftfreq(side)[:, None], fft.rfftfreq(side)).ravel()
     ring = np.searchsorted(RING_EDGES, frequency, side="right") - 1
     ring[(ring < 0) | (ring >= N_RINGS)] = N_RINGS

@@ -12,7 +12,7 @@ from torch import nn
 from tqdm import tqdm
 
 from hf_seg.arguments import RecipeArguments
-from hf_seg.data.dataloaders import LabelledImages
+from hf_seg.data.samples import LabelledImages
 from hf_seg.errors import DatasetError
 from hf_seg.inference.load import use_network
 from hf_seg.inference.predict import Predictor

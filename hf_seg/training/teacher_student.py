@@ -6,7 +6,7 @@ from typing import Any
 from accelerate import Accelerator
 
 from hf_seg.arguments import RecipeArguments, dump_recipe
-from hf_seg.data.dataloaders import LabelledImages
+from hf_seg.data.samples import LabelledImages
 from hf_seg.hub.export import export_model
 from hf_seg.models import SegmentationNetwork
 from hf_seg.training.evaluation import evaluate_network

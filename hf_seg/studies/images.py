@@ -1,0 +1,44 @@
+"""Image files of a folder, and their pixels."""
+
+import warnings
+from pathlib import Path
+
+import numpy as np
+import rasterio
+from rasterio.errors import NotGeoreferencedWarning, RasterioError
+
+from hf_seg.errors import DatasetError, file_errors
+
+LOSSLESS = (".tif", ".tiff", ".png")
+ANY_IMAGE = (*LOSSLESS, ".jpg", ".jpeg")
+
+
+def list_images(folder: Path, pattern: str, suffixes: tuple[str, ...]) -> list[Path]:
+    """Return the image files that match a glob pattern, sorted, without hidden ones.
+
+    Raises:
+        FileError: the folder cannot be read.
+    """
+    with file_errors(folder, "cannot be read"):
+        return [
+            path
+            for path in sorted(folder.glob(pattern))
+            if path.suffix.lower() in suffixes and not path.name.startswith(".") and path.is_file()
+        ]
+
+
+def read_image(path: Path) -> np.ndarray:
+    """Return the pixels of an image: (H, W) of one band, else (H, W, bands).
+
+    Raises:
+        DatasetError: the file cannot be read as an image.
+    """
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", NotGeoreferencedWarning)
+            with rasterio.open(path) as file:
+                bands = file.read()
+    except RasterioError as error:
+        reason = error.__cause__ or error
+        raise DatasetError(f"{path}: cannot be read as an image ({reason}); remove it or create it again") from None
+    return bands[0] if len(bands) == 1 else np.ascontiguousarray(np.moveaxis(bands, 0, -1))

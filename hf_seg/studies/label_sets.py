@@ -1,0 +1,228 @@
+"""Label sets on disk or on the Hub: read them, match them by image id, and audit them tile by tile."""
+
+import csv
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import datasets
+import numpy as np
+from tqdm import tqdm
+
+from hf_seg.data.pseudo_label_dataset import load_pseudo_labels
+from hf_seg.errors import DatasetError, UserError, file_errors
+from hf_seg.labels import BACKGROUND, IGNORE_INDEX, NUM_LABELS
+from hf_seg.studies.images import LOSSLESS, list_images, read_image
+from hf_seg.studies.label_audit import calibrate, count_confidence, count_pixels, summarize
+from hf_seg.studies.label_audit_figures import GalleryRow
+from hf_seg.studies.label_audit_page import judge
+
+GENERIC_FOLDERS = ("labels", "train", "val", "test")  # such a name needs the folder above it
+REGION_RULE = re.compile(r"(?!(?:Train|Val|Test)Area_)(.+)_[0-9]+")  # OpenEarthMap: <region>_<n>; OEM-SAR has none
+NO_REGION = "(none)"
+NUM_EXAMPLES = 3  # names of tiles that are not in the other set
+
+
+class LabelSet:
+    """Label maps by image id, each read on access.
+
+    Args:
+        source: folder of label images, or folder or Hub id of pseudo-labels.
+        name: what the report calls the set; by default the last parts of the source.
+
+    Attributes:
+        entries: {image id: file, or row of the dataset}.
+
+    Raises:
+        UserError: the source contains no labels, or an image id twice.
+    """
+
+    def __init__(self, source: str, name: str | None = None) -> None:
+        path = Path(source)
+        self.source = source
+        self.name = name or default_name(source)
+        self.rows: datasets.Dataset | None = None
+        self.entries: dict[str, Any]
+        if path.is_file():
+            raise UserError(f"{source} is a file: pass its folder")
+        if path.is_dir() and next(path.rglob("*.parquet"), None) is None:
+            self.entries = images_by_id(path, "*") or images_by_id(path, "*/labels/*")
+            if not self.entries:
+                raise UserError(f"{source}: contains neither label images ({', '.join(LOSSLESS)}) nor Parquet files")
+            return
+        self.rows = load_pseudo_labels(source, columns=("image_id", "pseudo_label", "confidence"))
+        ids = self.rows["image_id"][:]
+        self.entries = {image_id: row for row, image_id in enumerate(ids)}
+        if len(self.entries) < len(ids):
+            duplicate = next(image_id for row, image_id in enumerate(ids) if self.entries[image_id] != row)
+            raise UserError(f"{source}: duplicate image_id {duplicate!r}")
+
+    def read(self, image_id: str) -> tuple[np.ndarray, np.ndarray | None]:
+        """Return the labels of a tile and their confidence, None if unknown.
+
+        Returns:
+            (H, W) uint8 class ids, 0 = no label; (H, W) uint8, 255 = 1.0.
+
+        Raises:
+            DatasetError: a file that cannot be read, not one band, or an id that is not a class.
+        """
+        place, confidence = f"{self.source}, {image_id}", None
+        if self.rows is None:
+            label = read_image(self.entries[image_id])
+        else:
+            try:
+                row = self.rows[self.entries[image_id]]
+            except (OSError, SyntaxError) as error:  # what Pillow raises
+                raise DatasetError(f"{place}: cannot be read ({error}); create it again") from None
+            label = np.asarray(row["pseudo_label"])
+            confidence = np.asarray(row["confidence"]) if "confidence" in row else None
+        if label.ndim != 2 or label.dtype.kind not in "iu":
+            raise DatasetError(f"{place}: expected one band of class ids, found {label.shape} {label.dtype}")
+        if (wrong := label[((label < 0) | (label >= NUM_LABELS)) & (label != IGNORE_INDEX)]).size:
+            allowed = f"0..{NUM_LABELS - 1}, or {IGNORE_INDEX} for no label"
+            raise DatasetError(f"{place}: {wrong[0]} is not a class id ({allowed}); remap it")
+        if confidence is not None and (confidence.shape, confidence.dtype) != (label.shape, np.uint8):
+            found = f"{confidence.shape} {confidence.dtype}"
+            raise DatasetError(f"{place}: expected confidence as {label.shape} uint8, found {found}")
+        return np.where(label == IGNORE_INDEX, BACKGROUND, label).astype(np.uint8), confidence
+
+
+def default_name(source: str) -> str:
+    """Return the last part of a folder, with those above it as long as they are generic; a Hub id as it is."""
+    path = Path(source)
+    if not path.exists():
+        return source
+    parts = path.resolve().parts[1:]
+    first = len(parts) - 1
+    while first > 0 and parts[first] in GENERIC_FOLDERS:
+        first -= 1
+    return "/".join(parts[max(first, 0) :])
+
+
+def images_by_id(folder: Path, pattern: str) -> dict[str, Path]:
+    """Map image id (stem) to file for the label images that match; two files of one id are a UserError."""
+    files: dict[str, Path] = {}
+    for path in list_images(folder, pattern, LOSSLESS):
+        if (first := files.setdefault(path.stem, path)) != path:
+            raise UserError(f"{path} and {first} have the same image_id, {path.stem!r}: remove one")
+    return files
+
+
+def match_ids(sets: dict[str, LabelSet]) -> list[str]:
+    """Return the ids that A and B share, sorted.
+
+    Args:
+        sets: by key: `a`, `b` and, if there is one, `truth`.
+
+    Raises:
+        UserError: A and B share no id, or the truth has none of A's.
+    """
+    shared = set(sets["a"].entries)
+    for key in [key for key in ("b", "truth") if key in sets]:
+        common = shared & sets[key].entries.keys()
+        if not common:
+            examples = f"{min(sets[key].entries)!r} and {min(shared)!r}"
+            raise UserError(f"{sets[key].source} and {sets['a'].source} share no image id, e.g. {examples}")
+        shared = common if key == "b" else shared
+    return sorted(shared)
+
+
+def read_tiles(sets: dict[str, LabelSet], image_id: str) -> dict[str, tuple[np.ndarray, np.ndarray | None]]:
+    """Read one tile of every set that has it; DatasetError if the sizes differ."""
+    tiles = {key: label_set.read(image_id) for key, label_set in sets.items() if image_id in label_set.entries}
+    if len({label.shape for label, _ in tiles.values()}) > 1:
+        sizes = ", ".join(f"{sets[key].source} {label.shape}" for key, (label, _) in tiles.items())
+        raise DatasetError(f"{image_id}: the label maps differ in size: {sizes}")
+    return tiles
+
+
+def read_regions(file: Path | None, image_ids: Sequence[str]) -> list[str] | None:
+    """Return the region of each tile, from a CSV file or from OpenEarthMap's tile names; None if none is known."""
+    if file is None:
+        regions = [match[1] if (match := REGION_RULE.fullmatch(image_id)) else NO_REGION for image_id in image_ids]
+        return None if set(regions) == {NO_REGION} else regions
+    try:
+        with file_errors(file, "cannot be read"), open(file, encoding="utf-8-sig", newline="") as lines:
+            reader = csv.DictReader(lines)
+            if not {"image_id", "region"} <= set(reader.fieldnames or ()):
+                raise UserError(f"{file}: expected a header with image_id and region, found {reader.fieldnames}")
+            region_of = {row["image_id"]: row["region"] for row in reader}
+    except (UnicodeDecodeError, csv.Error) as error:
+        raise UserError(f"{file}: cannot be read as CSV in UTF-8 ({error})") from None
+    if not region_of.keys() & set(image_ids):
+        raise UserError(f"{file}: contains none of the {len(image_ids)} tiles, e.g. not {image_ids[0]!r}")
+    return [region_of.get(image_id) or NO_REGION for image_id in image_ids]
+
+
+def count_tiles(sets: dict[str, LabelSet], image_ids: Sequence[str]) -> tuple[np.ndarray, dict[str, np.ndarray]]:
+    """Count the pixels of all tiles, with one tile in memory at a time.
+
+    Returns:
+        (N, 9, 9, 9) uint32 of `count_pixels`; by set with a confidence, (256, 2) of `count_confidence`, compared with
+        the truth or, without one, with the other set.
+    """
+    counts = np.zeros((len(image_ids), NUM_LABELS, NUM_LABELS, NUM_LABELS), dtype=np.uint32)
+    levels: dict[str, np.ndarray] = {}
+    for index, image_id in enumerate(tqdm(image_ids, desc="audit", unit="tile")):
+        tiles = read_tiles(sets, image_id)
+        labels = {key: label for key, (label, _) in tiles.items()}
+        counts[index] = count_pixels(labels["a"], labels["b"], labels.get("truth"))
+        for key, other in (("a", "b"), ("b", "a")):
+            confidence, reference = tiles[key][1], labels.get("truth" if "truth" in sets else other)
+            if confidence is not None and reference is not None:
+                levels[key] = levels.get(key, 0) + count_confidence(confidence, labels[key], reference)
+    return counts, levels
+
+
+def audit(sets: dict[str, LabelSet], image_ids: list[str], regions: Path | None, seed: int) -> dict[str, Any]:
+    """Read every tile once and return the content of audit.json.
+
+    Args:
+        sets: by key, as for `match_ids`.
+        image_ids: tiles of A and B.
+        regions: CSV file with columns image_id and region, if any.
+        seed: of the bootstrap.
+
+    Raises:
+        UserError: A and B share no labelled pixel, or share none with the truth; a file that cannot be read.
+    """
+    region_names = read_regions(regions, image_ids)
+    counts, levels = count_tiles(sets, image_ids)
+    if not counts[:, :, 1:, 1:].any():
+        raise UserError(f"{sets['a'].source} and {sets['b'].source} share no labelled pixel; is one of them empty?")
+    result = summarize(image_ids, counts, region_names, seed=seed)
+    if "truth" in sets and result["truth"] is None:
+        raise UserError(f"{sets['truth'].source}: labels no pixel that A and B both label")
+    described, others = {}, {"a": set(sets["b"].entries), "b": set(sets["a"].entries), "truth": set(image_ids)}
+    for key, label_set in sets.items():
+        unmatched = sorted(label_set.entries.keys() - others[key])
+        described[key] = {"name": label_set.name, "source": label_set.source, "n_tiles": len(label_set.entries)}
+        described[key] |= {"n_unmatched": len(unmatched), "unmatched": unmatched[:NUM_EXAMPLES]}
+    references = dict.fromkeys("ab", "truth") if "truth" in sets else {"a": "B", "b": "A"}
+    calibrations = {key: calibrate(found) for key, found in levels.items()}
+    confidence = {key: {"reference": references[key], **found} for key, found in calibrations.items() if found}
+    verdict = judge(result, sets["a"].name, sets["b"].name)
+    return {"verdict": verdict, "sets": described, "confidence": confidence, **result}
+
+
+def read_gallery(
+    sets: dict[str, LabelSet], tiles: dict[str, dict[str, float]], images: dict[str, Path], n_rows: int
+) -> list[GalleryRow]:
+    """Read the tiles with the most differing pixels once more, with their images.
+
+    Args:
+        tiles: scores by image id, as in audit.json.
+        images: files of the images by image id; some may be missing.
+        n_rows: number of tiles.
+    """
+    rows = []
+    for image_id in sorted(tiles, key=lambda image_id: (-tiles[image_id]["disagreement"], image_id))[:n_rows]:
+        labels = {key: label for key, (label, _) in read_tiles(sets, image_id).items()}
+        image = read_image(images[image_id]) if image_id in images else None
+        size = labels["a"].shape
+        if image is not None and (image.dtype != np.uint8 or image.shape not in (size, (*size, 3))):
+            found = f"{image.shape} {image.dtype}"
+            raise DatasetError(f"{images[image_id]}: expected 1 or 3 bands of {size} uint8, found {found}")
+        rows.append(GalleryRow(image_id, image, labels["a"], labels["b"], labels.get("truth")))
+    return rows
