@@ -1,4 +1,4 @@
-"""A Hub on this machine: as much of its protocol as pushing and pulling need, over real HTTP, with faults on demand.
+"""A local Hub: the part of its protocol that pushing and pulling need, over real HTTP, with faults on demand.
 
 with serve_hub(tokens={"hf_me"}) as hub:
     environ["HF_ENDPOINT"] = hub.url            # and HF_HUB_DISABLE_XET=1, both before huggingface_hub is imported
@@ -36,7 +36,7 @@ class Stored(NamedTuple):
 
 @dataclass
 class Repository:
-    """Every commit with its files and message, and the branches and tags that name some of them."""
+    """Every commit with its files and message, and the branches and tags that point to them."""
 
     private: bool
     commits: dict[str, dict[str, Stored]] = field(default_factory=lambda: {"0" * 40: {}})
@@ -50,7 +50,7 @@ class Repository:
 
 @dataclass
 class Fault:
-    """What goes wrong with the next `times` requests of a method whose path contains `part`."""
+    """A failure of the next `times` requests of a method whose path contains `part`."""
 
     method: str
     part: str
@@ -60,7 +60,7 @@ class Fault:
 
 @dataclass
 class Hub:
-    """What the server knows; a test may look and change anything."""
+    """State of the server, which a test may read and change."""
 
     tokens: set[str]
     url: str = ""
@@ -109,7 +109,7 @@ class _Handler(BaseHTTPRequestHandler):
         self.body = self.rfile.read(length)
         try:
             if fault is not None and fault.status is not None:
-                # an answer that repeats what it should not
+                # the answer repeats the token
                 raise HubError(fault.status, "Fault", error=f"refused {self.headers.get('Authorization')}")
             content, headers = self._route(path)
             status = 200
@@ -157,7 +157,7 @@ class _Handler(BaseHTTPRequestHandler):
         repository = self.hub.repositories.get(name)
         if repository is None or repository.private:
             try:
-                self._require_token()  # without it, a private repository is as unknown as one that is not there
+                self._require_token()  # without it, a private repository looks like one that does not exist
             except HubError:
                 raise HubError(401, "RepoNotFound") from None
         if repository is None:

@@ -56,7 +56,7 @@ def go_online(url: str, token: str | None) -> None:
 
 @pytest.fixture
 def hub(monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
-    """A Hub that this process is logged in to, and whose client does not wait between attempts."""
+    """A Hub that this process is logged in to; its client does not wait between attempts."""
     for name in ("ENDPOINT", "HF_HUB_OFFLINE", "HF_HUB_DISABLE_XET"):
         monkeypatch.setattr(huggingface_hub.constants, name, getattr(huggingface_hub.constants, name))  # restored
     monkeypatch.setenv("HF_TOKEN", TOKEN)
@@ -495,7 +495,7 @@ def _run(rank: int, argv: list[str], log: Path, url: str, token: str | None, pro
 
 
 def command_line(oem_sar: Path, output_dir: Path) -> list[str]:
-    """Return the command line of one step of the toy, to be pushed."""
+    """Return the command line of one step of the toy with a push."""
     text = f"""--data_dir {oem_sar} --output_dir {output_dir} --model_name_or_path toy-segformer --from_scratch true
         --crop_size 32 --max_train_steps 1 --warmup_steps 0 --per_device_train_batch_size 2 --eval_steps 1
         --report_to none --mixed_precision no --dataloader_num_workers 0 --checkpointing_steps 0

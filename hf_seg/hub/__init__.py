@@ -1,1 +1,1 @@
-"""From a trained network to a folder that the Hub takes."""
+"""Folders for the Hub: export, cards and upload."""

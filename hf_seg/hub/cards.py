@@ -1,6 +1,6 @@
 """Cards for the Hub: a template in `model_cards/`, filled with what was measured.
 
-A card is made from the files in its folder alone, so no figure in it was not measured.
+A card is made from the files in its folder alone, so every figure in it was measured.
 """
 
 import re

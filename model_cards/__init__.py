@@ -1,0 +1,1 @@
+"""Templates of cards; an installed package has them as `hf_seg.model_cards`."""
