@@ -109,7 +109,7 @@ class Parser(argparse.ArgumentParser):
                 words[index] = f"{word}=true"
         return super().parse_known_args(words, namespace)
 
-    def parse_args(self, args: Any = None, namespace: Any = None) -> Any:  # type: ignore[override]
+    def parse_args(self, args: Any = None, namespace: Any = None) -> Any:
         """Parse a whole command line.
 
         Raises:
@@ -117,10 +117,18 @@ class Parser(argparse.ArgumentParser):
         """
         found, unknown = self.parse_known_args(args, namespace)
         if unknown:
-            flags = [flag.lstrip("-") for action in self._actions for flag in action.option_strings]
+            flags = [flag.lstrip("-") for action in self._all_actions() for flag in action.option_strings]
             hint = nearest(unknown[0].partition("=")[0].lstrip("-"), flags).replace("mean '", "mean '--")
             raise UserError(f"unknown setting {unknown[0]!r}{hint}")
         return found
+
+    def _all_actions(self) -> list[argparse.Action]:
+        """Return the actions of this parser and of its subcommands."""
+        actions = list(self._actions)
+        for action in self._actions:
+            if isinstance(action, argparse._SubParsersAction):
+                actions += [each for parser in action.choices.values() for each in parser._actions]
+        return actions
 
     def error(self, message: str) -> NoReturn:
         """Raise instead of printing all flags."""
@@ -149,7 +157,7 @@ class Parser(argparse.ArgumentParser):
 
 def filled(settings: type[Filled], namespace: argparse.Namespace) -> Filled:
     """Return a settings dataclass with what was given on a command line that has its flags (`add_settings`)."""
-    names = [field.name for field in dataclasses.fields(settings)]  # type: ignore[arg-type]
+    names = [field.name for field in dataclasses.fields(typing.cast(Any, settings))]
     return settings(**{name: getattr(namespace, name) for name in names if hasattr(namespace, name)})
 
 

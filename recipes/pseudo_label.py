@@ -84,8 +84,8 @@ def main(argv: list[str] | None = None) -> None:
     if accelerator.is_main_process:
         (output_dir / "manifest.json").unlink(missing_ok=True)
         write_recipe(args, output_dir)
-        write_training_data(output_dir, {"target": read_provenance(args.data_dir, "OpenEarthMap-SAR")})
         write_atomic(output_dir / "inputs.json", json.dumps(inputs, indent=1))
+        write_training_data(output_dir, {"target": read_provenance(args.data_dir, "OpenEarthMap-SAR")})
     accelerator.wait_for_everyone()
     accelerator.print(
         f"{len(rows)} tiles in {len(shards)} shards, {len(shards) - len(missing)} of them complete and kept; "

@@ -37,12 +37,10 @@ from hf_seg.adaptation.pseudo_labels import CollapseWatch, describe_pseudo_label
 from hf_seg.adaptation.strong_augmentation import strong_augment
 from hf_seg.data.dataloaders import AugmentedStream, seed_at, stream_seed, train_dataloader
 from hf_seg.data.open_earth_map import load_open_earth_map, load_open_earth_map_sar
-from hf_seg.data.provenance import read_provenance
 from hf_seg.data.samples import LabelledImages, UnlabelledImages
 from hf_seg.data.scan import scan_open_earth_map_sar
 from hf_seg.data.transforms import ResolutionAlignment, optical_transform
 from hf_seg.errors import one_line_errors
-from hf_seg.hub.export import write_training_data
 from hf_seg.labels import CLASS_NAMES
 from hf_seg.losses import cross_entropy
 from hf_seg.models import SegmentationLogits
@@ -89,10 +87,7 @@ def main(argv: list[str] | None = None) -> None:
     )
 
     if accelerator.is_main_process:
-        source = read_provenance(args.source_dir, "OpenEarthMap")
-        target = read_provenance(args.data_dir, "OpenEarthMap-SAR")
         write_recipe(args, output_dir)
-        write_training_data(output_dir, {"source": source, "target": target})
     scores: dict[str, Any] | None = None
     stop, log, watch = StopSignal(accelerator), RunLog(accelerator, args, progress.step), CollapseWatch()
     student.train()

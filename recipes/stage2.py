@@ -31,7 +31,7 @@ from hf_seg.data.pseudo_label_dataset import load_pseudo_labels
 from hf_seg.data.samples import LabelledImages
 from hf_seg.data.transforms import sar_transform
 from hf_seg.errors import one_line_errors
-from hf_seg.hub.export import export_model, write_training_data
+from hf_seg.hub.export import export_model
 from hf_seg.losses import noise_robust_loss
 from hf_seg.models import SegmentationLogits
 from hf_seg.training.checkpoints import Progress, StopSignal, load_checkpoint, save_or_stop
@@ -79,9 +79,7 @@ def main(argv: list[str] | None = None) -> None:
     )
 
     if accelerator.is_main_process:
-        target = read_provenance(args.data_dir, "OpenEarthMap-SAR")
         write_recipe(args, output_dir)
-        write_training_data(output_dir, {"target": target})
     results: dict[str, Any] | None = None
     stop, log = StopSignal(accelerator), RunLog(accelerator, args, progress.step)
     network.train()
@@ -177,9 +175,14 @@ def export(
 ) -> None:
     """Write model, recipe and results to a folder; to be called by every process."""
     if accelerator.is_main_process:
-        results = None if results is None else {**results, "step": step}
-        model = accelerator.unwrap_model(network).model
-        export_model(model, folder, crop_size=args.crop_size, recipe=dump_recipe(args), results=results)
+        export_model(
+            accelerator.unwrap_model(network).model,
+            folder,
+            crop_size=args.crop_size,
+            recipe=dump_recipe(args),
+            results=None if results is None else {**results, "step": step},
+            training_data={"target": read_provenance(args.data_dir, "OpenEarthMap-SAR")},
+        )
 
 
 if __name__ == "__main__":

@@ -370,10 +370,13 @@ def run_networks(options: argparse.Namespace) -> None:
     if options.steps < 2:
         raise UserError(f"--steps must be at least 2; it is {options.steps}")
 
+    import torch
     from accelerate import Accelerator
 
     from hf_seg.data.scan import scan_open_earth_map, scan_open_earth_map_sar
-    from hf_seg.training.evaluation import evaluate_network
+    from hf_seg.inference.load import use_network
+    from hf_seg.inference.predict import Predictor
+    from hf_seg.training.evaluation import evaluate
 
     source = scan_open_earth_map(options.data / SOURCE_FOLDER).rows
     target = scan_open_earth_map_sar(options.data / TARGET_FOLDER).rows
@@ -392,8 +395,8 @@ def run_networks(options: argparse.Namespace) -> None:
         images, tests = runs[name]
         network = train_network(images, is_sar=name != "optical", steps=options.steps)
         for title, test in tests.items():
-            accelerator = Accelerator(cpu=True)
-            results = evaluate_network(network, test, accelerator, window=CROP, stride=CROP // 2, batch_size=8)
+            predictor = Predictor([use_network(network, crop_size=CROP)], device=torch.device("cpu"), batch_size=8)
+            results, _ = evaluate(predictor, test, Accelerator(cpu=True))
             classes = " ".join("-" if value is None else f"{value:.2f}" for value in results["iou"].values())
             print(f"{name}, {len(images)} scenes, {options.steps} steps, {title} ({len(test)}): ", end="")
             print(f"mIoU {results['mean_iou']:.3f}, IoU 0..8 {classes}", flush=True)

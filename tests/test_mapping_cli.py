@@ -242,16 +242,14 @@ MISTAKES: dict[str, tuple[Callable[[Path], Any], tuple[str, ...], str]] = {
     "no model": (
         raster(),
         ("--model", "nobody/nothing"),
-        "model 'nobody/nothing' is neither a folder with a config.json nor to be had from the Hub now; fetch it where "
-        "there is a network (`hf download`), or give a local folder (We couldn't connect to "
-        "'https://huggingface.co' to load the files, and couldn't find them in the cached files.)",
+        "nobody/nothing was not found locally or on the Hub (Cannot find an appropriate cached snapshot folder for the "
+        "specified revision on the local disk and outgoing traffic has been disabled. To enable repo look-ups and "
+        "downloads onli); check the name and the network; a private repository needs `hf auth login` or token=...",
     ),
     "model": (
         raster(),
         ("--model", "{dir}"),
-        "model '{dir}' is neither a folder with a config.json nor to be had from the Hub now; fetch it where there is "
-        "a network (`hf download`), or give a local folder (Unrecognized model in {dir}. "
-        "Should have a `model_type` key in its config.json.)",
+        "{dir} is neither a model nor an ensemble: it has no config.json and no ensemble.json",
     ),
 }
 

@@ -19,7 +19,8 @@ from mapping_networks import pointwise, predict, speckled
 from torch import nn
 
 from hf_seg.errors import UserError
-from hf_seg.inference.predict import Predictor, load_members
+from hf_seg.inference.load import use_network
+from hf_seg.inference.predict import Predictor
 from hf_seg.mapping.job import MapJob
 from hf_seg.mapping.options import RasterOptions
 
@@ -90,7 +91,7 @@ def test_bands_of_another_network_scene_or_setting_are_not_used(tmp_path: Path) 
     write_tiff(tmp_path / "a.tif", image)
 
     def missing(compute: tuple[int, ...] = (), seed: int = 1, **settings: Any) -> list[int]:
-        predictor = Predictor(load_members(pointwise(seed), window=32), device=torch.device("cpu"))
+        predictor = Predictor([use_network(pointwise(seed), crop_size=32)], device=torch.device("cpu"))
         job = MapJob(predictor, tmp_path / "a.tif", tmp_path / "b.tif", RasterOptions(**settings))
         job.prepare()
         job.compute(compute, show_progress=False)
@@ -108,7 +109,7 @@ def test_bands_of_another_network_scene_or_setting_are_not_used(tmp_path: Path) 
 
 def test_a_damaged_band_is_named_and_computed_again(tmp_path: Path) -> None:
     write_tiff(tmp_path / "a.tif", speckled(1100, 40))
-    predictor = Predictor(load_members(pointwise(), window=32), device=torch.device("cpu"))
+    predictor = Predictor([use_network(pointwise(), crop_size=32)], device=torch.device("cpu"))
     job = MapJob(predictor, tmp_path / "a.tif", tmp_path / "b.tif", RasterOptions())
     job.prepare()
     job.compute(job.missing(), show_progress=False)
@@ -130,7 +131,7 @@ def test_a_full_disk_loses_no_finished_band_and_leaves_no_incomplete_map(tmp_pat
     message.touch()
 
     def run() -> None:
-        predictor = Predictor(load_members(pointwise(), window=32), device=torch.device("cpu"))
+        predictor = Predictor([use_network(pointwise(), crop_size=32)], device=torch.device("cpu"))
         job = MapJob(predictor, tmp_path / "a.tif", tmp_path / "b.tif", RasterOptions(stride=1.0))
         job.prepare()
         out = message.open("w")

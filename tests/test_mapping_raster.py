@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 import hf_seg.mapping.polygons
 from hf_seg.errors import UserError
-from hf_seg.inference.predict import Member
+from hf_seg.inference.load import LoadedNetwork
 from hf_seg.labels import CLASS_NAMES, NUM_LABELS, PALETTE
 from hf_seg.mapping.raster import predict_raster
 
@@ -139,7 +139,10 @@ def test_an_ensemble_averages_probabilities_and_reports_disagreement(tmp_path: P
     image = speckled(530, 45)
     write_tiff(tmp_path / "a.tif", image)
     networks, weights = [pointwise(seed) for seed in (1, 2, 6)], [1.0, 3.0, 2.0]
-    members = [Member(net, window, weight) for net, window, weight in zip(networks, (32, 48, 16), weights, strict=True)]
+    members = [
+        LoadedNetwork(module=network, crop_size=window, weight=weight)
+        for network, window, weight in zip(networks, (32, 48, 16), weights, strict=True)
+    ]
     predict(members, tmp_path / "a.tif", tmp_path / "b.tif", window=None, disagreement=True, confidence=True)
     probs = np.stack([probs_of(network, image) for network in networks])
     mean = np.average(probs, axis=0, weights=weights)

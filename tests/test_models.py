@@ -24,8 +24,9 @@ from transformers import (
 
 from hf_seg.errors import UserError
 from hf_seg.hub.export import image_processor
+from hf_seg.inference.load import load_networks
 from hf_seg.labels import ID2LABEL, IGNORE_INDEX, LABEL2ID, NUM_LABELS
-from hf_seg.models import PRESETS, SegmentationNetwork, build_model, encoder_and_heads, load_trained
+from hf_seg.models import PRESETS, SegmentationNetwork, build_model, encoder_and_heads
 
 TOYS = ("toy-segformer", "toy-convnextv2", "toy-swinv2")
 CLASSIFIERS = dict(
@@ -173,39 +174,40 @@ def test_a_finished_model_loads_with_every_tensor_and_its_crop_size(name: str, t
     model = build_toy(name)
     model.save_pretrained(tmp_path)
     image_processor(64).save_pretrained(tmp_path)
-    loaded, crop_size = load_trained(str(tmp_path))
-    assert crop_size == 64
+    (network,) = load_networks(tmp_path)
+    loaded = network.network().model
+    assert network.crop_size == 64
     assert type(loaded) is type(model)
     assert loaded.state_dict().keys() == model.state_dict().keys()
     assert all(torch.equal(tensor, model.state_dict()[key]) for key, tensor in loaded.state_dict().items())
 
 
 @pytest.mark.parametrize("name", TOYS)
-def test_a_finished_model_goes_on_training_as_it_was(name: str, tmp_path: Path) -> None:
+def test_a_finished_model_continues_training_as_it_was(name: str, tmp_path: Path) -> None:
     model = build_toy(name)
     model.save_pretrained(tmp_path)
     loaded = build_model(str(tmp_path), crop_size=64)
     assert all(torch.equal(tensor, model.state_dict()[key]) for key, tensor in loaded.state_dict().items())
 
 
-def test_a_finished_model_must_be_whole_and_of_the_nine_classes(tmp_path: Path) -> None:
+def test_a_finished_model_must_be_complete_and_of_the_nine_classes(tmp_path: Path) -> None:
     model = build_toy("toy-segformer")
     model.save_pretrained(tmp_path)
     with pytest.raises(UserError, match=f"{tmp_path}.*preprocessor_config.json"):
-        load_trained(str(tmp_path))
+        load_networks(tmp_path)
 
     image_processor(64).save_pretrained(tmp_path)
     tensors = load_file(tmp_path / "model.safetensors")
     edit_weights(tmp_path, {key: tensor for key, tensor in tensors.items() if key != "decode_head.classifier.bias"})
     with pytest.raises(UserError, match=f"{tmp_path}: 1 of .*decode_head.classifier.bias"):
-        load_trained(str(tmp_path))
+        load_networks(tmp_path)
 
     model.config.update({"id2label": {0: "sea", 1: "land"}, "label2id": {"sea": 0, "land": 1}})
     model.config.save_pretrained(tmp_path)
     with pytest.raises(UserError, match=f"{tmp_path} is no segmentation model of the 9 land-cover classes"):
-        load_trained(str(tmp_path))
+        load_networks(tmp_path)
     with pytest.raises(UserError, match="nowhere"):
-        load_trained("nowhere")
+        load_networks("nowhere")
 
 
 # --- pretrained weights ---------------------------------------------------------------------------------------------

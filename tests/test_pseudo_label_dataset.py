@@ -158,7 +158,7 @@ def test_a_folder_without_pseudo_labels_is_named(tmp_path: Path, kind: str) -> N
             folder / "train.parquet"
         )
     message = "no column pseudo_label among" if kind == "other columns" else "cannot be loaded"
-    with pytest.raises(UserError, match=f"--pseudo_labels {folder}: {message}"):
+    with pytest.raises(UserError, match=f"{folder}: {message}"):
         load_pseudo_labels(str(folder))
 
 

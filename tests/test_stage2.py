@@ -290,7 +290,7 @@ BAD_SETTINGS = [
     ({"model_name_or_path": "nvidia/mit-b9"}, "'nvidia/mit-b9' was not found locally or on the Hub"),
     ({"from_scratch": "false"}, "toy-segformer is a size without pretrained weights"),
     ({"model_name_or_path": "toy-swinv2", "per_device_train_batch_size": 1}, "at least 2 for UperNet; it is 1"),
-    ({"pseudo_labels": "nowhere"}, "--pseudo_labels nowhere: cannot be loaded"),
+    ({"pseudo_labels": "nowhere"}, "nowhere: pseudo-labels cannot be loaded"),
     ({"resume_from_checkpoint": "nowhere"}, "--resume_from_checkpoint nowhere is no complete checkpoint"),
     ({"learning_rate": 1e6, "head_lr_multiplier": 1e6, "warmup_steps": 0}, "at step"),
 ]

@@ -15,8 +15,8 @@ import rasterio
 
 from hf_seg.data.doctor import examine
 from hf_seg.data.open_earth_map import load_open_earth_map, load_open_earth_map_sar
-from hf_seg.data.scan import scan_open_earth_map
 from hf_seg.data.provenance import read_provenance
+from hf_seg.data.scan import scan_open_earth_map
 from hf_seg.errors import FileError, UserError
 from hf_seg.labels import BACKGROUND, CLASS_NAMES, LABEL2ID, NUM_LABELS
 from hf_seg.metrics import ConfusionMatrix

@@ -190,12 +190,12 @@ def load_pseudo_labels(path: str, columns: Sequence[str] = ("image_id", "pseudo_
         UserError: no such folder or repository, or not a dataset of pseudo-labels.
     """
     if Path(path, "inputs.json").exists() and not Path(path, "manifest.json").exists():
-        raise UserError(f"--pseudo_labels {path} is not finished; launch recipes/pseudo_label.py on it again")
+        raise UserError(f"{path} is not finished; launch recipes/pseudo_label.py on it again")
     try:
         loaded = datasets.load_dataset(str(Path(path).resolve()) if Path(path).exists() else path, split="train")
     except Exception as error:  # datasets raises many kinds; each is about this path
-        raise UserError(f"--pseudo_labels {path}: cannot be loaded ({' '.join(str(error).split())})") from None
+        raise UserError(f"{path}: pseudo-labels cannot be loaded ({' '.join(str(error).split())})") from None
     found = [column for column in columns if column in loaded.column_names]
     if missing := set(columns) - {*found, "confidence"}:
-        raise UserError(f"--pseudo_labels {path}: no column {', '.join(sorted(missing))} among {loaded.column_names}")
+        raise UserError(f"{path}: no column {', '.join(sorted(missing))} among {loaded.column_names}")
     return loaded.select_columns(found)

@@ -35,9 +35,15 @@ def image_processor(crop_size: int, normalization: Normalization = IMAGENET) -> 
 
 
 def export_model(
-    model: PreTrainedModel, folder: Path, *, crop_size: int, recipe: str, results: dict[str, Any] | None
+    model: PreTrainedModel,
+    folder: Path,
+    *,
+    crop_size: int,
+    recipe: str,
+    results: dict[str, Any] | None,
+    training_data: Mapping[str, Mapping[str, Any]] | None = None,
 ) -> None:
-    """Write weights (safetensors), config, processor, `recipe.yaml` and `eval_results.json`.
+    """Write weights (safetensors), config, processor, `recipe.yaml`, `eval_results.json` and `training_data.json`.
 
     Everything is written to a temporary folder first, so a full disk or a kill does not damage an earlier model. While
     the files are replaced there is no `config.json`, so no mixture of two models is taken for one.
@@ -47,6 +53,7 @@ def export_model(
         crop_size: see `image_processor`.
         recipe: the resolved settings as YAML.
         results: from `evaluate_network`; None if the model was not scored.
+        training_data: see `write_training_data`.
 
     Raises:
         FileError: the folder cannot be written.
@@ -58,6 +65,8 @@ def export_model(
         (temporary / "recipe.yaml").write_text(recipe, encoding="utf-8")
         if results is not None:
             (temporary / "eval_results.json").write_text(json.dumps(results, indent=1), encoding="utf-8")
+        if training_data is not None:
+            write_training_data(temporary, training_data)
 
 
 def write_training_data(folder: Path, provenance: Mapping[str, Mapping[str, Any]]) -> None:

@@ -187,8 +187,10 @@ class Predictor:
             with torch.autocast(self.device.type, dtype) if dtype else contextlib.nullcontext():
                 output: Any = network(pixel_values.to(self.dtype))
         except torch.OutOfMemoryError:
-            size = f"{len(pixel_values)} windows of {pixel_values.shape[-1]} pixels"
-            raise UserError(f"{size} do not fit into the memory of {self.device}; lower --batch_size") from None
+            raise UserError(
+                f"{len(pixel_values)} windows of {pixel_values.shape[-1]} pixels do not fit into the memory of "
+                f"{self.device}; lower --batch_size"
+            ) from None
         logits = output if isinstance(output, Tensor) else output.logits
         if logits.ndim != 4 or logits.shape[:2] != (len(pixel_values), NUM_LABELS):
             raise UserError(

@@ -9,7 +9,7 @@ from matplotlib.patches import Patch
 
 from hf_seg.labels import BACKGROUND, CLASS_NAMES, IGNORE_INDEX, NUM_LABELS
 from hf_seg.mapping.scene import Scene
-from hf_seg.report.plots import DPI, class_legend, colorize
+from hf_seg.report.style import DPI, class_legend, colorize
 
 MAX_SIDE = 1200  # longest side of the map in the figure, in pixels
 

@@ -29,7 +29,6 @@ from hf_seg.report.style import (
     stretch,
     style_axes,
 )
-from hf_seg.report.style import IGNORE_STRIPES as IGNORE_STRIPES  # until mapping/figure.py imports it from style
 
 logger = logging.getLogger(__name__)
 

@@ -76,8 +76,9 @@ def evaluate(
         image_id, image, label = images[index]
         accumulator = predictor.predict(image)
         label_map = accumulator.label_map().cpu().numpy()
-        for matrix, prediction in zip(counts, (label_map, *accumulator.label_maps), strict=True):
-            matrix.update(prediction, label)
+        counts[0].update(label_map, label)
+        for matrix, own_map in zip(counts[1:], accumulator.label_maps, strict=True):
+            matrix.update(own_map, label)
         if on_prediction is not None:
             on_prediction(image_id, label_map, label)
     matrices = torch.from_numpy(np.stack([matrix.matrix for matrix in counts])).to(accelerator.device)

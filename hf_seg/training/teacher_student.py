@@ -5,7 +5,8 @@ from typing import Any
 
 from accelerate import Accelerator
 
-from hf_seg.arguments import RecipeArguments, dump_recipe
+from hf_seg.arguments import RecipeArguments, Stage1Arguments, dump_recipe
+from hf_seg.data.provenance import read_provenance
 from hf_seg.data.samples import LabelledImages
 from hf_seg.hub.export import export_model
 from hf_seg.models import SegmentationNetwork
@@ -37,7 +38,12 @@ def mean_ious(scores: Scores) -> dict[str, float]:
 
 
 def export_both(
-    networks: Networks, folder: Path, scores: Scores | None, args: RecipeArguments, step: int, accelerator: Accelerator
+    networks: Networks,
+    folder: Path,
+    scores: Scores | None,
+    args: Stage1Arguments,
+    step: int,
+    accelerator: Accelerator,
 ) -> None:
     """Write the teacher to a folder and the student to `student/` in it; to be called by every process.
 
@@ -45,9 +51,19 @@ def export_both(
     """
     if not accelerator.is_main_process:
         return
+    training_data = {
+        "source": read_provenance(args.source_dir, "OpenEarthMap"),
+        "target": read_provenance(args.data_dir, "OpenEarthMap-SAR"),
+    }
     for name, place in (("student", folder / "student"), ("teacher", folder)):
         results: dict[str, Any] | None = None
         if scores is not None:
             results = {**scores[name]["source"], "target": scores[name].get("target"), "step": step}
-        model = networks[name].model
-        export_model(model, place, crop_size=args.crop_size, recipe=dump_recipe(args), results=results)
+        export_model(
+            networks[name].model,
+            place,
+            crop_size=args.crop_size,
+            recipe=dump_recipe(args),
+            results=results,
+            training_data=training_data,
+        )
