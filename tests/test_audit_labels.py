@@ -439,7 +439,7 @@ def test_transitions_show_the_scores_of_both_where_there_is_a_truth(tmp_path: Pa
 
 
 BAD_INPUTS = {
-    "no such set": ("a", "nowhere", r"nowhere: cannot be loaded \(.+\)"),
+    "no such set": ("a", "nowhere", r"nowhere: pseudo-labels cannot be loaded \(.+\)"),
     "file": ("a", "a/x_1.tif", r"x_1\.tif is a file: pass its folder"),
     "nothing in it": ("a", "empty", r"empty: contains neither label images \(\.tif, \.tiff, \.png\) nor Parquet files"),
     "no common id": ("a", "other", r"other and .*a share no image id, e\.g\. 'y_1' and 'x_1'"),

@@ -265,7 +265,7 @@ def test_an_encoder_of_other_widths_than_its_config_is_refused(tmp_path: Path) -
 
 @pytest.mark.parametrize("name", TOYS)
 @pytest.mark.parametrize("damage", ["pickle only", "truncated", "none"])
-def test_a_folder_without_whole_safetensors_is_refused(name: str, damage: str, tmp_path: Path) -> None:
+def test_a_folder_without_complete_safetensors_is_refused(name: str, damage: str, tmp_path: Path) -> None:
     tensors = save_encoder(CLASSIFIERS[name], name, tmp_path)
     weights = tmp_path / "model.safetensors"
     if damage == "truncated":
@@ -274,7 +274,7 @@ def test_a_folder_without_whole_safetensors_is_refused(name: str, damage: str, t
         weights.unlink()
     if damage == "pickle only":
         torch.save(tensors, tmp_path / "pytorch_model.bin")
-    with pytest.raises(UserError, match=f"^{tmp_path}: no whole weights in safetensors format"):
+    with pytest.raises(UserError, match=f"^{tmp_path}: no complete weights in safetensors format"):
         build_model(str(tmp_path), crop_size=64)
 
 
@@ -296,9 +296,9 @@ def test_a_head_of_other_classes_starts_anew_and_the_rest_is_kept(tmp_path: Path
 # --- names ----------------------------------------------------------------------------------------------------------
 
 
-def test_an_unknown_name_says_the_ways_out() -> None:
+def test_an_unknown_name_says_how_to_fix_it() -> None:
     with pytest.raises(
-        UserError, match=r"'nvidia/mit-b9' is neither a folder .*hf download.*--from_scratch true"
+        UserError, match=r"'nvidia/mit-b9' was not found locally .*hf download.*--from_scratch true"
     ) as error:
         build_model("nvidia/mit-b9", crop_size=64)
     assert "\n" not in str(error.value)

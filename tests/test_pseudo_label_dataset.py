@@ -157,7 +157,7 @@ def test_a_folder_without_pseudo_labels_is_named(tmp_path: Path, kind: str) -> N
         make_dataset(a=np.ones((4, 4), np.uint8)).rename_column("pseudo_label", "label").to_parquet(
             folder / "train.parquet"
         )
-    message = "no column pseudo_label among" if kind == "other columns" else "cannot be loaded"
+    message = "no column pseudo_label among" if kind == "other columns" else "pseudo-labels cannot be loaded"
     with pytest.raises(UserError, match=f"{folder}: {message}"):
         load_pseudo_labels(str(folder))
 

@@ -77,13 +77,10 @@ def finished_run(oem: Path, target: Path, tmp_path_factory: pytest.TempPathFacto
 
 
 def test_run_leaves_teacher_and_student_each_complete(finished_run: Path) -> None:
-    wanted = {"config.json", "model.safetensors", "preprocessor_config.json", "recipe.yaml", "eval_results.json"}
+    wanted = {"config.json", "model.safetensors", "preprocessor_config.json"}
+    wanted |= {"recipe.yaml", "eval_results.json", "training_data.json"}
     for folder in (finished_run, finished_run / "student", finished_run / "best", finished_run / "best" / "student"):
-        of_the_run = (
-            {"metrics.jsonl", "README.md", "local_paths.yaml", "training_data.json"}
-            if folder == finished_run
-            else set()
-        )
+        of_the_run = {"metrics.jsonl", "README.md", "local_paths.yaml"} if folder == finished_run else set()
         assert {path.name for path in folder.iterdir() if path.is_file()} == wanted | of_the_run, folder
         assert type(AutoModelForSemanticSegmentation.from_pretrained(folder)).__name__.startswith("Segformer")
     figures = {str(path.relative_to(finished_run / "figures")) for path in (finished_run / "figures").rglob("*.png")}

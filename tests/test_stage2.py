@@ -57,11 +57,10 @@ def finished_run(oem_sar: Path, tmp_path_factory: pytest.TempPathFactory) -> Pat
 
 
 def test_run_leaves_a_complete_folder(finished_run: Path) -> None:
-    model = {"config.json", "model.safetensors", "preprocessor_config.json", "recipe.yaml", "eval_results.json"}
-    for folder, wanted in (
-        (finished_run, model | {"README.md", "metrics.jsonl", "local_paths.yaml", "training_data.json"}),
-        (finished_run / "best", model),
-    ):
+    model = {"config.json", "model.safetensors", "preprocessor_config.json"}
+    model |= {"recipe.yaml", "eval_results.json", "training_data.json"}
+    of_the_run = {"README.md", "metrics.jsonl", "local_paths.yaml"}
+    for folder, wanted in ((finished_run, model | of_the_run), (finished_run / "best", model)):
         assert {path.name for path in folder.iterdir() if path.is_file()} == wanted
     assert {path.name for path in (finished_run / "figures").iterdir()} == {
         "curves.png",
