@@ -25,28 +25,28 @@ $(BIN)/installed: setup.cfg pyproject.toml constraints.txt scripts/repair_torchv
 		print('ready: torch', torch.__version__, 'and seven more; now: source $(BIN)/activate')"
 	@touch $@
 
-# The pipeline on a generated world with toy networks. Run again, it goes on where it stopped.
+# Every stage on a synthetic dataset with toy networks. Run again, it resumes where it stopped.
 QUICKSTART := runs/quickstart
-WORLD := $(QUICKSTART)/world
-LAUNCH := $(BIN)/accelerate launch -q
+DATA := $(QUICKSTART)/data
+LAUNCH := $(BIN)/accelerate launch -q --config_file recipes/accelerate_configs/one_process.yaml
 TOY := recipes/configs/toy
-quickstart: $(WORLD)
+quickstart: $(DATA)
 	$(LAUNCH) recipes/stage1.py --config $(TOY)/stage1_segformer.yaml --crop_size 64 --max_train_steps 500 --eval_steps 500 \
-		--source_dir $(WORLD)/OpenEarthMap_wo_xBD --data_dir $(WORLD)/dfc25_track1 \
+		--source_dir $(DATA)/OpenEarthMap_wo_xBD --data_dir $(DATA)/dfc25_track1 \
 		--output_dir $(QUICKSTART)/stage1 --resume_from_checkpoint latest
 	$(LAUNCH) recipes/pseudo_label.py --model $(QUICKSTART)/stage1 --tta flips \
-		--data_dir $(WORLD)/dfc25_track1 --output_dir $(QUICKSTART)/labels
-	$(BIN)/python scripts/audit_labels.py $(WORLD)/dfc25_track1/train/labels $(QUICKSTART)/labels \
-		--truth $(WORLD)/dfc25_track1_extra/train_clean_labels --output $(QUICKSTART)/audit
+		--data_dir $(DATA)/dfc25_track1 --output_dir $(QUICKSTART)/labels
+	$(BIN)/python scripts/audit_labels.py $(DATA)/dfc25_track1/train/labels $(QUICKSTART)/labels \
+		--truth $(DATA)/dfc25_track1_extra/train_clean_labels --output $(QUICKSTART)/audit
 	for member in segformer:300 upernet_convnextv2:150 upernet_swinv2:100; do \
 		$(LAUNCH) recipes/stage2.py --config $(TOY)/stage2_$${member%:*}.yaml --max_train_steps $${member#*:} \
-			--eval_steps $${member#*:} --learning_rate 2e-3 --data_dir $(WORLD)/dfc25_track1 --pseudo_labels $(QUICKSTART)/labels \
+			--eval_steps $${member#*:} --learning_rate 2e-3 --data_dir $(DATA)/dfc25_track1 --pseudo_labels $(QUICKSTART)/labels \
 			--output_dir $(QUICKSTART)/$${member%:*} --resume_from_checkpoint latest || exit 1; done
-	$(LAUNCH) recipes/ensemble.py --data_dir $(WORLD)/dfc25_track1 --split test --output_dir $(QUICKSTART)/ensemble \
-		--members $(QUICKSTART)/segformer $(QUICKSTART)/upernet_convnextv2 $(QUICKSTART)/upernet_swinv2
-	$(BIN)/hf-seg-predict $(WORLD)/scene.tif $(QUICKSTART)/map.tif --model $(QUICKSTART)/ensemble --preview --overwrite
+	$(LAUNCH) recipes/ensemble.py --data_dir $(DATA)/dfc25_track1 --split test --output_dir $(QUICKSTART)/ensemble \
+		--model $(QUICKSTART)/segformer $(QUICKSTART)/upernet_convnextv2 $(QUICKSTART)/upernet_swinv2
+	$(BIN)/hf-seg-predict $(DATA)/scene.tif $(QUICKSTART)/map.tif --model $(QUICKSTART)/ensemble --preview --overwrite
 
-$(WORLD): | install
+$(DATA): | install
 	$(BIN)/python scripts/make_synthetic_dataset.py --output $@ --seed 0 --source 48 --train 48 --val 8 --test 8 --size 256 \
 		--scene 2048
 

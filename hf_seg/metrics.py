@@ -1,4 +1,4 @@
-"""Scores of a whole set of label maps, from one confusion matrix: IoU per class, their mean, overall accuracy.
+"""Scores of a set of label maps, from one confusion matrix: IoU per class, their mean, overall accuracy.
 
 `hf_seg.land_cover_iou.LandCoverIoU` offers the same as an `evaluate.Metric`.
 """
@@ -94,10 +94,10 @@ class ConfusionMatrix:
             "confusion_matrix": self.matrix.tolist(),
         }
 
-    def _check_range(self, values: np.ndarray, name: str, way_out: str) -> None:
+    def _check_range(self, values: np.ndarray, name: str, hint: str) -> None:
         for value in (values.min(), values.max()):
             if not 0 <= value < self.num_labels:
-                raise ValueError(f"{name} {value} is no class id 0..{self.num_labels - 1}: {way_out}")
+                raise ValueError(f"{name} {value} is no class id 0..{self.num_labels - 1}: {hint}")
 
 
 def _as_integers(values: Tensor | np.ndarray, name: str) -> np.ndarray:

@@ -82,7 +82,7 @@ def build_model(model_name_or_path: str, *, crop_size: int, from_scratch: bool =
     """Build a stock segmentation model of the nine land-cover classes.
 
     Args:
-        model_name_or_path: Hub id or folder of an encoder (SegFormer's MiT, ConvNeXtV2, SwinV2) or of a whole
+        model_name_or_path: Hub id or folder of an encoder (SegFormer's MiT, ConvNeXtV2, SwinV2) or of a complete
             SegFormer or UperNet; with `from_scratch` also one of `PRESETS`.
         crop_size: training crop and inference window in pixels. SwinV2 fixes its windows and shifts by it.
         from_scratch: random weights (drawn from torch's global generator) instead of pretrained ones.

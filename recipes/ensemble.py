@@ -64,7 +64,7 @@ def main(argv: list[str] | None = None) -> None:
         print(f"ensemble: {output_dir}")
     accelerator.wait_for_everyone()
     accelerator.end_training()
-    if accelerator.is_main_process:  # nobody waits for the Hub
+    if accelerator.is_main_process:  # the other processes need not wait for the Hub
         publish(output_dir, args)
 
 

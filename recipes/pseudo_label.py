@@ -59,7 +59,7 @@ from hf_seg.training.run import start_accelerator
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Label what is missing, shard by shard, then describe the whole."""
+    """Label what is missing, shard by shard, then describe the dataset."""
     args = parse_arguments(PseudoLabelArguments, argv)
     waiting = InitProcessGroupKwargs(timeout=timedelta(days=1))  # for the process that makes the last shard
     accelerator = start_accelerator(args, args.mixed_precision, kwargs_handlers=[waiting])
@@ -92,7 +92,7 @@ def main(argv: list[str] | None = None) -> None:
         f"{len(networks)} network(s), tta: {args.tta}, {accelerator.num_processes} process(es), {accelerator.device}"
     )
 
-    # Label, then describe the whole
+    # Label, then describe the dataset
     mine = missing[accelerator.process_index :: accelerator.num_processes]
     label_shards({path: shards[path] for path in mine}, optical, sar, networks, args, accelerator)
     accelerator.wait_for_everyone()
@@ -161,7 +161,7 @@ def label_shards(
 def label_tile(
     sample: UnlabelledSample, sar: np.ndarray, accumulator: VoteAccumulator, args: PseudoLabelArguments
 ) -> LabelledTile:
-    """Decide on the label of each pixel, or why it has none."""
+    """Choose the label of each pixel, or the reason why it has none."""
     label_map, confidence = accumulator.label_map().numpy(), accumulator.confidence().numpy()
     nowhere = np.zeros(label_map.shape, dtype=bool)
     reasons = {

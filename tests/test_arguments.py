@@ -308,7 +308,7 @@ def test_a_dumped_recipe_leaves_out_what_belongs_to_one_launch() -> None:
 
 
 def refusal(args: Stage2Arguments, recipe: Path) -> str:
-    """What is said against a resume; nothing where it may go on."""
+    """Return why a resume is refused; empty if it is allowed."""
     try:
         check_same_recipe(args, recipe)
     except UserError as error:

@@ -1,9 +1,11 @@
 """The command line: scenes and targets, processes that share scenes, and one line for every mistake."""
 
 import configparser
+import functools
 import multiprocessing
 import os
 import runpy
+import shutil
 import socket
 import subprocess
 import sys
@@ -17,8 +19,11 @@ import rasterio
 import torch
 from accelerate import PartialState
 from conftest import make_scene, write_tiff
+from huggingface_hub import snapshot_download
 
+from hf_seg.ensemble import EnsembleForSemanticSegmentation
 from hf_seg.hub.export import export_model
+from hf_seg.inference import load
 from hf_seg.mapping import cli
 from hf_seg.mapping.options import RasterOptions
 from hf_seg.mapping.raster import predict_raster
@@ -33,6 +38,11 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     network = build_model("toy-segformer", crop_size=64, from_scratch=True)
     export_model(network, folder, crop_size=64, recipe="", results=None)
     return folder
+
+
+def read(path: Path) -> np.ndarray:
+    with rasterio.open(path) as file:
+        return file.read(1)
 
 
 @pytest.fixture
@@ -64,6 +74,27 @@ def test_one_scene_is_mapped_to_one_file_and_the_summary_is_printed(
     assert f"written: {tmp_path / 'out' / 'map_confidence.tif'}" in printed.out
     assert "6,400 pixels" not in printed.out and "seam score" in printed.out and "in the networks" in printed.out
     assert "tile/s" in printed.err
+
+
+@pytest.mark.parametrize("kind", ["network", "ensemble"])
+def test_a_model_of_the_hub_is_pinned_by_its_revision(
+    kind: str, tmp_path: Path, scenes: Path, model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`org/name@revision`, from the cache of downloads, on the command line and in Python."""
+    commit, repository = 40 * "b", tmp_path / "hub" / "models--org--name"
+    if kind == "network":
+        shutil.copytree(model, repository / "snapshots" / commit)
+    else:
+        EnsembleForSemanticSegmentation.from_members([model, model]).save_pretrained(repository / "snapshots" / commit)
+    (repository / "refs").mkdir()
+    (repository / "refs" / "v1").write_text(commit)
+    monkeypatch.setattr(load, "snapshot_download", functools.partial(snapshot_download, cache_dir=tmp_path / "hub"))
+    predict_raster(model, scenes / "s0.tif", tmp_path / "expected.tif")
+    for number, name in enumerate(("org/name@v1", f"org/name@{commit}")):
+        assert run_main(scenes / "s0.tif", tmp_path / f"cli_{number}.tif", "--model", name) == 0
+        predict_raster(name, scenes / "s0.tif", tmp_path / f"python_{number}.tif")
+        for way in ("cli", "python"):
+            assert np.array_equal(read(tmp_path / f"{way}_{number}.tif"), read(tmp_path / "expected.tif"))
 
 
 def test_folders_patterns_and_files_are_mapped_to_a_folder_and_existing_maps_are_skipped(
@@ -243,7 +274,8 @@ MISTAKES: dict[str, tuple[Callable[[Path], Any], tuple[str, ...], str]] = {
         raster(),
         ("--model", "nobody/nothing"),
         "nobody/nothing was not found locally or on the Hub (Cannot find an appropriate cached snapshot folder for the "
-        "specified revision on the local disk and outgoing traffic has been disabled); check the name and the network; a private repository needs `hf auth login` or token=...",
+        "specified revision on the local disk and outgoing traffic has been disabled); check the name and the network; "
+        "a private repository needs `hf auth login` or token=...",
     ),
     "model": (
         raster(),

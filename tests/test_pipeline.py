@@ -1,4 +1,4 @@
-"""The verbs of the pipeline one after another on real tiles, as the README says."""
+"""The stages one after another on real tiles, as the README says."""
 
 import json
 from pathlib import Path

@@ -80,7 +80,7 @@ def test_the_processor_saved_with_the_model_decides_the_normalisation(tmp_path: 
 
 
 class Recorder(nn.Module):
-    """Hands on what it gets and keeps it."""
+    """Returns its input and records it."""
 
     def __init__(self, seen: list[Tensor]) -> None:
         super().__init__()

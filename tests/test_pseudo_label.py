@@ -69,7 +69,7 @@ def save_network(place: Path, seed: int) -> None:
 
 @pytest.fixture(scope="session")
 def tiles(oem_sar: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The training tiles of the tiny OpenEarthMap-SAR with holes: no optical data, a swath's edge, dark pixels."""
+    """The training tiles of the tiny OpenEarthMap-SAR with missing data: no optical data, a swath's edge, dark pixels."""
     root = tmp_path_factory.mktemp("tiles") / "dfc25_track1"
     shutil.copytree(oem_sar, root)
     for name in ("TrainArea_001", "TrainArea_002"):
@@ -148,9 +148,9 @@ def test_stock_datasets_reads_the_labels_of_the_teacher(finished: Path, tiles: P
     rows = stock_rows(finished)
     assert list(rows.features) == ["image_id", "pseudo_label", "confidence"]
     assert {row["pseudo_label"].mode for row in rows} == {row["confidence"].mode for row in rows} == {"L"}
-    holes = no_optical_data(tiles)
-    assert [int(hole.sum()) for hole in holes.values()] == [800, 800, 0, 0, 0, 0]
-    check_tiles(finished, expected_probs(tiles, stage1[0]), holes)
+    missing = no_optical_data(tiles)
+    assert [int(mask.sum()) for mask in missing.values()] == [800, 800, 0, 0, 0, 0]
+    check_tiles(finished, expected_probs(tiles, stage1[0]), missing)
 
 
 def test_a_finished_folder_holds_nothing_else(finished: Path) -> None:

@@ -1,1 +1,1 @@
-"""From a network to the map of a whole scene."""
+"""Load networks and predict images of any size."""

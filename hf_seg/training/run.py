@@ -74,7 +74,7 @@ def finish_run(accelerator: Accelerator, args: RecipeArguments) -> None:
         print(f"models, results and figures: {output_dir}")
     accelerator.wait_for_everyone()
     accelerator.end_training()
-    if accelerator.is_main_process:  # nobody waits for the Hub
+    if accelerator.is_main_process:  # the other processes need not wait for the Hub
         publish(output_dir, args)
 
 
