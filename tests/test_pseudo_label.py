@@ -69,7 +69,7 @@ def save_network(place: Path, seed: int) -> None:
 
 @pytest.fixture(scope="session")
 def tiles(oem_sar: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The training tiles of the tiny OpenEarthMap-SAR with missing data: no optical data, a swath's edge, dark pixels."""
+    """The training tiles of the tiny OpenEarthMap-SAR with gaps: no optical data, a swath's edge, dark pixels."""
     root = tmp_path_factory.mktemp("tiles") / "dfc25_track1"
     shutil.copytree(oem_sar, root)
     for name in ("TrainArea_001", "TrainArea_002"):
