@@ -25,7 +25,7 @@ import hashlib
 import logging
 import os
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -36,12 +36,16 @@ import rasterio
 from datasets.exceptions import DatasetGenerationError
 from rasterio.errors import NotGeoreferencedWarning, RasterioError
 
-from hf_seg.data.scan import SPLITS, Row, Scan, scan_open_earth_map, scan_open_earth_map_sar
+from hf_seg.data.scan import SCANS, SPLITS, Row
 from hf_seg.errors import DatasetError, UserError, file_errors
 from hf_seg.labels import NUM_LABELS
 
 logger = logging.getLogger(__name__)
 
+COLUMNS = {
+    "OpenEarthMap": ("image_id", "region", "image", "label"),
+    "OpenEarthMap-SAR": ("image_id", "optical", "sar", "label"),
+}
 BANDS = {"image": 3, "optical": 3, "sar": 1, "label": 1}
 DOWNLOAD_HINT = "Download it again; `python scripts/prepare_data.py check DIR` lists every such file."
 CONVERT_HINT = "Keep those bands and scale to 0..255, e.g. with gdal_translate -b 1 -ot Byte -scale."
@@ -80,57 +84,55 @@ def read_tile(path: str, column: str) -> np.ndarray:
     return pixels
 
 
-def check_sizes(row: Row, pixels: dict[str, np.ndarray]) -> None:
-    """Check that the (C, H, W) files of a row have the same H and W.
-
-    Raises:
-        DatasetError: naming each file and its size.
-    """
+def read_row(row: Row) -> tuple[dict[str, np.ndarray], list[str]]:
+    """Return the (C, H, W) uint8 pixels of a row's valid files by column, and what is wrong with the row."""
+    pixels: dict[str, np.ndarray] = {}
+    problems = []
+    for column, path in row.files.items():
+        try:
+            if path is not None:
+                pixels[column] = read_tile(path, column)
+        except DatasetError as error:
+            problems.append(str(error))
     if len({tile.shape[1:] for tile in pixels.values()}) > 1:
         sizes = ", ".join(f"{row.files[column]} {tile.shape[1]} x {tile.shape[2]}" for column, tile in pixels.items())
-        raise DatasetError(f"{row.image_id}: expected one height and width, found {sizes}. {DOWNLOAD_HINT}")
-
-
-def check_row(row: Row) -> None:
-    """Read and check every file of a row.
-
-    Raises:
-        DatasetError: naming the first file that is wrong.
-    """
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", NotGeoreferencedWarning)
-        check_sizes(row, {column: read_tile(path, column) for column, path in row.files.items() if path is not None})
+        problems.append(f"{row.image_id}: expected one height and width, found {sizes}. {DOWNLOAD_HINT}")
+    return pixels, problems
 
 
 @dataclass
 class TileConfig(datasets.BuilderConfig):
     """Which split to build, and whether the files' bytes (True) or their paths (False) are stored."""
 
+    layout: str = "OpenEarthMap"
     split: str = "train"
     embed: bool = False
 
 
-class _TileBuilder(datasets.GeneratorBasedBuilder):
+class TileBuilder(datasets.GeneratorBasedBuilder):
     """Builds one split of a scanned folder, checking each row once."""
 
     BUILDER_CONFIG_CLASS = TileConfig
     DEFAULT_WRITER_BATCH_SIZE = 16  # rows in memory: an embedded one takes 5 MB
-    scan: Callable[[str | Path], Scan]
-    columns: tuple[str, ...]
 
     def _info(self) -> datasets.DatasetInfo:
-        features = {name: _image_feature(name) if name in BANDS else datasets.Value("string") for name in self.columns}
+        columns = COLUMNS[self.config.layout]
+        features = {name: _image_feature(name) if name in BANDS else datasets.Value("string") for name in columns}
         return datasets.DatasetInfo(features=datasets.Features(features), description=str(__doc__))
 
     def _split_generators(self, dl_manager: Any) -> list[datasets.SplitGenerator]:
-        rows = self.scan(self.config.data_dir).rows[self.config.split]
+        rows = SCANS[self.config.layout](self.config.data_dir).rows[self.config.split]
         return [datasets.SplitGenerator(name=self.config.split, gen_kwargs={"rows": rows})]
 
     def _generate_examples(self, rows: list[Row]) -> Iterator[tuple[str, dict[str, Any]]]:
         for row in rows:
-            check_row(row)
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore", NotGeoreferencedWarning)
+                _, problems = read_row(row)
+            if problems:
+                raise DatasetError(problems[0])
             example: dict[str, Any] = {"image_id": row.image_id, **row.files}
-            if "region" in self.columns:
+            if "region" in self.info.features:
                 example["region"] = row.image_id.rpartition("_")[0]
             if self.config.embed:
                 example |= {column: path and Path(path).read_bytes() for column, path in row.files.items()}
@@ -144,24 +146,10 @@ class _TileBuilder(datasets.GeneratorBasedBuilder):
             raise (error.__cause__ if isinstance(error.__cause__, UserError | OSError) else error) from None
 
 
-class OpenEarthMap(_TileBuilder):
-    """OpenEarthMap; `label` is None where withheld."""
-
-    scan = staticmethod(scan_open_earth_map)
-    columns = ("image_id", "region", "image", "label")
-
-
-class OpenEarthMapSAR(_TileBuilder):
-    """OpenEarthMap-SAR; `optical` or `label` is None where this copy has no such folder."""
-
-    scan = staticmethod(scan_open_earth_map_sar)
-    columns = ("image_id", "optical", "sar", "label")
-
-
 def load_open_earth_map(
     data_dir: str | Path, split: str, *, embed: bool = False, streaming: bool = False, num_proc: int | None = None
 ) -> datasets.Dataset | datasets.IterableDataset:
-    """Load one split of OpenEarthMap: {image_id, region, image, label}.
+    """Load one split of OpenEarthMap: {image_id, region, image, label}; `label` is None where withheld.
 
     Args:
         data_dir: the unpacked release, or a folder around it.
@@ -174,31 +162,33 @@ def load_open_earth_map(
         DatasetError: a wrong folder, an unknown or empty split, or a file that cannot be trained on.
         FileError: the cache cannot be written.
     """
-    return _load(OpenEarthMap, data_dir, split, embed, streaming, num_proc)
+    return _load("OpenEarthMap", data_dir, split, embed, streaming, num_proc)
 
 
 def load_open_earth_map_sar(
     data_dir: str | Path, split: str, *, embed: bool = False, streaming: bool = False, num_proc: int | None = None
 ) -> datasets.Dataset | datasets.IterableDataset:
-    """Load one split of OpenEarthMap-SAR: {image_id, optical, sar, label}; else as `load_open_earth_map`."""
-    return _load(OpenEarthMapSAR, data_dir, split, embed, streaming, num_proc)
+    """Load one split of OpenEarthMap-SAR: {image_id, optical, sar, label}; else as `load_open_earth_map`.
+
+    `optical` or `label` is None where this copy has no such folder.
+    """
+    return _load("OpenEarthMap-SAR", data_dir, split, embed, streaming, num_proc)
 
 
 def _load(
-    kind: type[_TileBuilder], data_dir: str | Path, split: str, embed: bool, streaming: bool, num_proc: int | None
+    layout: str, data_dir: str | Path, split: str, embed: bool, streaming: bool, num_proc: int | None
 ) -> datasets.Dataset | datasets.IterableDataset:
     if split not in SPLITS:
         raise DatasetError(f"unknown split {split!r}: choose one of {', '.join(SPLITS)}.")
-    scan = kind.scan(data_dir)
+    scan = SCANS[layout](data_dir)
     rows, missing = scan.rows[split], scan.describe_missing(split)
     if not rows:
         raise DatasetError(f"{scan.root}: split {split!r} has no usable tile; found {missing or 'no file of it'}")
     level = logging.WARNING if missing else logging.INFO
-    name = kind.__name__
-    logger.log(level, "%s: %d %s tiles in %s; missing: %s", name, len(rows), split, scan.root, missing or "none")
-    settings = {"data_dir": str(scan.root), "split": split, "embed": embed}
+    logger.log(level, "%s: %d %s tiles in %s; missing: %s", layout, len(rows), split, scan.root, missing or "none")
+    settings = {"layout": layout, "data_dir": str(scan.root), "split": split, "embed": embed}
     with file_errors(datasets.config.HF_DATASETS_CACHE, "cannot be used as a cache", CACHE_HINT):
-        builder = kind(dataset_name=name, hash=_fingerprint(rows, settings), **settings)
+        builder = TileBuilder(dataset_name=layout, hash=_fingerprint(rows, settings), **settings)
         if streaming:
             return builder.as_streaming_dataset(split)
         try:
