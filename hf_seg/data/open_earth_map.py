@@ -1,4 +1,4 @@
-"""OpenEarthMap and OpenEarthMap-SAR as `datasets` builders; this docstring is their datasheet.
+"""OpenEarthMap and OpenEarthMap-SAR as `datasets`; this docstring is their datasheet.
 
 OpenEarthMap (OEM): 5000 aerial and satellite RGB tiles of 97 regions, labelled by hand (Xia et al., arXiv:2210.10732).
     Source   https://zenodo.org/records/7223446, OpenEarthMap.zip (9,099,481,727 bytes). GSD 0.25-0.5 m.
@@ -26,7 +26,6 @@ import logging
 import os
 import warnings
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -100,50 +99,20 @@ def read_row(row: Row) -> tuple[dict[str, np.ndarray], list[str]]:
     return pixels, problems
 
 
-@dataclass
-class TileConfig(datasets.BuilderConfig):
-    """Which split to build, and whether the files' bytes (True) or their paths (False) are stored."""
-
-    layout: str = "OpenEarthMap"
-    split: str = "train"
-    embed: bool = False
-
-
-class TileBuilder(datasets.GeneratorBasedBuilder):
-    """Builds one split of a scanned folder, checking each row once."""
-
-    BUILDER_CONFIG_CLASS = TileConfig
-    DEFAULT_WRITER_BATCH_SIZE = 16  # rows in memory: an embedded one takes 5 MB
-
-    def _info(self) -> datasets.DatasetInfo:
-        columns = COLUMNS[self.config.layout]
-        features = {name: _image_feature(name) if name in BANDS else datasets.Value("string") for name in columns}
-        return datasets.DatasetInfo(features=datasets.Features(features), description=str(__doc__))
-
-    def _split_generators(self, dl_manager: Any) -> list[datasets.SplitGenerator]:
-        rows = SCANS[self.config.layout](self.config.data_dir).rows[self.config.split]
-        return [datasets.SplitGenerator(name=self.config.split, gen_kwargs={"rows": rows})]
-
-    def _generate_examples(self, rows: list[Row]) -> Iterator[tuple[str, dict[str, Any]]]:
-        for row in rows:
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore", NotGeoreferencedWarning)
-                _, problems = read_row(row)
-            if problems:
-                raise DatasetError(problems[0])
-            example: dict[str, Any] = {"image_id": row.image_id, **row.files}
-            if "region" in self.info.features:
-                example["region"] = row.image_id.rpartition("_")[0]
-            if self.config.embed:
-                example |= {column: path and Path(path).read_bytes() for column, path in row.files.items()}
-            yield row.image_id, example
-
-    def _prepare_split_single(self, *args: Any, **kwargs: Any) -> Iterator[Any]:
-        # Unwrapped here, in the worker process: with num_proc an exception reaches the parent without its cause.
-        try:
-            yield from super()._prepare_split_single(*args, **kwargs)
-        except DatasetGenerationError as error:
-            raise (error.__cause__ if isinstance(error.__cause__, UserError | OSError) else error) from None
+def _examples(rows: list[Row], embed: bool = False) -> Iterator[dict[str, Any]]:
+    """Check each row, and yield it with its files' bytes (`embed`) or their paths."""
+    for row in rows:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", NotGeoreferencedWarning)
+            _, problems = read_row(row)
+        if problems:
+            raise DatasetError(problems[0])
+        example: dict[str, Any] = {"image_id": row.image_id, **row.files}
+        if "image" in row.files:  # only OpenEarthMap names its regions
+            example["region"] = row.image_id.rpartition("_")[0]
+        if embed:
+            example |= {column: path and Path(path).read_bytes() for column, path in row.files.items()}
+        yield example
 
 
 def load_open_earth_map(
@@ -186,22 +155,27 @@ def _load(
         raise DatasetError(f"{scan.root}: split {split!r} has no usable tile; found {missing or 'no file of it'}")
     level = logging.WARNING if missing else logging.INFO
     logger.log(level, "%s: %d %s tiles in %s; missing: %s", layout, len(rows), split, scan.root, missing or "none")
-    settings = {"layout": layout, "data_dir": str(scan.root), "split": split, "embed": embed}
+    columns = {name: _image_feature(name) if name in BANDS else datasets.Value("string") for name in COLUMNS[layout]}
+    options: dict[str, Any] = {"features": datasets.Features(columns), "split": split}
+    options["gen_kwargs"] = {"rows": rows, "embed": embed}
+    if streaming:
+        return datasets.IterableDataset.from_generator(_examples, **options)
+    options["fingerprint"] = _fingerprint(rows, f"{layout} {split} {embed}")
+    options["writer_batch_size"] = 16  # rows in memory: an embedded one takes 5 MB
     with file_errors(datasets.config.HF_DATASETS_CACHE, "cannot be used as a cache", CACHE_HINT):
-        builder = TileBuilder(dataset_name=layout, hash=_fingerprint(rows, settings), **settings)
-        if streaming:
-            return builder.as_streaming_dataset(split)
         try:
-            builder.download_and_prepare(num_proc=num_proc)
-        except UserError as error:
-            raise error.with_traceback(None) from None  # one clear message instead of the builder's traceback
-        return builder.as_dataset(split)
+            return datasets.Dataset.from_generator(_examples, num_proc=num_proc, **options)
+        except DatasetGenerationError as error:
+            if isinstance(error.__cause__, UserError | OSError):
+                raise error.__cause__.with_traceback(None) from None
+            for _ in _examples(rows):  # an exception in a worker process arrives without its cause, so find it again
+                pass
+            raise
 
 
-def _fingerprint(rows: list[Row], settings: dict[str, Any]) -> str:
-    """Name the cache: a change of a file's path, size or time, of the settings or of this module makes a new one."""
-    digest = hashlib.sha256(Path(__file__).read_bytes())
-    digest.update(repr(settings).encode())
+def _fingerprint(rows: list[Row], options: str) -> str:
+    """Name the cache: a change of a file's path, size or time, of the options or of this module makes a new one."""
+    digest = hashlib.sha256(Path(__file__).read_bytes() + options.encode())
     for path in (path for row in rows for path in row.files.values() if path is not None):
         with file_errors(path, "cannot be read"):
             status = os.stat(path)
