@@ -17,14 +17,7 @@ NO_NODE = -1  # pixel that belongs to no node
 
 
 def outside_swath(sar: np.ndarray) -> np.ndarray:
-    """Find the pixels outside the SAR swath of an image in memory.
-
-    Args:
-        sar: (H, W) uint8.
-
-    Returns:
-        (H, W) bool, True on zeros that are connected with the image's border (4-connectivity).
-    """
+    """Return (H, W) bool for (H, W) uint8: True outside the SAR swath, on zeros connected with the image's border."""
     zeros = sar == 0
     return ZeroCollar([zeros]).mask(0, zeros)
 
@@ -60,15 +53,7 @@ class ZeroCollar:
         self._is_collar = component == component[OUTSIDE]
 
     def mask(self, band: int, zeros: np.ndarray) -> np.ndarray:
-        """Find the collar in one band.
-
-        Args:
-            band: index of the band.
-            zeros: (rows, width) bool, the same array that was passed to the constructor.
-
-        Returns:
-            (rows, width) bool, True on the collar.
-        """
+        """Return (rows, width) bool, True on the collar; for a band's index, and `zeros` as the constructor got it."""
         touching, first = self._labels[band], self._first_nodes[band]
         collar = touching[self._is_collar[first : first + len(touching)]]
         return np.isin(_label(zeros), collar) if len(collar) else np.zeros_like(zeros)

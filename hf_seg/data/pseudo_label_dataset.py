@@ -66,8 +66,10 @@ def write_shard(path: Path, tiles: Sequence[LabelledTile]) -> None:
 def _encode(tile: LabelledTile) -> dict[str, Any]:
     steps = np.rint(tile.confidence * (255 // CONFIDENCE_STEP))
     maps = {"pseudo_label": tile.label, "confidence": (steps * CONFIDENCE_STEP).astype(np.uint8)}
-    pngs = {column: _FEATURES[column].encode_example(values) for column, values in maps.items()}
-    return {"image_id": tile.image_id} | {key: {**png, "path": f"{tile.image_id}.png"} for key, png in pngs.items()}
+    row: dict[str, Any] = {"image_id": tile.image_id}
+    for column, values in maps.items():
+        row[column] = {**_MAP.encode_example(values), "path": f"{tile.image_id}.png"}
+    return row
 
 
 def _add_counts(counts: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
@@ -95,10 +97,7 @@ def read_maps(path: Path, row: int) -> tuple[np.ndarray, np.ndarray]:
 
 
 def check_inputs(folder: Path, inputs: dict[str, Any]) -> None:
-    """Check that a folder is empty, or was begun with the same networks and tiles.
-
-    Args:
-        inputs: `models`, a list of {name, revision, sha256}, and `image_ids`.
+    """Check that a folder is empty, or was begun with the same `models` ({name, revision, sha256}) and `image_ids`.
 
     Raises:
         UserError: it contains something else.
@@ -106,10 +105,8 @@ def check_inputs(folder: Path, inputs: dict[str, Any]) -> None:
     hint = "choose another --output_dir"
     recorded = folder / "inputs.json"
     if not recorded.exists():
-        # written before inputs.json, so a launch that was killed at once may have left them
-        early = {"recipe.yaml", LOCAL_PATHS_FILE}
-        others = sorted(file.name for file in folder.glob("[!.]*") if file.name not in early)
-        if others:
+        # a launch that was killed at once may have left what is written before inputs.json
+        if others := sorted({file.name for file in folder.glob("[!.]*")} - {"recipe.yaml", LOCAL_PATHS_FILE}):
             raise UserError(f"{folder} already contains other files, e.g. {others[0]}; {hint}")
         return
     with file_errors(recorded, "cannot be read"):
