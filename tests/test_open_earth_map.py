@@ -1,4 +1,4 @@
-"""The dataset builders: layouts, missing tiles, content checks, cache. All tiles are GeoTIFFs, made here or real."""
+"""The datasets: layouts, missing tiles, content checks, cache. All tiles are GeoTIFFs, made here or real."""
 
 import errno
 import logging

@@ -98,8 +98,8 @@ def test_a_description_in_the_root_is_returned_whatever_the_numbers(tmp_path: Pa
         ("{", "is not valid JSON"),
         ("\udcff", "is not valid JSON"),
         ("[]", "must contain a JSON object"),
-        ('{"layout": "OpenEarthMap-SAR"}', "has no key 'name'"),
-        ('{"name": "x"}', "has no key 'layout'"),
+        ('{"layout": "OpenEarthMap-SAR"}', "name must be text; it is null"),
+        ('{"name": "x"}', "layout must be text; it is null"),
         ('{"name": 3, "layout": "OpenEarthMap-SAR"}', "name must be text; it is 3"),
         ('{"name": "x", "layout": "OpenEarthMap"}', "layout is 'OpenEarthMap', but the folder is laid out as"),
         (

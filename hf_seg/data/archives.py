@@ -64,23 +64,21 @@ class Archive:
 
 
 _BAND_BYTES = 1 << 20
-_place_label = partial(place_open_earth_map_sar, labels_only=True)
 _OEM_MD5 = "64155d1dc9d3b68536063f79878e1a67"
-_OEM = Archive(7223446, "OpenEarthMap.zip", 16_000 * _BAND_BYTES, OPEN_EARTH_MAP_ROOT, place_open_earth_map, _OEM_MD5)
-_TRAINVAL, _VAL_LABELS, _TEST, _TEST_LABELS = (
-    Archive(record, f"dfc25_track1_{content}.zip", n_bands * _BAND_BYTES, SAR_ROOT, place)
-    for record, content, n_bands, place in (
-        (14622048, "trainval", 5 * 4333 + 210, place_open_earth_map_sar),
-        (14950559, "val_labels", 210, _place_label),
-        (14950559, "test", 490, place_open_earth_map_sar),
-        (14950559, "test_labels", 490, _place_label),
-    )
-)
+_place_label = partial(place_open_earth_map_sar, labels_only=True)
+
+
+def _sar_archive(record: int, content: str, n_bands: int, place: Place = place_open_earth_map_sar) -> Archive:
+    return Archive(record, f"dfc25_track1_{content}.zip", n_bands * _BAND_BYTES, SAR_ROOT, place)
+
+
 ARCHIVES: dict[str, tuple[Archive, ...]] = {
-    "oem": (_OEM,),
-    "oem-sar": (_TRAINVAL,),
-    "oem-sar-val-labels": (_VAL_LABELS,),
-    "oem-sar-test": (_TEST,),
-    "oem-sar-test-labels": (_TEST_LABELS,),
-    "oem-sar-all": (_TRAINVAL, _VAL_LABELS, _TEST, _TEST_LABELS),
+    "oem": (
+        Archive(7223446, "OpenEarthMap.zip", 16_000 * _BAND_BYTES, OPEN_EARTH_MAP_ROOT, place_open_earth_map, _OEM_MD5),
+    ),
+    "oem-sar": (_sar_archive(14622048, "trainval", 5 * 4333 + 210),),
+    "oem-sar-val-labels": (_sar_archive(14950559, "val_labels", 210, _place_label),),
+    "oem-sar-test": (_sar_archive(14950559, "test", 490),),
+    "oem-sar-test-labels": (_sar_archive(14950559, "test_labels", 490, _place_label),),
 }
+ARCHIVES["oem-sar-all"] = sum((archives for name, archives in ARCHIVES.items() if name != "oem"), ())

@@ -1,7 +1,6 @@
 """Check a dataset on disk: every file is read and every problem is listed."""
 
 import os
-import textwrap
 import warnings
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
@@ -10,21 +9,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import jinja2
 import numpy as np
 import rasterio
 from rasterio.errors import NotGeoreferencedWarning, RasterioError
 from tqdm.auto import tqdm
 
-from hf_seg.data.open_earth_map import check_sizes, read_tile
-from hf_seg.data.scan import (
-    FROM_XBD,
-    NO_LIST,
-    XBD_HINT,
-    Row,
-    Scan,
-    scan_open_earth_map,
-    scan_open_earth_map_sar,
-)
+from hf_seg.data.open_earth_map import read_row
+from hf_seg.data.scan import FROM_XBD, NO_LIST, SCANS, XBD_HINT, Row, Scan
 from hf_seg.errors import DatasetError
 from hf_seg.labels import CLASS_NAMES, NUM_LABELS
 
@@ -46,28 +38,29 @@ class SplitReport:
     regions: Counter[str] = field(default_factory=Counter)
     shapes: Counter[str] = field(default_factory=Counter)
     dtypes: Counter[str] = field(default_factory=Counter)
-    class_pixels: list[int] = field(default_factory=lambda: [0] * NUM_LABELS)
+    class_pixels: np.ndarray = field(default_factory=lambda: np.zeros(NUM_LABELS, np.int64))
     sar_pixels: int = 0
     sar_zeros: int = 0
     problems: list[str] = field(default_factory=list)
 
     def add(self, other: "SplitReport") -> None:
-        for name in ("rows", "labelled", "files", "with_crs", "sar_pixels", "sar_zeros"):
-            setattr(self, name, getattr(self, name) + getattr(other, name))
-        for name in ("regions", "shapes", "dtypes"):
-            getattr(self, name).update(getattr(other, name))
-        self.class_pixels = [mine + its for mine, its in zip(self.class_pixels, other.class_pixels, strict=True)]
-        self.problems += other.problems
+        for name, value in vars(other).items():
+            setattr(self, name, getattr(self, name) + value)
 
     @property
-    def class_percent(self) -> list[float]:
+    def class_percent(self) -> dict[str, float]:
         """Share of each class in the split's labels, in percent."""
-        total = max(sum(self.class_pixels), 1)
-        return [100 * pixels / total for pixels in self.class_pixels]
+        percent = 100 * self.class_pixels / max(self.class_pixels.sum(), 1)
+        return dict(zip(CLASS_NAMES, percent.tolist(), strict=True))
 
     @property
     def sar_zero_percent(self) -> float:
         return 100 * self.sar_zeros / max(self.sar_pixels, 1)
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return everything as plain, JSON-able values."""
+        percent = {"class_percent": self.class_percent, "sar_zero_percent": self.sar_zero_percent}
+        return {**vars(self), "class_pixels": self.class_pixels.tolist(), **percent}
 
 
 @dataclass
@@ -89,39 +82,14 @@ class DatasetReport:
 
     def as_dict(self) -> dict[str, Any]:
         """Return everything as plain, JSON-able values."""
-        splits = {
-            name: {
-                **vars(split),
-                "class_percent": dict(zip(CLASS_NAMES, split.class_percent, strict=True)),
-                "sar_zero_percent": split.sar_zero_percent,
-            }
-            for name, split in self.splits.items()
-        }
+        splits = {name: split.as_dict() for name, split in self.splits.items()}
         return {**vars(self), "splits": splits, "problems": self.problems}
 
     def __str__(self) -> str:
-        counts = [["split", "rows", "labelled", "files", "with CRS", "problems", "regions", "SAR zeros"]]
-        shares = [["class share, %", *CLASS_NAMES]]
-        contents = []
-        for name, split in self.splits.items():
-            numbers = (split.rows, split.labelled, split.files, split.with_crs, len(split.problems), len(split.regions))
-            zeros = f"{split.sar_zero_percent:.2f} %" if split.sar_pixels else "-"
-            counts.append([name, *map(str, numbers), zeros])
-            if any(split.class_pixels):
-                shares.append([name, *(f"{share:.1f}" for share in split.class_percent)])
-            for what, counter in (("sizes", split.shapes), ("types", split.dtypes), ("regions", split.regions)):
-                contents += [f"{name} {what}: {_list_counts(counter)}"] if counter else []
-        problems = self.problems
-        more = [f"and {len(problems) - SHOWN} more"] if len(problems) > SHOWN else []
-        sections = [
-            f"{self.kind} in {self.root}",
-            _table(counts),
-            _table(shares) if len(shares) > 1 else "",
-            "\n".join(textwrap.fill(line, 120, subsequent_indent="    ") for line in contents),
-            _list_lines("notes", self.notes) if self.notes else "",
-            _list_lines(f"problems ({len(problems)})", problems[:SHOWN] + more) if problems else "no problems",
-        ]
-        return "\n\n".join(filter(None, sections))
+        environment = jinja2.Environment(  # noqa: S701 (no HTML)
+            loader=jinja2.PackageLoader("hf_seg.data"), undefined=jinja2.StrictUndefined, trim_blocks=True
+        )
+        return environment.get_template("check.txt.j2").render(report=self, shown=SHOWN).rstrip()
 
 
 def examine(data_dir: str | Path, *, num_workers: int | None = None) -> DatasetReport:
@@ -157,7 +125,7 @@ def examine(data_dir: str | Path, *, num_workers: int | None = None) -> DatasetR
 def _detect(data_dir: str | Path) -> tuple[str, Scan]:
     scans: dict[str, Scan] = {}
     failures = []
-    for kind, scan in (("OpenEarthMap", scan_open_earth_map), ("OpenEarthMap-SAR", scan_open_earth_map_sar)):
+    for kind, scan in SCANS.items():
         try:
             scans[kind] = scan(data_dir)
         except DatasetError as error:
@@ -171,44 +139,19 @@ def _detect(data_dir: str | Path) -> tuple[str, Scan]:
 
 
 def _examine_row(row: Row) -> SplitReport:
-    """Read all files of one row, and collect what is wrong in `problems`."""
-    report = SplitReport(rows=1, labelled=int(row.files["label"] is not None))
+    pixels, problems = read_row(row)
+    paths = {column: path for column, path in row.files.items() if path is not None}
+    report = SplitReport(rows=1, labelled=int("label" in paths), files=len(paths), problems=problems)
     if "sar" not in row.files:  # only OpenEarthMap names its regions
         report.regions[row.image_id.rpartition("_")[0]] = 1
-    pixels: dict[str, np.ndarray] = {}
-    for column, path in row.files.items():
-        if path is None:
-            continue
-        report.files += 1
-        with suppress(RasterioError), rasterio.open(path, driver="GTiff") as source:  # read_tile says what is wrong
+    for column, path in paths.items():
+        with suppress(RasterioError), rasterio.open(path, driver="GTiff") as source:  # `problems` says what is wrong
             report.shapes[f"{source.height} x {source.width}"] += 1
             report.dtypes[f"{column} {source.count} x {source.dtypes[0]}"] += 1
             report.with_crs += source.crs is not None
-        try:
-            pixels[column] = read_tile(path, column)
-        except DatasetError as error:
-            report.problems.append(str(error))
-    try:
-        check_sizes(row, pixels)
-    except DatasetError as error:
-        report.problems.append(str(error))
     if "label" in pixels:
-        report.class_pixels = np.bincount(pixels["label"].ravel(), minlength=NUM_LABELS).tolist()
+        report.class_pixels = np.bincount(pixels["label"].ravel(), minlength=NUM_LABELS)
     if "sar" in pixels:
         report.sar_pixels = pixels["sar"].size
         report.sar_zeros = report.sar_pixels - int(np.count_nonzero(pixels["sar"]))
     return report
-
-
-def _list_counts(counter: Counter[str]) -> str:
-    return ", ".join(f"{key} ({count})" for key, count in sorted(counter.items(), key=lambda item: (-item[1], item[0])))
-
-
-def _list_lines(title: str, lines: list[str]) -> str:
-    return "\n".join([f"{title}:", *(f"- {line}" for line in lines)])
-
-
-def _table(rows: list[list[str]]) -> str:
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    lines = ("  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)) for row in rows)
-    return "\n".join(lines)

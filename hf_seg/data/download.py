@@ -14,11 +14,10 @@ import stat
 import sys
 import time
 from collections.abc import Callable
-from functools import partial
 from http.client import HTTPException
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from ssl import SSLError
-from typing import NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar
 from urllib.error import HTTPError, URLError
 from urllib.request import Request, urlopen
 from zipfile import BadZipFile, ZipFile, ZipInfo
@@ -31,11 +30,10 @@ from hf_seg.data.archives import ARCHIVES, Archive, Place
 from hf_seg.errors import UserError, file_errors
 from hf_seg.files import DISK_HINT, atomic_file, write_atomic
 
-ZENODO_URL = "https://zenodo.org"
-ZENODO_URL_VARIABLE = "HF_SEG_ZENODO_URL"
-
 HEADERS = {"User-Agent": f"hf_seg/{__version__}"}
 TIMEOUT_SECONDS = 60.0
+RETRIES = 6  # failures in a row, without a single new byte, after which to give up
+BACKOFF_SECONDS = 2.0  # before the first retry; doubles up to a minute
 CHUNK_BYTES = 1 << 20
 TRANSIENT_ERRORS = (URLError, HTTPException, ConnectionError, SSLError, TimeoutError)
 
@@ -48,30 +46,20 @@ class DownloadError(UserError):
 
 class _RemoteFile(NamedTuple):
     url: str
-    size: int
-    md5: str | None
+    size: int  # in bytes
+    md5: str
 
 
-def download(
-    name: str,
-    destination: Path,
-    *,
-    unpack: bool = True,
-    keep_archives: bool = False,
-    base_url: str | None = None,
-    retries: int = 6,
-    backoff: float = 2.0,
-) -> Path:
+def download(name: str, destination: Path, *, unpack: bool = True, keep_archives: bool = False) -> Path:
     """Download and unpack every archive of `name`, and return the root folder of the dataset.
+
+    They come from https://zenodo.org, or the address in the environment variable `HF_SEG_ZENODO_URL`.
 
     Args:
         name: a key of `ARCHIVES`.
         destination: folder for archives and datasets; created if it does not exist.
         unpack: False stops after the verified archives.
         keep_archives: keep the zip files after unpacking.
-        base_url: default: environment variable `HF_SEG_ZENODO_URL`, or else https://zenodo.org.
-        retries: failures in a row, without a single new byte, after which to give up.
-        backoff: seconds before the first retry; doubles up to a minute.
 
     Raises:
         DownloadError: unknown name, no space, no connection, wrong checksum, or an archive that cannot be trusted.
@@ -79,16 +67,15 @@ def download(
     """
     if name not in ARCHIVES:
         raise DownloadError(f"unknown dataset {name!r}; choose from {', '.join(ARCHIVES)}")
-    base_url = (base_url or os.environ.get(ZENODO_URL_VARIABLE) or ZENODO_URL).rstrip("/")
-    retry = partial(_retry, retries=retries, backoff=backoff)
+    base_url = (os.environ.get("HF_SEG_ZENODO_URL") or "https://zenodo.org").rstrip("/")
     for archive in ARCHIVES[name]:
         inventory = destination / f".{archive.file_name}.files.json"
         if unpack and _is_unpacked(inventory):
             continue
-        remote = _look_up(archive, f"{base_url}/api/records/{archive.record}", retry)
+        remote = _look_up(archive, f"{base_url}/api/records/{archive.record}")
         archive_file = destination / archive.file_name
         with file_errors(archive_file, "cannot be written", f"{DISK_HINT}, and run the same command again"):
-            _fetch(remote, archive_file, archive.unpacked_bytes if unpack else 0, retry)
+            _fetch(remote, archive_file, archive.unpacked_bytes if unpack else 0)
         if unpack:
             sizes = extract(archive_file, destination, archive.place)
             write_atomic(inventory, json.dumps(sizes))
@@ -135,45 +122,36 @@ def _is_unpacked(inventory: Path) -> bool:
     return all(_has_size(inventory.parent / path, size) for path, size in sizes.items())
 
 
-def _fetch(remote: _RemoteFile, target: Path, reserve: int, retry: Callable[..., None]) -> None:
+def _fetch(remote: _RemoteFile, target: Path, reserve: int) -> None:
     """Download one file to `target`, complete and verified; `reserve` more bytes must be free for unpacking."""
     if target.exists():
         if not _has_size(target, remote.size) or not _has_md5(target, remote.md5):
             raise DownloadError(f"{target} is not the file at {remote.url}; move it away and run the command again")
         return
     # The checksum in the name prevents that one version of the file is continued with another.
-    part = target.with_name(f"{target.name}.{(remote.md5 or str(remote.size))[:8]}.part")
+    part = target.with_name(f"{target.name}.{remote.md5[:8]}.part")
     remaining = max(remote.size - _size(part), 0)
     purpose = f"for {target.name} ({remaining / 1e9:,.1f} GB to download, about {reserve / 1e9:,.1f} GB to unpack)"
     _require_space(target.parent, remaining + reserve, purpose)
     for stale in set(target.parent.glob(f"{target.name}.*.part")) - {part}:
         stale.unlink()
-    retry(lambda: _receive(remote, part), remote.url, progress=lambda: _size(part))
+    _retry(lambda: _receive(remote, part), remote.url, progress=lambda: _size(part))
     if not _has_md5(part, remote.md5):
         part.unlink()
         raise DownloadError(f"{remote.url} arrived with a wrong md5 and was deleted; run the same command again")
     part.replace(target)
 
 
-def _look_up(archive: Archive, record_url: str, retry: Callable[..., bytes]) -> _RemoteFile:
+def _look_up(archive: Archive, record_url: str) -> _RemoteFile:
     """Read address, size and md5 of an archive from its Zenodo record."""
-
-    def read() -> bytes:
-        with urlopen(Request(record_url, headers=HEADERS), timeout=TIMEOUT_SECONDS) as response:
-            return bytes(response.read())
-
-    content = retry(read, record_url)
-    files: dict[str, _RemoteFile] = {}
+    content = _retry(lambda: _open(record_url).read(), record_url)
     try:
-        for file in json.loads(content)["files"]:
-            algorithm, _, digest = file["checksum"].partition(":")
-            md5 = digest if algorithm == "md5" else archive.md5
-            files[file["key"]] = _RemoteFile(file["links"]["self"], int(file["size"]), md5)
+        file = {file["key"]: file for file in json.loads(content)["files"]}[archive.file_name]
+        _, md5 = file["checksum"].split("md5:")
+        remote = _RemoteFile(file["links"]["self"], int(file["size"]), md5)
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise DownloadError(f"{record_url} is no Zenodo record ({error!r}); is its base address right?") from error
-    if archive.file_name not in files:
-        raise DownloadError(f"{record_url} has no {archive.file_name}, only {', '.join(files) or 'no files'}")
-    remote = files[archive.file_name]
+        reason = f"is no Zenodo record with a file {archive.file_name} ({error!r})"
+        raise DownloadError(f"{record_url} {reason}; is its base address right?") from error
     if archive.md5 and remote.md5 != archive.md5:
         raise DownloadError(f"{record_url} lists {archive.file_name} with md5 {remote.md5}, expected {archive.md5}")
     if not remote.url.startswith(("http://", "https://")):
@@ -181,9 +159,11 @@ def _look_up(archive: Archive, record_url: str, retry: Callable[..., bytes]) -> 
     return remote
 
 
-def _retry(
-    attempt: Callable[[], Result], url: str, *, retries: int, backoff: float, progress: Callable[[], int] = lambda: 0
-) -> Result:
+def _open(url: str, headers: dict[str, str] = HEADERS) -> Any:
+    return urlopen(Request(url, headers=headers), timeout=TIMEOUT_SECONDS)
+
+
+def _retry(attempt: Callable[[], Result], url: str, progress: Callable[[], int] = lambda: 0) -> Result:
     """Repeat `attempt` over transient network errors; failures count only while `progress` sets no new record."""
     failures, best = 0, progress()
     while True:
@@ -194,10 +174,10 @@ def _retry(
                 raise DownloadError(f"{url} answered {error.code} {error.reason}; check the address") from error
             failures = 0 if progress() > best else failures + 1
             best = max(best, progress())
-            if failures > retries:
+            if failures > RETRIES:
                 kept = f"; {progress():,} bytes are kept, run the same command again to resume" if progress() else ""
                 raise DownloadError(f"{url} failed {failures} times in a row ({error}){kept}") from error
-        time.sleep(min(backoff * 2.0 ** max(failures - 1, 0), TIMEOUT_SECONDS))
+        time.sleep(min(BACKOFF_SECONDS * 2.0 ** max(failures - 1, 0), TIMEOUT_SECONDS))
 
 
 def _receive(remote: _RemoteFile, part: Path) -> None:
@@ -207,15 +187,15 @@ def _receive(remote: _RemoteFile, part: Path) -> None:
         return
     headers = HEADERS | ({"Range": f"bytes={offset}-"} if offset else {})
     try:
-        response = urlopen(Request(remote.url, headers=headers), timeout=TIMEOUT_SECONDS)
+        response = _open(remote.url, headers)
     except HTTPError as error:
         if error.code != 416:  # range not satisfiable: `part` is not the beginning of the server's file
             raise
-        part.unlink(missing_ok=True)
-        raise ConnectionError("the server cannot resume at this place") from error
+        response = error
     with response:
         content_range = response.headers.get("Content-Range") or ""
-        if response.status == 206 and not re.fullmatch(rf"bytes {offset}-\d+/({remote.size}|\*)", content_range):
+        resumes = re.fullmatch(rf"bytes {offset}-\d+/({remote.size}|\*)", content_range)
+        if response.status == 416 or (response.status == 206 and not resumes):
             part.unlink(missing_ok=True)
             raise ConnectionError(f"the server resumed with {content_range!r} at byte {offset} of {remote.size}")
         offset = offset if response.status == 206 else 0
@@ -241,9 +221,9 @@ def _size(file: Path) -> int:
     return file.stat().st_size if file.exists() else 0
 
 
-def _has_md5(file: Path, md5: str | None) -> bool:
+def _has_md5(file: Path, md5: str) -> bool:
     with file.open("rb") as stream:
-        return md5 is None or hashlib.file_digest(stream, "md5").hexdigest() == md5
+        return hashlib.file_digest(stream, "md5").hexdigest() == md5
 
 
 def _plan_extraction(archive: ZipFile, place: Place) -> dict[PurePosixPath, ZipInfo]:

@@ -17,14 +17,7 @@ NO_NODE = -1  # pixel that belongs to no node
 
 
 def outside_swath(sar: np.ndarray) -> np.ndarray:
-    """Find the pixels outside the SAR swath of an image in memory.
-
-    Args:
-        sar: (H, W) uint8.
-
-    Returns:
-        (H, W) bool, True on zeros that are connected with the image's border (4-connectivity).
-    """
+    """Return (H, W) bool for (H, W) uint8: True outside the SAR swath, on zeros connected with the image's border."""
     zeros = sar == 0
     return ZeroCollar([zeros]).mask(0, zeros)
 
@@ -41,7 +34,7 @@ class ZeroCollar:
         self._first_nodes: list[int] = []  # per band, the node of the first of them; the others follow
         links: list[np.ndarray] = []
         number_of_nodes = 1
-        above: np.ndarray | None = None
+        above: np.ndarray | int = OUTSIDE
         for zeros in bands:
             labels = _label(zeros)
             edges = [labels[0], labels[-1], labels[:, 0], labels[:, -1]]
@@ -49,37 +42,21 @@ class ZeroCollar:
             top, bottom, left, right = (
                 np.where(edge > 0, number_of_nodes + np.searchsorted(touching, edge), NO_NODE) for edge in edges
             )
-            links.append(_links(np.full_like(top, OUTSIDE) if above is None else above, top))
-            links += [_links(np.full_like(side, OUTSIDE), side) for side in (left, right)]
+            links += [_links(above, top), _links(OUTSIDE, left), _links(OUTSIDE, right)]
             self._labels.append(touching)
             self._first_nodes.append(number_of_nodes)
             number_of_nodes += len(touching)
             above = bottom
-        if above is not None:
-            links.append(_links(above, np.full_like(above, OUTSIDE)))
-        ends = np.concatenate([np.zeros((2, 0), np.int64), *links], axis=1)
+        ends = np.concatenate([*links, _links(OUTSIDE, above)], axis=1)
         graph = coo_array((np.ones(ends.shape[1], bool), (ends[0], ends[1])), shape=(number_of_nodes,) * 2)
         component = connected_components(graph, directed=False)[1]
         self._is_collar = component == component[OUTSIDE]
 
     def mask(self, band: int, zeros: np.ndarray) -> np.ndarray:
-        """Find the collar in one band.
-
-        Args:
-            band: index of the band.
-            zeros: (rows, width) bool, the same array that was passed to the constructor.
-
-        Returns:
-            (rows, width) bool, True on the collar.
-        """
+        """Return (rows, width) bool, True on the collar; for a band's index, and `zeros` as the constructor got it."""
         touching, first = self._labels[band], self._first_nodes[band]
         collar = touching[self._is_collar[first : first + len(touching)]]
-        if not len(collar):
-            return np.zeros_like(zeros)
-        labels = _label(zeros)
-        is_collar = np.zeros(labels.max() + 1, dtype=bool)
-        is_collar[collar] = True
-        return is_collar[labels]
+        return np.isin(_label(zeros), collar) if len(collar) else np.zeros_like(zeros)
 
 
 def _label(zeros: np.ndarray) -> np.ndarray:
@@ -87,7 +64,7 @@ def _label(zeros: np.ndarray) -> np.ndarray:
     return label_components(zeros)[0] if zeros.any() else np.zeros(zeros.shape, np.int32)
 
 
-def _links(nodes: np.ndarray, neighbours: np.ndarray) -> np.ndarray:
+def _links(nodes: np.ndarray | int, neighbours: np.ndarray | int) -> np.ndarray:
     """Return the distinct pairs of adjacent nodes; (2, n) int64."""
-    pairs = np.stack([nodes, neighbours])
+    pairs = np.stack(np.broadcast_arrays(nodes, np.atleast_1d(neighbours)))
     return np.unique(pairs[:, (pairs != NO_NODE).all(axis=0)], axis=1)

@@ -1,4 +1,4 @@
-"""OpenEarthMap and OpenEarthMap-SAR as `datasets` builders; this docstring is their datasheet.
+"""OpenEarthMap and OpenEarthMap-SAR as `datasets`; this docstring is their datasheet.
 
 OpenEarthMap (OEM): 5000 aerial and satellite RGB tiles of 97 regions, labelled by hand (Xia et al., arXiv:2210.10732).
     Source   https://zenodo.org/records/7223446, OpenEarthMap.zip (9,099,481,727 bytes). GSD 0.25-0.5 m.
@@ -25,8 +25,7 @@ import hashlib
 import logging
 import os
 import warnings
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -36,12 +35,16 @@ import rasterio
 from datasets.exceptions import DatasetGenerationError
 from rasterio.errors import NotGeoreferencedWarning, RasterioError
 
-from hf_seg.data.scan import SPLITS, Row, Scan, scan_open_earth_map, scan_open_earth_map_sar
+from hf_seg.data.scan import SCANS, SPLITS, Row
 from hf_seg.errors import DatasetError, UserError, file_errors
 from hf_seg.labels import NUM_LABELS
 
 logger = logging.getLogger(__name__)
 
+COLUMNS = {
+    "OpenEarthMap": ("image_id", "region", "image", "label"),
+    "OpenEarthMap-SAR": ("image_id", "optical", "sar", "label"),
+}
 BANDS = {"image": 3, "optical": 3, "sar": 1, "label": 1}
 DOWNLOAD_HINT = "Download it again; `python scripts/prepare_data.py check DIR` lists every such file."
 CONVERT_HINT = "Keep those bands and scale to 0..255, e.g. with gdal_translate -b 1 -ot Byte -scale."
@@ -80,88 +83,42 @@ def read_tile(path: str, column: str) -> np.ndarray:
     return pixels
 
 
-def check_sizes(row: Row, pixels: dict[str, np.ndarray]) -> None:
-    """Check that the (C, H, W) files of a row have the same H and W.
-
-    Raises:
-        DatasetError: naming each file and its size.
-    """
+def read_row(row: Row) -> tuple[dict[str, np.ndarray], list[str]]:
+    """Return the (C, H, W) uint8 pixels of a row's valid files by column, and what is wrong with the row."""
+    pixels: dict[str, np.ndarray] = {}
+    problems = []
+    for column, path in row.files.items():
+        try:
+            if path is not None:
+                pixels[column] = read_tile(path, column)
+        except DatasetError as error:
+            problems.append(str(error))
     if len({tile.shape[1:] for tile in pixels.values()}) > 1:
         sizes = ", ".join(f"{row.files[column]} {tile.shape[1]} x {tile.shape[2]}" for column, tile in pixels.items())
-        raise DatasetError(f"{row.image_id}: expected one height and width, found {sizes}. {DOWNLOAD_HINT}")
+        problems.append(f"{row.image_id}: expected one height and width, found {sizes}. {DOWNLOAD_HINT}")
+    return pixels, problems
 
 
-def check_row(row: Row) -> None:
-    """Read and check every file of a row.
-
-    Raises:
-        DatasetError: naming the first file that is wrong.
-    """
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", NotGeoreferencedWarning)
-        check_sizes(row, {column: read_tile(path, column) for column, path in row.files.items() if path is not None})
-
-
-@dataclass
-class TileConfig(datasets.BuilderConfig):
-    """Which split to build, and whether the files' bytes (True) or their paths (False) are stored."""
-
-    split: str = "train"
-    embed: bool = False
-
-
-class _TileBuilder(datasets.GeneratorBasedBuilder):
-    """Builds one split of a scanned folder, checking each row once."""
-
-    BUILDER_CONFIG_CLASS = TileConfig
-    DEFAULT_WRITER_BATCH_SIZE = 16  # rows in memory: an embedded one takes 5 MB
-    scan: Callable[[str | Path], Scan]
-    columns: tuple[str, ...]
-
-    def _info(self) -> datasets.DatasetInfo:
-        features = {name: _image_feature(name) if name in BANDS else datasets.Value("string") for name in self.columns}
-        return datasets.DatasetInfo(features=datasets.Features(features), description=str(__doc__))
-
-    def _split_generators(self, dl_manager: Any) -> list[datasets.SplitGenerator]:
-        rows = self.scan(self.config.data_dir).rows[self.config.split]
-        return [datasets.SplitGenerator(name=self.config.split, gen_kwargs={"rows": rows})]
-
-    def _generate_examples(self, rows: list[Row]) -> Iterator[tuple[str, dict[str, Any]]]:
-        for row in rows:
-            check_row(row)
-            example: dict[str, Any] = {"image_id": row.image_id, **row.files}
-            if "region" in self.columns:
-                example["region"] = row.image_id.rpartition("_")[0]
-            if self.config.embed:
-                example |= {column: path and Path(path).read_bytes() for column, path in row.files.items()}
-            yield row.image_id, example
-
-    def _prepare_split_single(self, *args: Any, **kwargs: Any) -> Iterator[Any]:
-        # Unwrapped here, in the worker process: with num_proc an exception reaches the parent without its cause.
-        try:
-            yield from super()._prepare_split_single(*args, **kwargs)
-        except DatasetGenerationError as error:
-            raise (error.__cause__ if isinstance(error.__cause__, UserError | OSError) else error) from None
-
-
-class OpenEarthMap(_TileBuilder):
-    """OpenEarthMap; `label` is None where withheld."""
-
-    scan = staticmethod(scan_open_earth_map)
-    columns = ("image_id", "region", "image", "label")
-
-
-class OpenEarthMapSAR(_TileBuilder):
-    """OpenEarthMap-SAR; `optical` or `label` is None where this copy has no such folder."""
-
-    scan = staticmethod(scan_open_earth_map_sar)
-    columns = ("image_id", "optical", "sar", "label")
+def _examples(rows: list[Row], embed: bool = False) -> Iterator[dict[str, Any]]:
+    """Check each row, and yield it with its files' bytes (`embed`) or their paths."""
+    for row in rows:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", NotGeoreferencedWarning)
+            _, problems = read_row(row)
+        if problems:
+            raise DatasetError(problems[0])
+        example: dict[str, Any] = {"image_id": row.image_id, **row.files}
+        if "image" in row.files:  # only OpenEarthMap names its regions
+            example["region"] = row.image_id.rpartition("_")[0]
+        if embed:
+            example |= {column: path and Path(path).read_bytes() for column, path in row.files.items()}
+        yield example
 
 
 def load_open_earth_map(
     data_dir: str | Path, split: str, *, embed: bool = False, streaming: bool = False, num_proc: int | None = None
 ) -> datasets.Dataset | datasets.IterableDataset:
-    """Load one split of OpenEarthMap: {image_id, region, image, label}.
+    """Load one split of OpenEarthMap: {image_id, region, image, label}; `label` is None where withheld.
 
     Args:
         data_dir: the unpacked release, or a folder around it.
@@ -174,44 +131,51 @@ def load_open_earth_map(
         DatasetError: a wrong folder, an unknown or empty split, or a file that cannot be trained on.
         FileError: the cache cannot be written.
     """
-    return _load(OpenEarthMap, data_dir, split, embed, streaming, num_proc)
+    return _load("OpenEarthMap", data_dir, split, embed, streaming, num_proc)
 
 
 def load_open_earth_map_sar(
     data_dir: str | Path, split: str, *, embed: bool = False, streaming: bool = False, num_proc: int | None = None
 ) -> datasets.Dataset | datasets.IterableDataset:
-    """Load one split of OpenEarthMap-SAR: {image_id, optical, sar, label}; else as `load_open_earth_map`."""
-    return _load(OpenEarthMapSAR, data_dir, split, embed, streaming, num_proc)
+    """Load one split of OpenEarthMap-SAR: {image_id, optical, sar, label}; else as `load_open_earth_map`.
+
+    `optical` or `label` is None where this copy has no such folder.
+    """
+    return _load("OpenEarthMap-SAR", data_dir, split, embed, streaming, num_proc)
 
 
 def _load(
-    kind: type[_TileBuilder], data_dir: str | Path, split: str, embed: bool, streaming: bool, num_proc: int | None
+    layout: str, data_dir: str | Path, split: str, embed: bool, streaming: bool, num_proc: int | None
 ) -> datasets.Dataset | datasets.IterableDataset:
     if split not in SPLITS:
         raise DatasetError(f"unknown split {split!r}: choose one of {', '.join(SPLITS)}.")
-    scan = kind.scan(data_dir)
+    scan = SCANS[layout](data_dir)
     rows, missing = scan.rows[split], scan.describe_missing(split)
     if not rows:
         raise DatasetError(f"{scan.root}: split {split!r} has no usable tile; found {missing or 'no file of it'}")
     level = logging.WARNING if missing else logging.INFO
-    name = kind.__name__
-    logger.log(level, "%s: %d %s tiles in %s; missing: %s", name, len(rows), split, scan.root, missing or "none")
-    settings = {"data_dir": str(scan.root), "split": split, "embed": embed}
+    logger.log(level, "%s: %d %s tiles in %s; missing: %s", layout, len(rows), split, scan.root, missing or "none")
+    columns = {name: _image_feature(name) if name in BANDS else datasets.Value("string") for name in COLUMNS[layout]}
+    options: dict[str, Any] = {"features": datasets.Features(columns), "split": split}
+    options["gen_kwargs"] = {"rows": rows, "embed": embed}
+    if streaming:
+        return datasets.IterableDataset.from_generator(_examples, **options)
+    options["fingerprint"] = _fingerprint(rows, f"{layout} {split} {embed}")
+    options["writer_batch_size"] = 16  # rows in memory: an embedded one takes 5 MB
     with file_errors(datasets.config.HF_DATASETS_CACHE, "cannot be used as a cache", CACHE_HINT):
-        builder = kind(dataset_name=name, hash=_fingerprint(rows, settings), **settings)
-        if streaming:
-            return builder.as_streaming_dataset(split)
         try:
-            builder.download_and_prepare(num_proc=num_proc)
-        except UserError as error:
-            raise error.with_traceback(None) from None  # one clear message instead of the builder's traceback
-        return builder.as_dataset(split)
+            return datasets.Dataset.from_generator(_examples, num_proc=num_proc, **options)
+        except DatasetGenerationError as error:
+            if isinstance(error.__cause__, UserError | OSError):
+                raise error.__cause__.with_traceback(None) from None
+            for _ in _examples(rows):  # an exception in a worker process arrives without its cause, so find it again
+                pass
+            raise
 
 
-def _fingerprint(rows: list[Row], settings: dict[str, Any]) -> str:
-    """Name the cache: a change of a file's path, size or time, of the settings or of this module makes a new one."""
-    digest = hashlib.sha256(Path(__file__).read_bytes())
-    digest.update(repr(settings).encode())
+def _fingerprint(rows: list[Row], options: str) -> str:
+    """Name the cache: a change of a file's path, size or time, of the options or of this module makes a new one."""
+    digest = hashlib.sha256(Path(__file__).read_bytes() + options.encode())
     for path in (path for row in rows for path in row.files.values() if path is not None):
         with file_errors(path, "cannot be read"):
             status = os.stat(path)

@@ -12,16 +12,16 @@ import json
 from pathlib import Path
 from typing import Any
 
-from hf_seg.data.open_earth_map import scan_open_earth_map, scan_open_earth_map_sar
+from hf_seg.data.scan import SCANS
 from hf_seg.errors import DatasetError, file_errors
 
 DATASET_FILE = "dataset.json"
-_SCANS = {"OpenEarthMap": scan_open_earth_map, "OpenEarthMap-SAR": scan_open_earth_map_sar}
 # Usable tiles of the releases' splits. OpenEarthMap: without and with the images that come from xBD.
 _RELEASED: dict[str, dict[str, set[int]]] = {
     "OpenEarthMap": {"train": {2303, 3000}, "val": {384, 500}, "test": {1151, 1500}},
     "OpenEarthMap-SAR": {"train": {4333}, "val": {210}, "test": {490}},
 }
+_UNKNOWN = {"description": None, "license": None, "synthetic": False, "labels": None}
 _KEYS: dict[str, tuple[type | tuple[type, ...], str]] = {  # type, and how the error calls it
     "name": (str, "text"),
     "layout": (str, "text"),
@@ -36,7 +36,7 @@ def read_provenance(data_dir: str | Path, layout: str) -> dict[str, Any]:
     """Return what a dataset is: name, layout, description, license, synthetic, released, labels.
 
     Args:
-        data_dir: the dataset, or a folder around it, as the loaders take it.
+        data_dir: as for the loaders.
         layout: "OpenEarthMap" or "OpenEarthMap-SAR".
 
     Returns:
@@ -47,14 +47,13 @@ def read_provenance(data_dir: str | Path, layout: str) -> dict[str, Any]:
     Raises:
         DatasetError: no such dataset, or a `dataset.json` that cannot be used.
     """
-    scan = _SCANS[layout](data_dir)
+    scan = SCANS[layout](data_dir)
+    if (scan.root / DATASET_FILE).exists():
+        return {**_read(scan.root / DATASET_FILE, layout), "released": False}
     counts = {split: len(rows) for split, rows in scan.rows.items() if rows}
-    has_file = (scan.root / DATASET_FILE).exists()
-    released = not has_file and bool(counts) and all(n in _RELEASED[layout][split] for split, n in counts.items())
-    unknown = {"description": None, "license": None, "synthetic": False, "labels": None}
+    released = bool(counts) and all(n in _RELEASED[layout][split] for split, n in counts.items())
     name = layout if released else f"data laid out as {layout}"
-    described = _read(scan.root / DATASET_FILE, layout) if has_file else {}
-    return {"name": name, "layout": layout, **unknown, **described, "released": released}
+    return {"name": name, "layout": layout, **_UNKNOWN, "released": released}
 
 
 def _read(file: Path, layout: str) -> dict[str, Any]:
@@ -66,11 +65,9 @@ def _read(file: Path, layout: str) -> dict[str, Any]:
         raise DatasetError(f"{file} is not valid JSON ({error}); {hint}") from None
     if not isinstance(content, dict):
         raise DatasetError(f"{file} must contain a JSON object; {hint}")
-    for key in ("name", "layout"):
-        if key not in content:
-            raise DatasetError(f"{file} has no key {key!r}; {hint}")
+    content = {"name": None, "layout": None, **_UNKNOWN, **content}
     for key, (kind, expected) in _KEYS.items():
-        if key in content and not isinstance(content[key], kind):
+        if not isinstance(content[key], kind):
             raise DatasetError(f"{file}: {key} must be {expected}; it is {json.dumps(content[key])}; {hint}")
     if content["layout"] != layout:
         raise DatasetError(f"{file}: layout is {content['layout']!r}, but the folder is laid out as {layout}; {hint}")

@@ -6,7 +6,6 @@ manifest.json                        written last: a folder without it is not fi
 """
 
 import hashlib
-import io
 import json
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -17,7 +16,6 @@ import datasets
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-from PIL import Image
 
 from hf_seg.errors import UserError, file_errors
 from hf_seg.files import atomic_file, sha256_of, write_atomic
@@ -25,15 +23,9 @@ from hf_seg.labels import BACKGROUND, CLASS_NAMES
 from hf_seg.settings import LOCAL_PATHS_FILE
 
 CONFIDENCE_STEP = 5  # of 255; in finer steps a tile of 1024 pixels from a noisy network could exceed 1 MB
-_FULL = np.iinfo(np.uint8).max
 _COUNTS_KEY = b"hf_seg.counts"
-_FEATURES = datasets.Features(
-    {
-        "image_id": datasets.Value("string"),
-        "pseudo_label": datasets.Image(mode="L"),
-        "confidence": datasets.Image(mode="L"),
-    }
-)
+_MAP = datasets.Image(mode="L")
+_FEATURES = datasets.Features({"image_id": datasets.Value("string"), "pseudo_label": _MAP, "confidence": _MAP})
 
 
 class LabelledTile(NamedTuple):
@@ -51,9 +43,7 @@ def plan_shards(folder: Path, split: str, n_tiles: int, tiles_per_shard: int) ->
     """Return the file of each shard and the tiles that it contains."""
     starts = range(0, n_tiles, tiles_per_shard)
     return {
-        folder / f"{split}-{number:05d}-of-{len(starts):05d}.parquet": range(
-            start, min(start + tiles_per_shard, n_tiles)
-        )
+        folder / f"{split}-{number:05d}-of-{len(starts):05d}.parquet": range(n_tiles)[start : start + tiles_per_shard]
         for number, start in enumerate(starts)
     }
 
@@ -74,13 +64,11 @@ def write_shard(path: Path, tiles: Sequence[LabelledTile]) -> None:
 
 
 def _encode(tile: LabelledTile) -> dict[str, Any]:
-    steps = np.rint(tile.confidence * (_FULL // CONFIDENCE_STEP))
+    steps = np.rint(tile.confidence * (255 // CONFIDENCE_STEP))
     maps = {"pseudo_label": tile.label, "confidence": (steps * CONFIDENCE_STEP).astype(np.uint8)}
     row: dict[str, Any] = {"image_id": tile.image_id}
     for column, values in maps.items():
-        png = io.BytesIO()
-        Image.fromarray(values).save(png, "PNG")
-        row[column] = {"bytes": png.getvalue(), "path": f"{tile.image_id}.png"}
+        row[column] = {**_MAP.encode_example(values), "path": f"{tile.image_id}.png"}
     return row
 
 
@@ -103,17 +91,13 @@ def is_complete(path: Path) -> bool:
 
 def read_maps(path: Path, row: int) -> tuple[np.ndarray, np.ndarray]:
     """Return label and confidence of one row of a shard, (H, W) uint8 each."""
-    (columns,) = pq.read_table(path, columns=["pseudo_label", "confidence"]).slice(row, 1).to_pylist()
-    label, confidence = (np.array(Image.open(io.BytesIO(png["bytes"]))) for png in columns.values())
-    return label, confidence
+    (example,) = pq.read_table(path).slice(row, 1).to_pylist()
+    decoded = _FEATURES.decode_example(example)
+    return np.array(decoded["pseudo_label"]), np.array(decoded["confidence"])
 
 
 def check_inputs(folder: Path, inputs: dict[str, Any]) -> None:
-    """Check that a folder is empty, or was begun with the same networks and tiles.
-
-    Args:
-        folder: of the pseudo-labels.
-        inputs: `models`, a list of {name, revision, sha256}, and `image_ids`.
+    """Check that a folder is empty, or was begun with the same `models` ({name, revision, sha256}) and `image_ids`.
 
     Raises:
         UserError: it contains something else.
@@ -121,26 +105,23 @@ def check_inputs(folder: Path, inputs: dict[str, Any]) -> None:
     hint = "choose another --output_dir"
     recorded = folder / "inputs.json"
     if not recorded.exists():
-        # written before inputs.json, so a launch that was killed at once may have left them
-        early = {"recipe.yaml", LOCAL_PATHS_FILE}
-        others = sorted(file.name for file in folder.glob("[!.]*") if file.name not in early)
-        if others:
+        # a launch that was killed at once may have left what is written before inputs.json
+        if others := sorted({file.name for file in folder.glob("[!.]*")} - {"recipe.yaml", LOCAL_PATHS_FILE}):
             raise UserError(f"{folder} already contains other files, e.g. {others[0]}; {hint}")
         return
     with file_errors(recorded, "cannot be read"):
         began_with = json.loads(recorded.read_text(encoding="utf-8"))
     old, new = began_with["models"], inputs["models"]
-    if len(old) != len(new):
-        raise UserError(f"{folder} began with {len(old)} network(s), now there are {len(new)}; {hint}")
-    for then, now in zip(old, new, strict=True):
-        if then["sha256"] != now["sha256"]:
-            raise UserError(
-                f"{folder} began with another network than {now['name']} is now (sha256 {then['sha256'][:12]} of "
-                f"{then['name']} then, {now['sha256'][:12]} now); {hint}"
-            )
-    if began_with["image_ids"] != inputs["image_ids"]:
-        n_tiles = len(began_with["image_ids"])
-        raise UserError(f"{folder} began with other tiles ({n_tiles} then, {len(inputs['image_ids'])} now); {hint}")
+    if [each["sha256"] for each in old] != [each["sha256"] for each in new]:
+        then, now = map(_list_networks, (old, new))
+        raise UserError(f"{folder} began with other networks, {then}; now they are {now}; {hint}")
+    old, new = began_with["image_ids"], inputs["image_ids"]
+    if old != new:
+        raise UserError(f"{folder} began with other tiles ({len(old)} then, {len(new)} now); {hint}")
+
+
+def _list_networks(models: list[dict[str, str]]) -> str:
+    return ", ".join(f"{model['name']} (sha256 {model['sha256'][:12]})" for model in models)
 
 
 def summarize(shards: Sequence[Path]) -> dict[str, Any]:
@@ -152,17 +133,12 @@ def summarize(shards: Sequence[Path]) -> dict[str, Any]:
     """
     digests = "".join(sha256_of(path) for path in shards)
     counts = _add_counts([json.loads(pq.read_metadata(path).metadata[_COUNTS_KEY]) for path in shards])
-    histogram: dict[str, int] = {}
-    kept_share: dict[str, float | None] = {}
-    for index, name in enumerate(CLASS_NAMES):
-        predicted, kept = counts["predicted"][index], counts["kept"][index]
-        if index != BACKGROUND:
-            histogram[name] = kept
-            kept_share[name] = kept / predicted if predicted else None
+    predicted, kept = (dict(zip(CLASS_NAMES, counts[key], strict=True)) for key in ("predicted", "kept"))
+    del kept[CLASS_NAMES[BACKGROUND]]
     return {
         "labels_sha256": hashlib.sha256(digests.encode()).hexdigest(),
-        "class_histogram": histogram,
-        "kept_share": kept_share,
+        "class_histogram": kept,
+        "kept_share": {name: n / predicted[name] if predicted[name] else None for name, n in kept.items()},
         "ignored": counts["ignored"],
     }
 

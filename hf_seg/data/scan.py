@@ -48,10 +48,9 @@ class Scan:
     missing: list[MissingTiles] = field(default_factory=list)
 
     def add_missing(self, split: str | None, reasons: dict[str, set[str]]) -> None:
-        """Record the names of unusable tiles by reason; reasons without a name are skipped."""
-        for reason, names in reasons.items():
-            if names:
-                self.missing.append(MissingTiles(split, reason, sorted(names, key=_natural_key)))
+        """Record the names of unusable tiles by reason."""
+        found = {reason: sorted(names, key=_natural_key) for reason, names in reasons.items() if names}
+        self.missing.extend(MissingTiles(split, reason, names) for reason, names in found.items())
 
     def describe_missing(self, split: str) -> str:
         """Say in one line what is missing from `split`; empty if nothing is."""
@@ -119,6 +118,9 @@ def scan_open_earth_map_sar(data_dir: str | Path) -> Scan:
             for name in sorted(names.intersection(*tiles.values()), key=_natural_key)
         ]
     return scan
+
+
+SCANS = {"OpenEarthMap": scan_open_earth_map, "OpenEarthMap-SAR": scan_open_earth_map_sar}  # by layout
 
 
 def _find_root(data_dir: str | Path, patterns: tuple[str, ...], layout: str) -> Path:
