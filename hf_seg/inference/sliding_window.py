@@ -78,8 +78,8 @@ def sliding_window_probs(
         crops = torch.stack([image[:, y : y + window, x : x + window] for y, x in batch])
         logits = forward(crops)
         if logits.ndim != 4 or logits.shape[0] != len(crops) or logits.shape[2:] != crops.shape[2:]:
-            expected = f"({len(crops)}, K, {window}, {window})"
-            raise ValueError(f"forward must return logits {expected}, got {tuple(logits.shape)}: resize them in forward")
+            got = f"({len(crops)}, K, {window}, {window}), got {tuple(logits.shape)}"
+            raise ValueError(f"forward must return logits {got}: resize them in forward")
         probs = logits.float().softmax(dim=1).to(image.device)
         if first == 0:
             total = probs.new_zeros(probs.shape[1], *image.shape[1:])
@@ -95,7 +95,7 @@ def sliding_window_probs(
 class RowBlender:
     """Blend overlapping windows from the top of a scene to its bottom, in memory that does not depend on its height.
 
-    Keeps the sums of one row of windows in memory, K x (window + max_rows) x width float32. Every pixel adds up its windows in
+    Keeps the sums of one row of windows, K x (window + max_rows) x width float32. Every pixel adds up its windows in
     raster order wherever the work begins, so parts of a scene that are blended apart have the bits of the whole.
 
     Args:

@@ -19,14 +19,7 @@ ROWS_AT_ONCE = 32  # rows whose probabilities are in memory at the same time
 
 
 class BandMapper:
-    """Computes bands of `BLOCK` rows.
-
-    Args:
-        predictor: the networks.
-        scene: the scene.
-        geometry: (window, stride) in pixels of each network.
-        options: batch size, threshold and layers.
-    """
+    """Computes bands of `BLOCK` rows; `geometry` is (window, stride) in pixels of each network."""
 
     def __init__(
         self, predictor: Predictor, scene: Scene, geometry: Sequence[tuple[int, int]], options: RasterOptions
@@ -40,10 +33,11 @@ class BandMapper:
 
     def borders(self, length: int) -> set[int]:
         """Return where windows begin, and the first pixel after each, along an axis of `length` pixels."""
-        starts = [
-            (start, window) for window, stride in self.geometry for start in window_starts(length, window, stride)
-        ]
-        return {start for start, _ in starts} | {start + window for start, window in starts}
+        borders: set[int] = set()
+        for window, stride in self.geometry:
+            starts = window_starts(length, window, stride)
+            borders.update(starts, (start + window for start in starts))
+        return borders
 
     def count_windows(self, bands: Sequence[int]) -> int:
         """Return the number of windows that `compute` predicts for these bands."""
@@ -103,6 +97,8 @@ class BandMapper:
             accumulator.add(blender.rows(bottom), weight)
         confidence, label_map = accumulator.confidence(), accumulator.label_map()
         valid = torch.from_numpy(self.scene.rows(top, bottom)[1]).to(confidence.device)
+        keep = valid & (confidence >= self.options.abstain)
+        layers = [torch.where(keep, label_map, BACKGROUND).to(torch.uint8)[None]]
         scores = []
         if self.options.confidence:
             scores.append(confidence[None])
@@ -110,8 +106,6 @@ class BandMapper:
             scores.append(accumulator.disagreement()[None])
         if self.options.probabilities:
             scores.append(accumulator.probs())
-        keep = valid & (confidence >= self.options.abstain)
-        layers = [torch.where(keep, label_map, BACKGROUND).to(torch.uint8)[None]]
         for score in scores:
             levels = (score * SCORE_MAX).round().clamp(0, SCORE_MAX)
             layers.append(torch.where(valid, levels, SCORE_NODATA).to(torch.uint8))

@@ -16,27 +16,18 @@ from hf_seg.files import remove, write_atomic
 
 
 class BandStore:
-    """The finished bands of one map.
-
-    Args:
-        folder: contains nothing else.
-        count: number of bands of the map.
-    """
+    """The finished bands of a map of `count` bands, in a folder of their own."""
 
     def __init__(self, folder: Path, count: int) -> None:
-        self.folder = folder
-        self.count = count
+        self.folder, self.count = folder, count
 
     def open(self, identity: Mapping[str, object]) -> bool:
-        """Create the folder, or keep it if it belongs to the same map; the bands of another map are deleted.
+        """Create the folder, or keep it if it belongs to the same map; tell whether another map's bands were deleted.
 
         Args:
             identity: everything that the bands depend on, serialisable as JSON.
-
-        Returns:
-            Whether bands of another map were deleted.
         """
-        wanted = json.dumps(dict(identity), indent=1, sort_keys=True).encode()
+        wanted = json.dumps(identity, indent=1, sort_keys=True).encode()
         file = self.folder / "map.json"
         is_other = self.folder.exists() and not (file.is_file() and file.read_bytes() == wanted)
         if is_other:
@@ -54,11 +45,7 @@ class BandStore:
         write_atomic(self._file(number), zlib.compress(band.tobytes(), level=1))
 
     def load(self, number: int, shape: tuple[int, ...]) -> np.ndarray:
-        """Return a band that was saved with this shape.
-
-        Raises:
-            UserError: its file is damaged.
-        """
+        """Return a band that was saved with this shape; a damaged one is a `UserError`."""
         try:
             content = zlib.decompress(self._file(number).read_bytes())
             return np.frombuffer(content, np.uint8).reshape(shape)

@@ -16,7 +16,7 @@ from hf_seg.inference.predict import Predictor
 from hf_seg.labels import BACKGROUND
 from hf_seg.mapping.band_mapper import ROWS_AT_ONCE, BandMapper
 from hf_seg.mapping.band_store import BandStore
-from hf_seg.mapping.gdal import GDAL_ERRORS, gdal_reason
+from hf_seg.mapping.gdal import GDAL_ERRORS, gdal_reason, gdal_session
 from hf_seg.mapping.options import RasterOptions
 from hf_seg.mapping.output import choose_layers, write_layers
 from hf_seg.mapping.polygons import write_polygons
@@ -28,16 +28,46 @@ logger = logging.getLogger(__name__)
 FORMAT = 1  # version of the stored bands; increase it whenever their content changes
 
 
-class MapJob:
-    """The map of one scene.
-
-    Every process calls `compute` with its part of `missing()`; one of them calls `prepare` before and `finish` after.
+def map_scene(
+    predictor: Predictor,
+    source: str | Path,
+    destination: str | Path,
+    options: RasterOptions,
+    *,
+    part: int = 0,
+    parts: int = 1,
+    wait: Callable[[], object] = lambda: None,
+    show_progress: bool = True,
+) -> MapSummary | None:
+    """Map one scene, in one process or in several that each compute a part of its bands.
 
     Args:
-        predictor: the networks.
-        source: the scene.
-        destination: the GeoTIFF to write.
-        options: everything else.
+        part, parts: index of this process, and number of processes.
+        wait: returns when all processes have called it.
+
+    Returns:
+        The summary; None except in process 0.
+
+    Raises:
+        UserError: see `MapJob`.
+    """
+    with gdal_session(), contextlib.closing(MapJob(predictor, source, destination, options)) as job:
+        if part == 0:
+            job.prepare()
+        wait()
+        bands = np.array_split(np.array(job.missing(), dtype=int), parts)[part].tolist()
+        wait()  # no process saves a band before all have listed the missing ones
+        job.compute(bands, show_progress=show_progress)
+        wait()
+        summary = job.finish() if part == 0 else None
+        wait()
+        return summary
+
+
+class MapJob:
+    """The map of one scene, a GeoTIFF at `destination`.
+
+    Every process calls `compute` with its part of `missing()`; one of them calls `prepare` before and `finish` after.
 
     Raises:
         UserError: a scene, a target or options that cannot be used.
@@ -76,11 +106,7 @@ class MapJob:
         self.scene.close()
 
     def prepare(self) -> None:
-        """Create the folder of finished bands, or find the bands of an earlier run.
-
-        Raises:
-            FileError: the folder cannot be written.
-        """
+        """Create the folder of finished bands, or find the bands of an earlier run."""
         source = Path(self.scene.name)
         with file_errors(self.destination, "cannot be written", DISK_HINT):
             status = source.stat() if source.is_file() else None
@@ -88,13 +114,10 @@ class MapJob:
                 {
                     "format": FORMAT,
                     "source": [source.name, status and status.st_size, status and status.st_mtime_ns],
-                    "scene": [self.scene.height, self.scene.width, self.scene.bands, self.scene.units],
-                    "stretch": self.scene.stretch,
+                    "size": [self.scene.height, self.scene.width],
                     "zero_collar": self.options.zero_collar,
-                    "networks": self.predictor.fingerprint,
-                    "windows": self.geometry,
                     "layers": [layer.name for layer in self.layers],
-                    "abstain": self.options.abstain,
+                    **self._tags(),
                 }
             )
         if is_other:
@@ -109,7 +132,7 @@ class MapJob:
         )
 
     def missing(self) -> list[int]:
-        """Return the numbers of the bands that are not computed yet."""
+        """Return the numbers of the bands that are not computed yet, ascending."""
         return self.store.missing()
 
     def compute(self, bands: Sequence[int], *, show_progress: bool = True) -> None:
@@ -118,10 +141,8 @@ class MapJob:
         Raises:
             UserError: a network that does not fit, a damaged scene, or a full disk.
         """
-        total = self._mapper.count_windows(bands)
-        with tqdm(
-            total=total, unit="tile", desc=self.destination.name, disable=not show_progress, smoothing=0.05
-        ) as bar:
+        total, name = self._mapper.count_windows(bands), self.destination.name
+        with tqdm(total=total, unit="tile", desc=name, disable=not show_progress, smoothing=0.05) as bar:
             for number, band in self._mapper.compute(bands, on_windows=bar.update):
                 with self._writing_errors():
                     self.store.save(number, band)
@@ -134,6 +155,7 @@ class MapJob:
         """
         with self._writing_errors():
             statistics = self._count_classes()
+            score = statistics.seam_score
             if not self.options.abstain and not statistics.pixels[BACKGROUND + 1 :].any():
                 self.store.remove()
                 raise UserError(f"{self.scene.name}: no pixel has data")
@@ -142,7 +164,7 @@ class MapJob:
                 self.layers,
                 self._read_bands,
                 scene=self.scene.dataset,
-                tags=self._tags(statistics),
+                tags=self._tags() | ({} if score is None else {"seam_score": f"{score:.4f}"}),
                 cog=self.options.cog,
             )
             for target, write in self._extras.items():
@@ -205,7 +227,8 @@ class MapJob:
             statistics.update(top, band[0])
         return statistics
 
-    def _tags(self, statistics: MapStatistics) -> dict[str, str]:
+    def _tags(self) -> dict[str, str]:
+        """Describe how the map is computed; part of what identifies the stored bands."""
         tags = {
             "scene": Path(self.scene.name).name,
             "bands": " ".join(map(str, self.scene.bands)),
@@ -219,8 +242,6 @@ class MapJob:
             tags["stretch"] = "{!r} {!r}".format(*self.scene.stretch)
         if self.options.abstain:
             tags["abstain"] = repr(self.options.abstain)
-        if statistics.seam_score is not None:
-            tags["seam_score"] = f"{statistics.seam_score:.4f}"
         return tags
 
     def _draw_preview(self, class_map: Path, output: Path) -> None:

@@ -6,14 +6,14 @@ A colour table needs a file with a single band, so every layer is a file of its 
 
 import contextlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import rasterio
 import rasterio.shutil
 from rasterio.enums import Resampling
+from rasterio.profiles import DefaultGTiffProfile
 from rasterio.windows import Window
 
 from hf_seg.labels import BACKGROUND, CLASS_NAMES, PALETTE
@@ -25,29 +25,15 @@ SCORE_NODATA, SCORE_MAX = 255, 254  # a score of 1.0 is stored as SCORE_MAX
 Bands = Iterable[tuple[int, np.ndarray]]  # first row, (bands of all layers, rows, width) uint8
 
 
-@dataclass(frozen=True)
-class Layer:
-    """One file of a map.
-
-    Args:
-        name: "" for the class ids.
-        bands: descriptions of its bands.
-    """
+class Layer(NamedTuple):
+    """One file of a map: its name, "" for the class ids, and the descriptions of its bands."""
 
     name: str
     bands: tuple[str, ...]
 
-    @property
-    def is_class_map(self) -> bool:
-        return not self.name
-
-    @property
-    def resampling(self) -> Resampling:
-        return Resampling.nearest if self.is_class_map else Resampling.average
-
     def path(self, class_map: Path) -> Path:
         """Return the file of the layer, given that of the class ids."""
-        return class_map if self.is_class_map else class_map.with_name(f"{class_map.stem}_{self.name}.tif")
+        return class_map.with_name(f"{class_map.stem}_{self.name}.tif") if self.name else class_map
 
 
 def choose_layers(options: OutputOptions) -> list[Layer]:
@@ -71,18 +57,13 @@ def write_layers(
     tags: Mapping[str, str],
     cog: bool = False,
 ) -> list[Path]:
-    """Write the files of a map and check them.
+    """Write the file of each layer to a folder, check it and return its path.
 
     Args:
-        folder: where the files are written.
-        layers: the layers.
         read_bands: returns the rows of all layers from top to bottom; called twice.
         scene: its size and georeference are those of the map.
         tags: metadata of every file.
         cog: write cloud-optimized files, with GDAL's driver for them.
-
-    Returns:
-        The file of each layer.
 
     Raises:
         OSError: a file cannot be written, or what was written cannot be read back.
@@ -107,31 +88,25 @@ def _create(path: Path, layer: Layer, scene: rasterio.DatasetReader) -> Any:
     if not gcps and not scene.transform.is_identity:
         georeference["transform"] = scene.transform
     path.unlink(missing_ok=True)  # GDAL would open what a full disk may have left of it
-    file = rasterio.open(
-        path,
-        "w",
-        driver="GTiff",
+    profile = DefaultGTiffProfile(
         width=scene.width,
         height=scene.height,
         count=len(layer.bands),
-        dtype="uint8",
-        nodata=BACKGROUND if layer.is_class_map else SCORE_NODATA,
-        tiled=True,
+        nodata=SCORE_NODATA if layer.name else BACKGROUND,
         blockxsize=BLOCK,
         blockysize=BLOCK,
-        interleave="band",
         compress="deflate",
-        predictor=1 if layer.is_class_map else 2,
+        predictor=2 if layer.name else 1,
         bigtiff="if_safer",
         rpcs=scene.rpcs,
-        **georeference,
     )
+    file = rasterio.open(path, "w", **profile, **georeference)
     file.descriptions = layer.bands
-    if layer.is_class_map:
+    if layer.name:
+        file.scales = [1 / SCORE_MAX] * len(layer.bands)
+    else:
         file.write_colormap(1, {i: (*color, 0 if i == BACKGROUND else 255) for i, color in enumerate(PALETTE.tolist())})
         file.update_tags(1, **{f"class_{i}": name for i, name in enumerate(CLASS_NAMES)})
-    else:
-        file.scales = [1 / SCORE_MAX] * len(layer.bands)
     return file
 
 
@@ -144,17 +119,17 @@ def _add_overviews(path: Path, layer: Layer) -> Path:
     with rasterio.Env(GDAL_TIFF_OVR_BLOCKSIZE=BLOCK), rasterio.open(path, "r+") as file:
         levels = [2**n for n in range(1, 32) if max(file.shape) > BLOCK * 2 ** (n - 1)]
         if levels:
-            file.build_overviews(levels, layer.resampling)
+            file.build_overviews(levels, Resampling.average if layer.name else Resampling.nearest)
     return path
 
 
 def _to_cog(path: Path, layer: Layer) -> Path:
     target = path.with_suffix(".cog.tif")
     target.unlink(missing_ok=True)
-    options = {"compress": "deflate", "blocksize": BLOCK, "overview_resampling": layer.resampling.name}
-    if not layer.is_class_map:
-        options["predictor"] = "yes"
-    rasterio.shutil.copy(path, target, driver="COG", **options)
+    options = (
+        {"predictor": "yes", "overview_resampling": "average"} if layer.name else {"overview_resampling": "nearest"}
+    )
+    rasterio.shutil.copy(path, target, driver="COG", compress="deflate", blocksize=BLOCK, **options)
     path.unlink()
     return target
 
