@@ -151,7 +151,7 @@ class RowBlender:
         top = self._next_row
         last = min(self._height, top + self._ring.shape[1] - self._window)
         if not top < bottom <= last:
-            raise ValueError(f"rows go on from {top}, to {last} at most; asked for those up to {bottom}")
+            raise ValueError(f"the next rows are {top} to {last} at most; asked for those up to {bottom}")
         while self._next_window < len(self.tops) and self.tops[self._next_window] < bottom:
             self._add_windows(self.tops[self._next_window])
             self._next_window += 1

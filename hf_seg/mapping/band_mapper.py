@@ -12,7 +12,7 @@ from hf_seg.inference.sliding_window import RowBlender, window_starts
 from hf_seg.inference.vote import VoteAccumulator
 from hf_seg.labels import BACKGROUND, NUM_LABELS
 from hf_seg.mapping.options import RasterOptions
-from hf_seg.mapping.output import BLOCK, SCORE_MAX, SCORE_NODATA
+from hf_seg.mapping.output import BLOCK, SCORE_MAX, SCORE_NODATA, choose_layers
 from hf_seg.mapping.scene import Scene
 
 ROWS_AT_ONCE = 32  # rows whose probabilities are in memory at the same time
@@ -95,18 +95,16 @@ class BandMapper:
         accumulator = VoteAccumulator()
         for blender, weight in zip(blenders, self.predictor.weights, strict=True):
             accumulator.add(blender.rows(bottom), weight)
-        confidence, label_map = accumulator.confidence(), accumulator.label_map()
+        confidence = accumulator.confidence()
         valid = torch.from_numpy(self.scene.rows(top, bottom)[1]).to(confidence.device)
         keep = valid & (confidence >= self.options.abstain)
-        layers = [torch.where(keep, label_map, BACKGROUND).to(torch.uint8)[None]]
-        scores = []
-        if self.options.confidence:
-            scores.append(confidence[None])
-        if self.options.disagreement:
-            scores.append(accumulator.disagreement()[None])
-        if self.options.probabilities:
-            scores.append(accumulator.probs())
-        for score in scores:
-            levels = (score * SCORE_MAX).round().clamp(0, SCORE_MAX)
-            layers.append(torch.where(valid, levels, SCORE_NODATA).to(torch.uint8))
+        layers = [torch.where(keep, accumulator.label_map(), BACKGROUND).to(torch.uint8)[None]]
+        scores = {
+            "confidence": accumulator.confidence,
+            "disagreement": accumulator.disagreement,
+            "probabilities": accumulator.probs,
+        }
+        for layer in choose_layers(self.options)[1:]:
+            levels = (scores[layer.name]() * SCORE_MAX).round().clamp(0, SCORE_MAX)
+            layers.append(torch.where(valid, levels, SCORE_NODATA).to(torch.uint8).reshape(-1, *valid.shape))
         return torch.cat(layers).cpu().numpy()

@@ -32,7 +32,7 @@ SAR_LEVELS = (10.0, 95.0)
 OPTICAL_LEVELS = (37.0, 199.0)
 
 
-class Scene:
+class Scene(contextlib.AbstractContextManager["Scene"]):
     """An open raster, to be closed or used in a `with` statement. Not thread-safe.
 
     Args:
@@ -76,9 +76,6 @@ class Scene:
             self.stretch = (float(stretch[0]), float(stretch[1]))
         elif units != "linear" or any(self.dataset.dtypes[band - 1] != "uint8" for band in self.bands):
             self.stretch = self._find_stretch()
-
-    def __enter__(self) -> "Scene":
-        return self
 
     def __exit__(self, *_: object) -> None:
         self.close()

@@ -134,8 +134,10 @@ def pixel_areas(crs: CRS, transform: Affine, width: int, rows: Sequence[int]) ->
     # left, right, upper and lower edge of each pixel
     columns = np.concatenate([np.full(len(row), column + step) for step in (-0.5, 0.5, 0, 0)])
     lines = np.concatenate([row, row, row - 0.5, row + 0.5])
+    xs = transform.a * columns + transform.b * lines + transform.c
+    ys = transform.d * columns + transform.e * lines + transform.f
     try:
-        coordinates = transform_coordinates(crs, "EPSG:4326", *(transform * (columns, lines)))
+        coordinates = transform_coordinates(crs, "EPSG:4326", xs, ys)
     except Exception:  # GDAL's errors are private to rasterio, and a map without areas is better than none
         return None
     left, right, upper, lower = np.reshape(coordinates, (2, 4, -1)).swapaxes(0, 1)
