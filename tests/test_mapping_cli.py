@@ -122,7 +122,7 @@ def test_a_scene_that_cannot_be_mapped_does_not_stop_the_others(
     assert sorted(path.name for path in (tmp_path / "maps").iterdir()) == ["s1.tif", "s2.tif"]
     errors = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
     assert errors == [
-        f"error: {scenes / 's0.tif'} is empty (0 bytes); download it again",
+        "error: " + UNREADABLE.format(a=scenes / "s0.tif") + NOT_RECOGNIZED.format(a=scenes / "s0.tif"),
         "error: 1 of 3 scenes have no map, see above",
     ]
 
@@ -197,22 +197,22 @@ def raster(**settings: Any) -> Callable[[Path], None]:
     return write
 
 
-BANDS = "a network takes one band (SAR) or three (optical)"
+UNREADABLE = (
+    "{a} cannot be opened as a raster; check the name, and download the file again if it is incomplete or a web page "
+)
+NOT_RECOGNIZED = "('{a}' not recognized as being in a supported file format.)"
+BANDS = "a network takes one (SAR) or three (optical) of them"
 # name: what writes {a}, arguments after {a} {b} --model {model}, message; {a}, {b}, {dir} and {model} are paths
 MISTAKES: dict[str, tuple[Callable[[Path], Any], tuple[str, ...], str]] = {
-    "empty file": (Path.touch, (), "{a} is empty (0 bytes); download it again"),
-    "HTML": (html, (), "{a} is text (HTML, XML or JSON), not a raster; did a download fail?"),
-    "folder as scene": (Path.mkdir, (), "{a} is a folder without .tif or .tiff files"),
-    "missing file": (
-        lambda path: None,
+    "empty file": (Path.touch, (), UNREADABLE + NOT_RECOGNIZED),
+    "HTML": (html, (), UNREADABLE + NOT_RECOGNIZED),
+    "folder as scene": (
+        Path.mkdir,
         (),
-        "{a} cannot be opened; does the file exist? ({a}: No such file or directory)",
+        "{a}: no scenes found; name files, a pattern, or a folder of .tif or .tiff files",
     ),
-    "junk": (
-        lambda path: path.write_bytes(b"junk" * 99),
-        (),
-        "{a} cannot be opened; is it a complete raster? ('{a}' not recognized as being in a supported file format.)",
-    ),
+    "missing file": (lambda path: None, (), UNREADABLE + "({a}: No such file or directory)"),
+    "junk": (lambda path: path.write_bytes(b"junk" * 99), (), UNREADABLE + NOT_RECOGNIZED),
     "truncated": (
         truncated,
         (),
@@ -229,10 +229,14 @@ MISTAKES: dict[str, tuple[Callable[[Path], Any], tuple[str, ...], str]] = {
         (),
         "{a} has a colour table, so its values are not intensities; expand it with gdal_translate -expand rgb",
     ),
-    "two bands": (raster(shape=(2, 50, 50)), (), "{a}: " + BANDS + ", it has 2; choose with --bands"),
-    "five bands": (raster(shape=(5, 50, 50)), (), "{a}: " + BANDS + ", it has 5; choose with --bands"),
-    "band 7": (raster(), ("--bands", "7"), "{a} has bands 1 to 1; there is no band 7"),
-    "two chosen": (raster(), ("--bands", "1,1"), "{a}: " + BANDS + ", 2 were chosen; choose with --bands"),
+    "two bands": (raster(shape=(2, 50, 50)), (), "{a} has bands 1 to 2; " + BANDS + ", not 1, 2; choose with --bands"),
+    "five bands": (
+        raster(shape=(5, 50, 50)),
+        (),
+        "{a} has bands 1 to 5; " + BANDS + ", not 1, 2, 3, 4, 5; choose with --bands",
+    ),
+    "band 7": (raster(), ("--bands", "7"), "{a} has bands 1 to 1; " + BANDS + ", not 7; choose with --bands"),
+    "two chosen": (raster(), ("--bands", "1,1"), "{a} has bands 1 to 1; " + BANDS + ", not 1, 1; choose with --bands"),
     "no band": (
         raster(),
         ("--bands", "red"),
@@ -253,7 +257,7 @@ MISTAKES: dict[str, tuple[Callable[[Path], Any], tuple[str, ...], str]] = {
     "stride": (raster(), ("--stride", "1.5"), "stride must be more than 0 and at most 1; it is 1.5"),
     "batch": (raster(), ("--batch_size", "0"), "batch_size must be at least 1; it is 0"),
     "abstain": (raster(), ("--abstain", "2"), "abstain must be at least 0 and at most 1; it is 2.0"),
-    "window": (raster(), ("--window", "0"), "window must be at least 1 pixel; it is 0"),
+    "window": (raster(), ("--window", "0"), "window must be at least 1; it is 0"),
     "unknown flag": (raster(), ("--confidense",), "unknown setting '--confidense'; did you mean '--confidence'?"),
     "tta": (
         raster(),
@@ -332,7 +336,10 @@ def test_sources_that_cannot_be_combined_are_named(
 ) -> None:
     write_tiff(tmp_path / "s0.tif", np.ones((50, 50), np.uint8))
     cases = [
-        ((tmp_path / "*.jpg", "maps"), f"nothing matches {tmp_path / '*.jpg'}"),
+        (
+            (tmp_path / "*.jpg", "maps"),
+            f"{tmp_path / '*.jpg'}: no scenes found; name files, a pattern, or a folder of .tif or .tiff files",
+        ),
         ((scenes, "map.tif"), "3 scenes cannot be mapped to one file, map.tif; name a folder"),
         (
             (scenes / "s0.tif", tmp_path / "s0.tif", tmp_path / "maps"),
@@ -395,7 +402,7 @@ def test_help_needs_no_slow_import() -> None:
 )
 def test_bands_and_stretch_may_come_before_the_scenes_and_hyphens_are_underscores(words: list[str]) -> None:
     args, options = cli.parse(words)
-    assert (args.sources, args.destination, args.model, args.tta) == (["a.tif"], "b.tif", "m", "none")
+    assert (args.sources, args.destination, args.model, options.tta) == (["a.tif"], "b.tif", "m", "none")
     assert options == RasterOptions(bands=[4, 3, 2], stretch=[0.0, 0.4], batch_size=9)
 
 

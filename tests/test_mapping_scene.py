@@ -150,17 +150,20 @@ def test_a_damaged_row_is_named_when_it_is_read(tmp_path: Path) -> None:
         Scene(tmp_path / "a.tif")
 
 
+BANDS = "a network takes one (SAR) or three (optical) of them"
+
+
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
         ({"units": "dB"}, "unknown units 'dB'; choose one of linear, power, db"),
         ({"stretch": (3, 3)}, "stretch must be two ascending numbers, for 0 and 255; got [3, 3]"),
         ({"stretch": (0, float("nan"))}, "stretch must be two ascending numbers, for 0 and 255; got [0, nan]"),
-        ({"bands": [2]}, "{path} has bands 1 to 1; there is no band 2"),
-        ({"bands": [0]}, "{path} has bands 1 to 1; there is no band 0"),
+        ({"bands": [2]}, "{path} has bands 1 to 1; " + BANDS + ", not 2; choose with --bands"),
+        ({"bands": [0]}, "{path} has bands 1 to 1; " + BANDS + ", not 0; choose with --bands"),
         (
             {"bands": [1, 1]},
-            "{path}: a network takes one band (SAR) or three (optical), 2 were chosen; choose with --bands",
+            "{path} has bands 1 to 1; " + BANDS + ", not 1, 1; choose with --bands",
         ),
     ],
 )

@@ -216,7 +216,7 @@ def test_rows_have_the_same_bits_wherever_the_work_begins(first_row: int) -> Non
     assert torch.equal(part.rows(47), whole[:, first_row:])
 
 
-def test_windows_without_data_are_not_predicted_and_change_no_pixel_that_holds_data() -> None:
+def test_windows_without_data_are_not_predicted_and_change_no_pixel_that_has_data() -> None:
     image = random_image(48, 40)
     valid = torch.zeros(48, 40, dtype=torch.bool)
     valid[:20, 25:] = True
@@ -245,7 +245,7 @@ def test_windows_without_data_are_not_predicted_and_change_no_pixel_that_holds_d
 def test_rows_are_asked_for_in_order_and_a_few_at_a_time() -> None:
     by_row = blender(random_image(40, 20), 16, 8, max_rows=10)
     by_row.rows(10)
-    with pytest.raises(ValueError, match="rows go on from 10, to 20 at most; asked for those up to 21"):
+    with pytest.raises(ValueError, match="the next rows are 10 to 20 at most; asked for those up to 21"):
         by_row.rows(21)
     with pytest.raises(ValueError, match="asked for those up to 10"):
         by_row.rows(10)

@@ -26,20 +26,16 @@ def read_image(image: ImageInput, *, name: str = "image") -> np.ndarray:
     if isinstance(image, str | Path):
         name = str(image)
         try:
-            with Image.open(image) as picture:
-                image = _to_array(picture)
+            image = Image.open(image)
+            image.load()
         except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
             raise UserError(f"{name} cannot be read as a picture ({error}); scenes are for predict_raster") from None
-    elif isinstance(image, Image.Image):
-        image = _to_array(image)
+    if isinstance(image, Image.Image):
+        is_wide = image.mode.startswith(("I", "F"))  # PIL would cut its values off at 255
+        image = np.array(image if is_wide or image.mode == "L" else image.convert("RGB"))
     if image.dtype != np.uint8 or image.shape[2:] not in ((), (3,)) or not image.size:
         raise UserError(
             f"{name}: expected (H, W) or (H, W, 3) uint8, got {image.shape} {image.dtype}; bring it to 0..255 as the "
             "training images were"
         )
     return image
-
-
-def _to_array(picture: Image.Image) -> np.ndarray:
-    is_wide = picture.mode.startswith(("I", "F"))  # PIL would cut its values off at 255
-    return np.array(picture if is_wide or picture.mode == "L" else picture.convert("RGB"))

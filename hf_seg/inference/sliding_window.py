@@ -7,20 +7,15 @@ on, from top to bottom.
 import math
 from collections.abc import Callable, Iterable, Iterator
 
+import numpy as np
 import torch
 from torch import Tensor
 
 
 def window_starts(length: int, window: int, stride: int) -> list[int]:
-    """Place windows along one axis so that they cover it exactly.
+    """Return the first pixels of windows that cover an axis of `length` pixels, `stride` pixels apart.
 
-    Args:
-        length: pixels along the axis, > 0.
-        window: window size in pixels.
-        stride: distance between windows, 1..window; the last one is shifted back to end at the border.
-
-    Returns:
-        Ascending first pixels; [0] if one window is enough.
+    The last window is shifted back to end at the border. [0] if one window is enough.
 
     Raises:
         ValueError: an empty axis or window, or a stride that would leave gaps.
@@ -56,11 +51,9 @@ def sliding_window_probs(
     cut back. Windows are added up in raster order whatever the batch size.
 
     Args:
-        forward: (B, C, window, window) -> logits (B, K, window, window), on any device; the last batch may be smaller.
+        forward: (B, C, window, window) -> logits (B, K, window, window), on any device; B is at most `batch_size`.
         image: (C, H, W) float. Windows are handed to `forward`, and added up, on its device.
-        window: window size in pixels.
-        stride: distance between windows, 1..window.
-        batch_size: windows per call of `forward`.
+        window, stride: size of a window and distance between windows, in pixels; the stride is 1..window.
 
     Returns:
         (K, H, W) float32; sums to 1 over K.
@@ -79,16 +72,19 @@ def sliding_window_probs(
     weights = torch.outer(taper, taper)
 
     positions = [(top, left) for top in tops for left in lefts]
-    total: Tensor | None = None
+    total = image.new_empty(0)
     for first in range(0, len(positions), batch_size):
         batch = positions[first : first + batch_size]
         crops = torch.stack([image[:, y : y + window, x : x + window] for y, x in batch])
-        probs = _checked_logits(forward(crops), crops).float().softmax(dim=1).to(image.device)
-        if total is None:
+        logits = forward(crops)
+        if logits.ndim != 4 or logits.shape[0] != len(crops) or logits.shape[2:] != crops.shape[2:]:
+            got = f"({len(crops)}, K, {window}, {window}), got {tuple(logits.shape)}"
+            raise ValueError(f"forward must return logits {got}: resize them in forward")
+        probs = logits.float().softmax(dim=1).to(image.device)
+        if first == 0:
             total = probs.new_zeros(probs.shape[1], *image.shape[1:])
         for (y, x), window_probs in zip(batch, probs, strict=True):
             total[:, y : y + window, x : x + window] += window_probs * weights
-    assert total is not None  # there is always one window
 
     # The positions are a grid and the weights a product, so their sum over all windows is a product too.
     total /= _summed(taper, tops, total.shape[1])[:, None]
@@ -97,23 +93,22 @@ def sliding_window_probs(
 
 
 class RowBlender:
-    """Blend overlapping windows from the top of a scene to its bottom, in memory that the height does not touch.
+    """Blend overlapping windows from the top of a scene to its bottom, in memory that does not depend on its height.
 
-    Holds the sums of one row of windows, K x (window + max_rows) x width float32. Every pixel adds up its windows in
+    Keeps the sums of one row of windows, K x (window + max_rows) x width float32. Every pixel adds up its windows in
     raster order wherever the work begins, so parts of a scene that are blended apart have the bits of the whole.
 
     Args:
         predict: (B, C, window, window) -> B probabilities (K, window, window), one after the other or in one tensor; B
             is at most `batch_size`. The bits of the result depend on the batch size only if those of `predict` do.
         read_rows: (top, bottom) -> pixels (C, bottom - top, width) of any type, and (bottom - top, width) bool, True
-            where they hold data. A window without any data is not predicted.
+            where they contain data. A window without any data is not predicted.
         height, width: of the scene in pixels. One smaller than the window is reflected as in `sliding_window_probs`.
         num_labels: K.
-        window: window size in pixels.
-        stride: distance between windows, 1..window.
+        window, stride: size of a window and distance between windows, in pixels; the stride is 1..window.
         batch_size: windows per call of `predict`, all of one row of windows.
         first_row: where `rows` will begin.
-        max_rows: the most that one call of `rows` may ask for.
+        max_rows: the most rows that one call of `rows` may ask for.
         device: where the windows are added up.
         on_windows: called with the number of windows that were just done or found empty.
     """
@@ -151,12 +146,12 @@ class RowBlender:
     def rows(self, bottom: int) -> Tensor:
         """Return the rows from where the last call ended to `bottom`; (K, rows, width) float32, sums to 1 over K.
 
-        Where a pixel holds no data the result has no meaning.
+        Where a pixel has no data the result has no meaning.
         """
         top = self._next_row
         last = min(self._height, top + self._ring.shape[1] - self._window)
         if not top < bottom <= last:
-            raise ValueError(f"rows go on from {top}, to {last} at most; asked for those up to {bottom}")
+            raise ValueError(f"the next rows are {top} to {last} at most; asked for those up to {bottom}")
         while self._next_window < len(self.tops) and self.tops[self._next_window] < bottom:
             self._add_windows(self.tops[self._next_window])
             self._next_window += 1
@@ -171,8 +166,7 @@ class RowBlender:
 
     def _add_windows(self, top: int) -> None:
         pixels, has_data = self._read_rows(top, min(top + self._window, self._height))
-        if min(pixels.shape[1:]) < self._window:
-            pixels = _extend(pixels, self._window)
+        pixels = _extend(pixels, self._window)
         has_column = has_data.any(dim=0)
         lefts = [left for left in self.lefts if has_column[left : left + self._window].any()]
         self._on_windows(len(self.lefts) - len(lefts))
@@ -200,32 +194,14 @@ class RowBlender:
             top += count
 
 
-def _checked_logits(logits: Tensor, crops: Tensor) -> Tensor:
-    if logits.ndim != 4 or logits.shape[0] != crops.shape[0] or logits.shape[2:] != crops.shape[2:]:
-        batch, _, height, width = crops.shape
-        raise ValueError(
-            f"forward must return logits ({batch}, K, {height}, {width}), got {tuple(logits.shape)}: "
-            "resize them in forward"
-        )
-    return logits
-
-
 def _extend(image: Tensor, window: int) -> Tensor:
     """Reflect (C, H, W) beyond its right and lower border to at least (C, window, window)."""
-    rows = _reflected_indices(image.shape[1], max(image.shape[1], window), image.device)
-    columns = _reflected_indices(image.shape[2], max(image.shape[2], window), image.device)
-    if len(rows) > image.shape[1]:
-        image = image[:, rows]
-    if len(columns) > image.shape[2]:
-        image = image[:, :, columns]
+    for axis in (1, 2):
+        length = image.shape[axis]
+        if length < window:
+            indices = np.pad(np.arange(length), (0, window - length), mode="reflect")  # torch's pad reflects only once
+            image = image.index_select(axis, torch.from_numpy(indices).to(image.device))
     return image
-
-
-def _reflected_indices(length: int, size: int, device: torch.device) -> Tensor:
-    """Walk 0, 1, ..., length - 1, length - 2, ..., 0, 1, ... for `size` steps; the border pixel is not repeated."""
-    period = max(2 * (length - 1), 1)
-    steps = torch.arange(size, device=device) % period
-    return torch.minimum(steps, period - steps) if length > 1 else steps
 
 
 def _summed(taper: Tensor, starts: list[int], length: int) -> Tensor:

@@ -25,14 +25,13 @@ class View(NamedTuple):
     def apply(self, image: Tensor) -> Tensor:
         """Show (C, H, W) through the view."""
         size = [max(1, round(self.scale * length)) for length in image.shape[-2:]]
-        image = _resize(image, size)
-        image = image.flip(self.flip) if self.flip else image
+        image = _resize(image, size).flip(self.flip)
         return image.mT.contiguous() if self.transpose else image
 
     def invert(self, maps: Tensor, height: int, width: int) -> Tensor:
         """Bring (K, h, w) back to (K, height, width) of the image that was shown."""
         maps = maps.mT if self.transpose else maps
-        return _resize(maps.flip(self.flip) if self.flip else maps, [height, width])
+        return _resize(maps.flip(self.flip), [height, width])
 
 
 _FLIPS = ((), (COLUMNS,), (ROWS,), (ROWS, COLUMNS))  # the last one is the turn by 180 degrees
@@ -52,7 +51,7 @@ def average_views(predict: Callable[[Tensor], Tensor], image: Tensor, preset: st
     Args:
         predict: (C, h, w) -> (K, h, w) probabilities, for any h and w.
         image: (C, H, W) float.
-        preset: one of `TTA_PRESETS`: the image itself; with its mirror images; with quarter turns too; or the
+        preset: "none", the image itself; "flips", with its mirror images; "d4", with quarter turns too; "paper", the
             mirror images at six scales.
 
     Returns:
@@ -63,17 +62,13 @@ def average_views(predict: Callable[[Tensor], Tensor], image: Tensor, preset: st
     """
     if preset not in _PRESETS:
         raise ValueError(f"unknown preset {preset!r}; choose one of {', '.join(TTA_PRESETS)}")
-    total: Tensor | None = None
+    total = torch.zeros((), device=image.device)
     for view in _PRESETS[preset]:
         shown = view.apply(image)
         maps = predict(shown).float()
         if maps.shape[-2:] != shown.shape[-2:]:
             raise ValueError(f"predict must return maps of {tuple(shown.shape[-2:])} pixels, got {tuple(maps.shape)}")
-        maps = view.invert(maps, *image.shape[-2:])
-        if total is None:
-            total = torch.zeros_like(maps)
-        total += maps
-    assert total is not None  # every preset has a view
+        total = total + view.invert(maps, *image.shape[-2:])
     return total.div_(len(_PRESETS[preset]))
 
 

@@ -12,21 +12,14 @@ from hf_seg.inference.sliding_window import RowBlender, window_starts
 from hf_seg.inference.vote import VoteAccumulator
 from hf_seg.labels import BACKGROUND, NUM_LABELS
 from hf_seg.mapping.options import RasterOptions
-from hf_seg.mapping.output import BLOCK, SCORE_MAX, SCORE_NODATA
+from hf_seg.mapping.output import BLOCK, SCORE_MAX, SCORE_NODATA, choose_layers
 from hf_seg.mapping.scene import Scene
 
 ROWS_AT_ONCE = 32  # rows whose probabilities are in memory at the same time
 
 
 class BandMapper:
-    """Computes bands of `BLOCK` rows.
-
-    Args:
-        predictor: the networks.
-        scene: the scene.
-        geometry: (window, stride) in pixels of each network.
-        options: batch size, threshold and layers.
-    """
+    """Computes bands of `BLOCK` rows; `geometry` is (window, stride) in pixels of each network."""
 
     def __init__(
         self, predictor: Predictor, scene: Scene, geometry: Sequence[tuple[int, int]], options: RasterOptions
@@ -40,10 +33,11 @@ class BandMapper:
 
     def borders(self, length: int) -> set[int]:
         """Return where windows begin, and the first pixel after each, along an axis of `length` pixels."""
-        starts = [
-            (start, window) for window, stride in self.geometry for start in window_starts(length, window, stride)
-        ]
-        return {start for start, _ in starts} | {start + window for start, window in starts}
+        borders: set[int] = set()
+        for window, stride in self.geometry:
+            starts = window_starts(length, window, stride)
+            borders.update(starts, (start + window for start in starts))
+        return borders
 
     def count_windows(self, bands: Sequence[int]) -> int:
         """Return the number of windows that `compute` predicts for these bands."""
@@ -101,18 +95,16 @@ class BandMapper:
         accumulator = VoteAccumulator()
         for blender, weight in zip(blenders, self.predictor.weights, strict=True):
             accumulator.add(blender.rows(bottom), weight)
-        confidence, label_map = accumulator.confidence(), accumulator.label_map()
+        confidence = accumulator.confidence()
         valid = torch.from_numpy(self.scene.rows(top, bottom)[1]).to(confidence.device)
-        scores = []
-        if self.options.confidence:
-            scores.append(confidence[None])
-        if self.options.disagreement:
-            scores.append(accumulator.disagreement()[None])
-        if self.options.probabilities:
-            scores.append(accumulator.probs())
         keep = valid & (confidence >= self.options.abstain)
-        layers = [torch.where(keep, label_map, BACKGROUND).to(torch.uint8)[None]]
-        for score in scores:
-            levels = (score * SCORE_MAX).round().clamp(0, SCORE_MAX)
-            layers.append(torch.where(valid, levels, SCORE_NODATA).to(torch.uint8))
+        layers = [torch.where(keep, accumulator.label_map(), BACKGROUND).to(torch.uint8)[None]]
+        scores = {
+            "confidence": accumulator.confidence,
+            "disagreement": accumulator.disagreement,
+            "probabilities": accumulator.probs,
+        }
+        for layer in choose_layers(self.options)[1:]:
+            levels = (scores[layer.name]() * SCORE_MAX).round().clamp(0, SCORE_MAX)
+            layers.append(torch.where(valid, levels, SCORE_NODATA).to(torch.uint8).reshape(-1, *valid.shape))
         return torch.cat(layers).cpu().numpy()

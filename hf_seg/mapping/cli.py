@@ -10,28 +10,20 @@ that already have a map are skipped.
 """
 
 import argparse
-import dataclasses
 import glob
 import logging
 import sys
 from collections.abc import Sequence
-from contextlib import closing
 from pathlib import Path
-from typing import TYPE_CHECKING, get_args
+from typing import Any
 
-import numpy as np
-
-from hf_seg.arguments import Tta
 from hf_seg.errors import UserError, file_errors, one_line_errors
 from hf_seg.mapping.options import RasterOptions
-from hf_seg.settings import Parser
-
-if TYPE_CHECKING:  # torch, accelerate and transformers are slow to import: after the command line is parsed
-    from accelerate import PartialState
-
-    from hf_seg.inference.predict import Predictor
+from hf_seg.settings import Parser, filled
 
 logger = logging.getLogger(__name__)
+
+SUFFIXES = (".tif", ".tiff")
 
 
 def parse(argv: Sequence[str] | None = None) -> tuple[argparse.Namespace, RasterOptions]:
@@ -43,23 +35,14 @@ def parse(argv: Sequence[str] | None = None) -> tuple[argparse.Namespace, Raster
     parser = Parser(prog="hf-seg-predict", description=__doc__)
     parser.add_argument("sources", nargs="+", metavar="SOURCE", help="scenes: files, folders, or patterns in quotes")
     parser.add_argument("destination", metavar="DESTINATION", help="the map, or the folder of the maps")
-    model = parser.add_argument_group("Model")
-    model.add_argument("--model", required=True, help="folder or Hub id of a trained network or an ensemble")
-    model.add_argument(
-        "--window", type=int, help="side of the window in pixels; default: the crop size of the training"
-    )
-    model.add_argument("--tta", default="none", choices=get_args(Tta), help="test-time augmentation (none)")
-    model.add_argument(
-        "--mixed_precision", default="no", choices=("no", "bf16", "fp16"), help="arithmetic of the networks (no)"
-    )
+    parser.add_argument("--model", required=True, help="folder or Hub id of a trained network or an ensemble")
     parser.add_settings(RasterOptions)
     actions = {action.dest: action for action in parser._actions}
     # these end with their last number, so that scenes may follow
     actions["bands"].nargs, actions["bands"].type, actions["bands"].metavar = None, _band_numbers, "N [N N]"
     actions["stretch"].nargs, actions["stretch"].metavar = 2, ("LOW", "HIGH")
     args = parser.parse_args(_join_bands(sys.argv[1:] if argv is None else argv))
-    names = {field.name for field in dataclasses.fields(RasterOptions)}
-    return args, RasterOptions(**{name: value for name, value in vars(args).items() if name in names})
+    return args, filled(RasterOptions, args)
 
 
 def _join_bands(words: Sequence[str]) -> list[str]:
@@ -91,14 +74,13 @@ def find_scenes(sources: Sequence[str]) -> list[str]:
         with file_errors(source, "cannot be read"):
             if Path(source).is_dir():
                 files = sorted(Path(source).iterdir())
-                found = [str(path) for path in files if path.suffix.lower() in (".tif", ".tiff")]
-                problem = f"{source} is a folder without .tif or .tiff files"
+                found = [str(path) for path in files if path.suffix.lower() in SUFFIXES]
             elif glob.has_magic(source) and not Path(source).exists():
-                found, problem = sorted(glob.glob(source, recursive=True)), f"nothing matches {source}"
+                found = sorted(glob.glob(source, recursive=True))
             else:
-                found, problem = [source], ""
+                found = [source]
         if not found:
-            raise UserError(problem)
+            raise UserError(f"{source}: no scenes found; name files, a pattern, or a folder of .tif or .tiff files")
         scenes += found
     return list(dict.fromkeys(scenes))
 
@@ -114,7 +96,7 @@ def pair_targets(scenes: Sequence[str], destination: str, *, overwrite: bool) ->
         is_folder = target.is_dir() or destination.endswith("/")
         if len(scenes) == 1 and not is_folder:
             return [(scenes[0], target)]
-        if target.suffix.lower() in (".tif", ".tiff") or target.is_file():
+        if target.suffix.lower() in SUFFIXES or target.is_file():
             raise UserError(f"{len(scenes)} scenes cannot be mapped to one file, {destination}; name a folder")
         pairs: dict[Path, str] = {}
         for scene in scenes:
@@ -126,36 +108,6 @@ def pair_targets(scenes: Sequence[str], destination: str, *, overwrite: bool) ->
     if done:
         logger.info("%d of %d scenes are skipped, their maps exist: %s ...", len(done), len(pairs), min(done))
     return [(scene, path) for path, scene in pairs.items() if path not in done]
-
-
-def map_scene(
-    predictor: "Predictor",
-    source: str,
-    destination: Path,
-    options: RasterOptions,
-    state: "PartialState",
-    *,
-    is_shared: bool,
-) -> None:
-    """Map one scene and print its summary; a shared scene is mapped by all processes, each a part of its bands."""
-    from hf_seg.mapping.gdal import gdal_session
-    from hf_seg.mapping.job import MapJob
-
-    is_main = state.is_main_process or not is_shared
-    wait = state.wait_for_everyone if is_shared else lambda: None
-    with gdal_session(), closing(MapJob(predictor, source, destination, options)) as job:
-        if is_main:
-            job.prepare()
-        wait()
-        bands = job.missing()
-        wait()  # no process saves a band before all have listed the missing ones
-        if is_shared:
-            bands = np.array_split(np.array(bands, dtype=int), state.num_processes)[state.process_index].tolist()
-        job.compute(bands, show_progress=state.is_main_process)
-        wait()
-        if is_main:
-            print(job.finish(), flush=True)
-        wait()
 
 
 def run(argv: Sequence[str] | None = None) -> None:
@@ -171,11 +123,12 @@ def run(argv: Sequence[str] | None = None) -> None:
             f"--polygons {options.polygons} is one file for {len(scenes)} scenes; name a suffix only: .gpkg"
         )
 
-    import torch
+    import torch  # these are slow to import
     from accelerate import PartialState
     from transformers.utils.logging import disable_progress_bar
 
     from hf_seg.inference.predict import Predictor
+    from hf_seg.mapping.job import map_scene
     from hf_seg.mapping.raster import find_networks
 
     state = PartialState(cpu=not torch.accelerator.is_available())
@@ -186,26 +139,28 @@ def run(argv: Sequence[str] | None = None) -> None:
     state.wait_for_everyone()  # no process writes a map before all have listed the missing ones
     if not pairs:
         return
-    predictor = Predictor(
-        find_networks(args.model, window=args.window),
-        device=state.device,
-        tta=args.tta,
-        mixed_precision=args.mixed_precision,
-    )
-    is_shared = len(pairs) < state.num_processes
-    mine = pairs if is_shared else pairs[state.process_index :: state.num_processes]
+    networks = find_networks(args.model, window=options.window)
+    predictor = Predictor(networks, device=state.device, tta=options.tta, mixed_precision=options.mixed_precision)
+    sharing: dict[str, Any] = {}
+    if len(pairs) < state.num_processes:
+        sharing = {"part": state.process_index, "parts": state.num_processes, "wait": state.wait_for_everyone}
+    else:
+        pairs = pairs[state.process_index :: state.num_processes]
     failed = 0
-    for source, destination in mine:
+    for source, destination in pairs:
         try:
-            map_scene(predictor, source, destination, options, state, is_shared=is_shared)
+            summary = map_scene(predictor, source, destination, options, show_progress=state.is_main_process, **sharing)
         except UserError as error:
-            if is_shared or len(scenes) == 1:
+            if sharing or len(scenes) == 1:
                 raise
             print(f"error: {error}", file=sys.stderr, flush=True)  # the other scenes are still mapped
             failed += 1
+            continue
+        if summary is not None:
+            print(summary, flush=True)
     state.wait_for_everyone()
     if failed:
-        raise UserError(f"{failed} of {len(mine)} scenes have no map, see above")
+        raise UserError(f"{failed} of {len(pairs)} scenes have no map, see above")
 
 
 def main(argv: Sequence[str] | None = None) -> None:

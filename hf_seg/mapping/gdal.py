@@ -3,7 +3,6 @@
 import contextlib
 import warnings
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 
 import rasterio
 from rasterio._err import CPLE_BaseError
@@ -11,10 +10,11 @@ from rasterio.dtypes import in_dtype_range
 from rasterio.enums import ColorInterp, MaskFlags
 from rasterio.errors import NotGeoreferencedWarning, RasterioError
 
-from hf_seg.errors import UserError, file_errors
+from hf_seg.errors import UserError
 
 # rasterio does not turn every error of GDAL into one of its own
 GDAL_ERRORS = (RasterioError, CPLE_BaseError)
+RED_GREEN_BLUE = (ColorInterp.red, ColorInterp.green, ColorInterp.blue)
 GDAL_CACHE = 128  # MiB; GDAL's default is a fraction of the machine's memory
 
 
@@ -32,39 +32,29 @@ def gdal_reason(error: BaseException) -> str:
 
 
 def open_raster(name: str) -> rasterio.DatasetReader:
-    """Open a raster.
+    """Open a raster of intensities.
 
     Raises:
-        UserError: it cannot be opened, or is not a raster of intensities; the message says why.
+        UserError: it cannot be opened, or is another kind of raster; the message says why.
     """
-    path = Path(name)
-    with file_errors(name, "cannot be read"):
-        if path.is_dir():
-            raise UserError(f"{name} is a folder; name a raster")
-        start = b""
-        if is_file := path.is_file():
-            with path.open("rb") as file:
-                start = file.read(64).lstrip()
-            if not path.stat().st_size:
-                raise UserError(f"{name} is empty (0 bytes); download it again")
     try:
         dataset = rasterio.open(name)
     except GDAL_ERRORS as error:
-        if start[:1] in (b"<", b"{"):
-            raise UserError(f"{name} is text (HTML, XML or JSON), not a raster; did a download fail?") from None
-        hint = "is it a complete raster?" if is_file else "does the file exist?"
-        raise UserError(f"{name} cannot be opened; {hint} ({' '.join(str(error).split())})") from None
-    problem = ""
+        raise UserError(
+            f"{name} cannot be opened as a raster; check the name, and download the file again if it is incomplete or "
+            f"a web page ({' '.join(str(error).split())})"
+        ) from None
     if not dataset.count:
         names = ", ".join(dataset.subdatasets[:3])
-        problem = f"contains {len(dataset.subdatasets)} datasets; name one of them: {names}"
-    elif any(dtype.startswith("complex") for dtype in dataset.dtypes):
-        problem = f"is complex ({dataset.dtypes[0]}); its amplitude is DERIVED_SUBDATASET:AMPLITUDE:{name}"
-    elif ColorInterp.palette in dataset.colorinterp:
-        problem = "has a colour table, so its values are not intensities; expand it with gdal_translate -expand rgb"
-    if problem:
-        dataset.close()
-        raise UserError(f"{name} {problem}")
+        raise UserError(f"{name} contains {len(dataset.subdatasets)} datasets; name one of them: {names}")
+    if any(dtype.startswith("complex") for dtype in dataset.dtypes):
+        raise UserError(
+            f"{name} is complex ({dataset.dtypes[0]}); its amplitude is DERIVED_SUBDATASET:AMPLITUDE:{name}"
+        )
+    if ColorInterp.palette in dataset.colorinterp:
+        raise UserError(
+            f"{name} has a colour table, so its values are not intensities; expand it with gdal_translate -expand rgb"
+        )
     return dataset
 
 
@@ -74,22 +64,18 @@ def choose_bands(dataset: rasterio.DatasetReader, bands: Sequence[int] | None) -
     Raises:
         UserError: a band that does not exist, or neither one nor three.
     """
-    name = dataset.name
-    wrong = [band for band in bands or () if not 1 <= band <= dataset.count]
-    if wrong:
-        raise UserError(f"{name} has bands 1 to {dataset.count}; there is no band {wrong[0]}")
     if bands is None:
-        kinds = dict(zip(dataset.indexes, dataset.colorinterp, strict=True))
-        colors = {kind: band for band, kind in kinds.items()}
-        plain = [band for band, kind in kinds.items() if kind != ColorInterp.alpha]
-        red_green_blue = [colors.get(kind) for kind in (ColorInterp.red, ColorInterp.green, ColorInterp.blue)]
-        if None not in red_green_blue:
-            bands = [band for band in red_green_blue if band is not None]
-        elif len(plain) in (1, 3):
-            bands = plain
-    if bands is None or len(bands) not in (1, 3):
-        found = f"{len(bands)} were chosen" if bands is not None else f"it has {dataset.count}"
-        raise UserError(f"{name}: a network takes one band (SAR) or three (optical), {found}; choose with --bands")
+        colors = dict(zip(dataset.colorinterp, dataset.indexes, strict=True))
+        if colors.keys() >= set(RED_GREEN_BLUE):
+            bands = [colors[kind] for kind in RED_GREEN_BLUE]
+        else:
+            kinds = zip(dataset.indexes, dataset.colorinterp, strict=True)
+            bands = [band for band, kind in kinds if kind != ColorInterp.alpha]
+    if len(bands) not in (1, 3) or not set(bands) <= set(dataset.indexes):
+        raise UserError(
+            f"{dataset.name} has bands 1 to {dataset.count}; a network takes one (SAR) or three (optical) of them, not "
+            f"{', '.join(map(str, bands))}; choose with --bands"
+        )
     return list(bands)
 
 

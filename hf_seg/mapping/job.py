@@ -1,9 +1,16 @@
-"""The map of one scene, in steps that can be interrupted, resumed and shared among processes."""
+"""The map of one scene, in steps that can be interrupted, resumed and shared among processes.
+
+`.map.tif.partial/` contains `map.json`, which identifies the map, and one compressed file per finished band of rows.
+Every file is written atomically.
+"""
 
 import contextlib
+import functools
+import json
 import logging
 import os
 import time
+import zlib
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
@@ -11,14 +18,13 @@ import numpy as np
 from tqdm import tqdm
 
 from hf_seg.errors import FileError, UserError, file_errors
-from hf_seg.files import DISK_HINT, atomic_file, flush
+from hf_seg.files import DISK_HINT, atomic_file, flush, remove, write_atomic
 from hf_seg.inference.predict import Predictor
 from hf_seg.labels import BACKGROUND
 from hf_seg.mapping.band_mapper import ROWS_AT_ONCE, BandMapper
-from hf_seg.mapping.band_store import BandStore
-from hf_seg.mapping.gdal import GDAL_ERRORS, gdal_reason
+from hf_seg.mapping.gdal import GDAL_ERRORS, gdal_reason, gdal_session
 from hf_seg.mapping.options import RasterOptions
-from hf_seg.mapping.output import choose_layers, write_layers
+from hf_seg.mapping.output import Layer, choose_layers, write_layer
 from hf_seg.mapping.polygons import write_polygons
 from hf_seg.mapping.scene import READ_ROWS, Scene
 from hf_seg.mapping.statistics import MapStatistics, MapSummary
@@ -28,16 +34,46 @@ logger = logging.getLogger(__name__)
 FORMAT = 1  # version of the stored bands; increase it whenever their content changes
 
 
-class MapJob:
-    """The map of one scene.
-
-    Every process calls `compute` with its part of `missing()`; one of them calls `prepare` before and `finish` after.
+def map_scene(
+    predictor: Predictor,
+    source: str | Path,
+    destination: str | Path,
+    options: RasterOptions,
+    *,
+    part: int = 0,
+    parts: int = 1,
+    wait: Callable[[], object] = lambda: None,
+    show_progress: bool = True,
+) -> MapSummary | None:
+    """Map one scene, in one process or in several that each compute a part of its bands.
 
     Args:
-        predictor: the networks.
-        source: the scene.
-        destination: the GeoTIFF to write.
-        options: everything else.
+        part, parts: index of this process, and number of processes.
+        wait: returns when all processes have called it.
+
+    Returns:
+        The summary; None except in process 0.
+
+    Raises:
+        UserError: see `MapJob`.
+    """
+    with gdal_session(), contextlib.closing(MapJob(predictor, source, destination, options)) as job:
+        if part == 0:
+            job.prepare()
+        wait()
+        bands = np.array_split(np.array(job.missing(), dtype=int), parts)[part].tolist()
+        wait()  # no process saves a band before all have listed the missing ones
+        job.compute(bands, show_progress=show_progress)
+        wait()
+        summary = job.finish() if part == 0 else None
+        wait()
+        return summary
+
+
+class MapJob:
+    """The map of one scene, a GeoTIFF at `destination`.
+
+    Every process calls `compute` with its part of `missing()`; one of them calls `prepare` before and `finish` after.
 
     Raises:
         UserError: a scene, a target or options that cannot be used.
@@ -56,8 +92,8 @@ class MapJob:
             self._extras[self.destination.with_name(f"{self.destination.stem}_preview.png")] = self._draw_preview
         if options.polygons is not None:
             self._extras[options.polygon_path(self.destination)] = write_polygons
-        folder = self.destination.with_name(f".{self.destination.name}.partial")
-        self._check_targets(Path(source), folder)
+        self.folder = self.destination.with_name(f".{self.destination.name}.partial")
+        self._check_targets(Path(source))
         windows = [network.crop_size for network in predictor.networks]
         self.geometry = [(window, max(1, round(options.stride * window))) for window in windows]
         self.scene = Scene(
@@ -69,48 +105,41 @@ class MapJob:
             cached_rows=max(windows) + ROWS_AT_ONCE + READ_ROWS,
         )
         self._mapper = BandMapper(predictor, self.scene, self.geometry, options)
-        self.store = BandStore(folder, self._mapper.count)
 
     def close(self) -> None:
         """Close the scene."""
         self.scene.close()
 
     def prepare(self) -> None:
-        """Create the folder of finished bands, or find the bands of an earlier run.
-
-        Raises:
-            FileError: the folder cannot be written.
-        """
-        source = Path(self.scene.name)
+        """Create the folder of finished bands, or keep that of an earlier run; bands of another map are deleted."""
+        source, crs = Path(self.scene.name), self.scene.dataset.crs
         with file_errors(self.destination, "cannot be written", DISK_HINT):
             status = source.stat() if source.is_file() else None
-            is_other = self.store.open(
-                {
-                    "format": FORMAT,
-                    "source": [source.name, status and status.st_size, status and status.st_mtime_ns],
-                    "scene": [self.scene.height, self.scene.width, self.scene.bands, self.scene.units],
-                    "stretch": self.scene.stretch,
-                    "zero_collar": self.options.zero_collar,
-                    "networks": self.predictor.fingerprint,
-                    "windows": self.geometry,
-                    "layers": [layer.name for layer in self.layers],
-                    "abstain": self.options.abstain,
-                }
-            )
-        if is_other:
-            logger.info("%s: finished rows of another scene, model or setting are deleted", self.store.folder)
-        finished = self.store.count - len(self.missing())
-        crs = self.scene.dataset.crs
+            identity = {
+                "format": FORMAT,
+                "source": [source.name, status and status.st_size, status and status.st_mtime_ns],
+                "size": [self.scene.height, self.scene.width],
+                "zero_collar": self.options.zero_collar,
+                "layers": [layer.name for layer in self.layers],
+                **self._tags(),
+            }
+            content, file = json.dumps(identity, indent=1).encode(), self.folder / "map.json"
+            if self.folder.exists() and not (file.is_file() and file.read_bytes() == content):
+                logger.info("%s: finished rows of another scene, model or setting are deleted", self.folder)
+                remove(self.folder)
+            self.folder.mkdir(parents=True, exist_ok=True)
+            write_atomic(file, content)
+        finished = self._mapper.count - len(self.missing())
         logger.info(
             "%s: %d x %d pixels, %s; windows of %s, every %s pixels; %s",
             *(self.scene.name, self.scene.width, self.scene.height, crs.to_string() if crs else "no CRS"),
             *(" and ".join(str(pair[i]) for pair in self.geometry) for i in (0, 1)),
-            f"resumes after {finished} of {self.store.count} bands" if finished else f"{self.store.count} bands",
+            f"resumes after {finished} of {self._mapper.count} bands" if finished else f"{self._mapper.count} bands",
         )
 
     def missing(self) -> list[int]:
-        """Return the numbers of the bands that are not computed yet."""
-        return self.store.missing()
+        """Return the numbers of the bands that are not computed yet, ascending."""
+        return [number for number in range(self._mapper.count) if not self._band_file(number).exists()]
 
     def compute(self, bands: Sequence[int], *, show_progress: bool = True) -> None:
         """Compute bands, ascending, and save them.
@@ -118,33 +147,38 @@ class MapJob:
         Raises:
             UserError: a network that does not fit, a damaged scene, or a full disk.
         """
-        total = self._mapper.count_windows(bands)
-        with tqdm(
-            total=total, unit="tile", desc=self.destination.name, disable=not show_progress, smoothing=0.05
-        ) as bar:
+        total, name = self._mapper.count_windows(bands), self.destination.name
+        with tqdm(total=total, unit="tile", desc=name, disable=not show_progress, smoothing=0.05) as bar:
             for number, band in self._mapper.compute(bands, on_windows=bar.update):
                 with self._writing_errors():
-                    self.store.save(number, band)
+                    write_atomic(self._band_file(number), zlib.compress(band.tobytes(), level=1))
 
     def finish(self) -> MapSummary:
         """Write the files from the bands, move them to their places and delete the bands.
 
         Raises:
-            UserError: no pixel of the scene has data, or a file cannot be written.
+            UserError: no pixel of the scene has data, a band is damaged, or a file cannot be written.
         """
+        dataset, tags = self.scene.dataset, self._tags()
+        statistics = MapStatistics(
+            self.scene.width,
+            row_borders=self._mapper.borders(self.scene.height),
+            column_borders=self._mapper.borders(self.scene.width),
+            crs=dataset.crs,
+            transform=dataset.transform,
+        )
         with self._writing_errors():
-            statistics = self._count_classes()
+            for top, (class_map,) in self._read_bands(self.layers[0]):
+                statistics.update(top, class_map)
             if not self.options.abstain and not statistics.pixels[BACKGROUND + 1 :].any():
-                self.store.remove()
+                remove(self.folder)
                 raise UserError(f"{self.scene.name}: no pixel has data")
-            paths = write_layers(
-                self.store.folder,
-                self.layers,
-                self._read_bands,
-                scene=self.scene.dataset,
-                tags=self._tags(statistics),
-                cog=self.options.cog,
-            )
+            if statistics.seam_score is not None:
+                tags["seam_score"] = f"{statistics.seam_score:.4f}"
+            paths = []
+            for layer in self.layers:
+                path, read_bands = layer.path(self.folder / "layer.tif"), functools.partial(self._read_bands, layer)
+                paths.append(write_layer(path, layer, read_bands, scene=dataset, tags=tags, cog=self.options.cog))
             for target, write in self._extras.items():
                 with atomic_file(target) as temporary:
                     write(paths[0], temporary)
@@ -152,14 +186,14 @@ class MapJob:
             for path, target in reversed([*zip(paths, targets, strict=True)]):  # the map last: then everything exists
                 flush(path)
                 os.replace(path, target)
-            self.store.remove()
+            remove(self.folder)
         return statistics.summary(
             [*targets, *self._extras],
             seconds=time.perf_counter() - self._start,
             network_seconds=self.predictor.seconds - self._networks_start,
         )
 
-    def _check_targets(self, source: Path, folder: Path) -> None:
+    def _check_targets(self, source: Path) -> None:
         """Refuse to write over the scene, a folder or, without `overwrite`, an existing file."""
         if self.destination.suffix.lower() not in (".tif", ".tiff"):
             raise UserError(f"the map is a GeoTIFF: its name must end in .tif, not {self.destination.name!r}")
@@ -170,14 +204,14 @@ class MapJob:
                 if source.exists() and target.exists() and source.samefile(target):
                     raise UserError(f"{target} is the scene itself; name another file for the map")
                 # a run that was killed while it moved its files to their places may have left all but the map
-                is_resumed = target != self.destination and folder.exists()
+                is_resumed = target != self.destination and self.folder.exists()
                 if target.exists() and not self.options.overwrite and not is_resumed:
                     raise UserError(f"{target} already exists; add --overwrite (overwrite=True), or name another file")
 
     @contextlib.contextmanager
     def _writing_errors(self) -> Iterator[None]:
         """Turn errors of the file system and of GDAL into a `FileError` that says how to resume."""
-        hint = f"the same command resumes from the bands in {self.store.folder}"
+        hint = f"the same command resumes from the bands in {self.folder}"
         try:
             yield
         except FileError as error:
@@ -186,26 +220,26 @@ class MapJob:
             reason = getattr(error, "strerror", None) or gdal_reason(error)
             raise FileError(f"{self.destination} cannot be written ({reason}); {DISK_HINT}; {hint}") from error
 
-    def _read_bands(self) -> Iterator[tuple[int, np.ndarray]]:
-        """Yield the first row of each band, and the band; (bands of all layers, rows, width) uint8."""
-        count = sum(len(layer.bands) for layer in self.layers)
-        for number in range(self.store.count):
+    def _band_file(self, number: int) -> Path:
+        return self.folder / f"rows_{number:05d}.z"
+
+    def _read_bands(self, layer: Layer) -> Iterator[tuple[int, np.ndarray]]:
+        """Yield the first row of each band, and the layer there, (bands of the layer, rows, width) uint8."""
+        counts = [len(each.bands) for each in self.layers]
+        first = sum(counts[: self.layers.index(layer)])
+        for number in range(self._mapper.count):
             top, bottom = self._mapper.span(number)
-            yield top, self.store.load(number, (count, bottom - top, self.scene.width))
+            file = self._band_file(number)
+            try:
+                content = zlib.decompress(file.read_bytes())
+                band = np.frombuffer(content, np.uint8).reshape(sum(counts), bottom - top, self.scene.width)
+            except (zlib.error, ValueError):
+                file.unlink()
+                raise UserError(f"{file} was damaged and is deleted; run the same command again") from None
+            yield top, band[first : first + len(layer.bands)]
 
-    def _count_classes(self) -> MapStatistics:
-        statistics = MapStatistics(
-            self.scene.width,
-            row_borders=self._mapper.borders(self.scene.height),
-            column_borders=self._mapper.borders(self.scene.width),
-            crs=self.scene.dataset.crs,
-            transform=self.scene.dataset.transform,
-        )
-        for top, band in self._read_bands():
-            statistics.update(top, band[0])
-        return statistics
-
-    def _tags(self, statistics: MapStatistics) -> dict[str, str]:
+    def _tags(self) -> dict[str, str]:
+        """Describe how the map is computed; part of what identifies the stored bands."""
         tags = {
             "scene": Path(self.scene.name).name,
             "bands": " ".join(map(str, self.scene.bands)),
@@ -219,8 +253,6 @@ class MapJob:
             tags["stretch"] = "{!r} {!r}".format(*self.scene.stretch)
         if self.options.abstain:
             tags["abstain"] = repr(self.options.abstain)
-        if statistics.seam_score is not None:
-            tags["seam_score"] = f"{statistics.seam_score:.4f}"
         return tags
 
     def _draw_preview(self, class_map: Path, output: Path) -> None:

@@ -5,12 +5,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, get_args
 
+from hf_seg.arguments import Tta
 from hf_seg.errors import UserError
 from hf_seg.settings import check_bounds, setting
 
 Units = Literal["linear", "power", "db"]
 UNITS: tuple[str, ...] = get_args(Units)
-POLYGON_DRIVERS = {".gpkg": "GPKG", ".geojson": "GeoJSON", ".fgb": "FlatGeobuf"}
+POLYGON_SUFFIXES = (".gpkg", ".geojson", ".fgb")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,8 +35,11 @@ class SceneOptions:
 class PredictionOptions:
     """Prediction."""
 
+    window: int | None = setting(None, "side of the window in pixels; default: the crop size of the training", low=1)
     stride: float = setting(0.5, "step of the sliding window as a fraction of the window", above=0, high=1)
+    tta: Tta = setting("none", "test-time augmentation")
     batch_size: int = setting(4, "windows per forward pass", low=1)
+    mixed_precision: Literal["no", "bf16", "fp16"] = setting("no", "arithmetic of the networks")
     abstain: float = setting(0.0, "pixels whose most probable class is below this become nodata", low=0, high=1)
 
 
@@ -68,8 +72,8 @@ class RasterOptions(OutputOptions, PredictionOptions, SceneOptions):
         if self.polygons is None:
             return
         path = self.polygon_path(Path("map.tif"))
-        if path.suffix not in POLYGON_DRIVERS:
-            raise UserError(f"polygons are written to a file that ends in {', '.join(POLYGON_DRIVERS)}; not to {path}")
+        if path.suffix not in POLYGON_SUFFIXES:
+            raise UserError(f"polygons are written to a file that ends in {', '.join(POLYGON_SUFFIXES)}; not to {path}")
         missing = [name for name in ("pyogrio", "shapely") if importlib.util.find_spec(name) is None]
         if missing:
             raise UserError(f"polygons need {' and '.join(missing)}: pip install 'hf_seg[vector]'")
@@ -77,4 +81,4 @@ class RasterOptions(OutputOptions, PredictionOptions, SceneOptions):
     def polygon_path(self, destination: Path) -> Path:
         """Return the polygon file of the map at `destination`."""
         assert self.polygons is not None
-        return destination.with_suffix(self.polygons) if self.polygons in POLYGON_DRIVERS else Path(self.polygons)
+        return destination.with_suffix(self.polygons) if self.polygons in POLYGON_SUFFIXES else Path(self.polygons)

@@ -4,16 +4,15 @@ A colour table needs a file with a single band, so every layer is a file of its 
 `map.tif` (class ids), `map_confidence.tif`, `map_disagreement.tif`, `map_probabilities.tif` (one band per class).
 """
 
-import contextlib
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import rasterio
 import rasterio.shutil
 from rasterio.enums import Resampling
+from rasterio.profiles import DefaultGTiffProfile
 from rasterio.windows import Window
 
 from hf_seg.labels import BACKGROUND, CLASS_NAMES, PALETTE
@@ -22,83 +21,61 @@ from hf_seg.mapping.options import OutputOptions
 BLOCK = 512  # side of a tile in pixels
 SCORE_NODATA, SCORE_MAX = 255, 254  # a score of 1.0 is stored as SCORE_MAX
 
-Bands = Iterable[tuple[int, np.ndarray]]  # first row, (bands of all layers, rows, width) uint8
+# Option that chooses a layer: descriptions of its bands.
+SCORES = {
+    "confidence": ("probability of the class",),
+    "disagreement": ("weight of the networks for another class",),
+    "probabilities": CLASS_NAMES,
+}
+
+Bands = Iterable[tuple[int, np.ndarray]]  # first row, (bands of the layer, rows, width) uint8
 
 
-@dataclass(frozen=True)
-class Layer:
-    """One file of a map.
-
-    Args:
-        name: "" for the class ids.
-        bands: descriptions of its bands.
-    """
+class Layer(NamedTuple):
+    """One file of a map: its name, "" for the class ids, and the descriptions of its bands."""
 
     name: str
     bands: tuple[str, ...]
 
-    @property
-    def is_class_map(self) -> bool:
-        return not self.name
-
-    @property
-    def resampling(self) -> Resampling:
-        return Resampling.nearest if self.is_class_map else Resampling.average
-
     def path(self, class_map: Path) -> Path:
         """Return the file of the layer, given that of the class ids."""
-        return class_map if self.is_class_map else class_map.with_name(f"{class_map.stem}_{self.name}.tif")
+        return class_map.with_name(f"{class_map.stem}_{self.name}.tif") if self.name else class_map
 
 
 def choose_layers(options: OutputOptions) -> list[Layer]:
     """Return the layers of a map, the class ids first."""
-    layers = [Layer("", ("land cover",))]
-    if options.confidence:
-        layers.append(Layer("confidence", ("probability of the class",)))
-    if options.disagreement:
-        layers.append(Layer("disagreement", ("weight of the networks for another class",)))
-    if options.probabilities:
-        layers.append(Layer("probabilities", CLASS_NAMES))
-    return layers
+    scores = [Layer(name, bands) for name, bands in SCORES.items() if getattr(options, name)]
+    return [Layer("", ("land cover",)), *scores]
 
 
-def write_layers(
-    folder: Path,
-    layers: Sequence[Layer],
+def write_layer(
+    path: Path,
+    layer: Layer,
     read_bands: Callable[[], Bands],
     *,
     scene: rasterio.DatasetReader,
     tags: Mapping[str, str],
     cog: bool = False,
-) -> list[Path]:
-    """Write the files of a map and check them.
+) -> Path:
+    """Write one file of a map, check it and return its path.
 
     Args:
-        folder: where the files are written.
-        layers: the layers.
-        read_bands: returns the rows of all layers from top to bottom; called twice.
+        path: temporary name of the file.
+        read_bands: returns the rows of the layer from top to bottom; called twice.
         scene: its size and georeference are those of the map.
-        tags: metadata of every file.
-        cog: write cloud-optimized files, with GDAL's driver for them.
-
-    Returns:
-        The file of each layer.
+        tags: metadata of the file.
+        cog: write a cloud-optimized file, with GDAL's driver for them.
 
     Raises:
-        OSError: a file cannot be written, or what was written cannot be read back.
+        OSError: it cannot be written, or what was written cannot be read back.
     """
-    paths = [layer.path(folder / "layer.tif") for layer in layers]
-    with contextlib.ExitStack() as stack:
-        files = [stack.enter_context(_create(path, layer, scene)) for path, layer in zip(paths, layers, strict=True)]
+    with _create(path, layer, scene) as file:
         for top, rows in read_bands():
-            for file, part in zip(files, _split(rows, layers), strict=True):
-                file.write(part, window=Window(0, top, scene.width, rows.shape[1]))
-        for file in files:
-            file.update_tags(**tags)
-    finish = _to_cog if cog else _add_overviews
-    paths = [finish(path, layer) for path, layer in zip(paths, layers, strict=True)]
-    _check(paths, layers, read_bands())
-    return paths
+            file.write(rows, window=Window(0, top, scene.width, rows.shape[1]))
+        file.update_tags(**tags)
+    path = _to_cog(path, layer) if cog else _add_overviews(path, layer)
+    _check(path, read_bands())
+    return path
 
 
 def _create(path: Path, layer: Layer, scene: rasterio.DatasetReader) -> Any:
@@ -107,68 +84,55 @@ def _create(path: Path, layer: Layer, scene: rasterio.DatasetReader) -> Any:
     if not gcps and not scene.transform.is_identity:
         georeference["transform"] = scene.transform
     path.unlink(missing_ok=True)  # GDAL would open what a full disk may have left of it
-    file = rasterio.open(
-        path,
-        "w",
-        driver="GTiff",
+    profile = DefaultGTiffProfile(
         width=scene.width,
         height=scene.height,
         count=len(layer.bands),
-        dtype="uint8",
-        nodata=BACKGROUND if layer.is_class_map else SCORE_NODATA,
-        tiled=True,
+        nodata=SCORE_NODATA if layer.name else BACKGROUND,
         blockxsize=BLOCK,
         blockysize=BLOCK,
-        interleave="band",
         compress="deflate",
-        predictor=1 if layer.is_class_map else 2,
+        predictor=2 if layer.name else 1,
         bigtiff="if_safer",
         rpcs=scene.rpcs,
-        **georeference,
     )
+    file = rasterio.open(path, "w", **profile, **georeference)
     file.descriptions = layer.bands
-    if layer.is_class_map:
+    if layer.name:
+        file.scales = [1 / SCORE_MAX] * len(layer.bands)
+    else:
         file.write_colormap(1, {i: (*color, 0 if i == BACKGROUND else 255) for i, color in enumerate(PALETTE.tolist())})
         file.update_tags(1, **{f"class_{i}": name for i, name in enumerate(CLASS_NAMES)})
-    else:
-        file.scales = [1 / SCORE_MAX] * len(layer.bands)
     return file
-
-
-def _split(rows: np.ndarray, layers: Sequence[Layer]) -> list[np.ndarray]:
-    """Split (bands of all layers, rows, width) into the bands of each layer."""
-    return np.split(rows, np.cumsum([len(layer.bands) for layer in layers])[:-1])
 
 
 def _add_overviews(path: Path, layer: Layer) -> Path:
     with rasterio.Env(GDAL_TIFF_OVR_BLOCKSIZE=BLOCK), rasterio.open(path, "r+") as file:
         levels = [2**n for n in range(1, 32) if max(file.shape) > BLOCK * 2 ** (n - 1)]
         if levels:
-            file.build_overviews(levels, layer.resampling)
+            file.build_overviews(levels, Resampling.average if layer.name else Resampling.nearest)
     return path
 
 
 def _to_cog(path: Path, layer: Layer) -> Path:
     target = path.with_suffix(".cog.tif")
     target.unlink(missing_ok=True)
-    options = {"compress": "deflate", "blocksize": BLOCK, "overview_resampling": layer.resampling.name}
-    if not layer.is_class_map:
-        options["predictor"] = "yes"
-    rasterio.shutil.copy(path, target, driver="COG", **options)
+    options = (
+        {"predictor": "yes", "overview_resampling": "average"} if layer.name else {"overview_resampling": "nearest"}
+    )
+    rasterio.shutil.copy(path, target, driver="COG", compress="deflate", blocksize=BLOCK, **options)
     path.unlink()
     return target
 
 
-def _check(paths: Sequence[Path], layers: Sequence[Layer], bands: Bands) -> None:
-    """Compare the files with what was to be written: GDAL may notice a full disk without reporting it."""
-    with contextlib.ExitStack() as stack:
-        files = [stack.enter_context(rasterio.open(path)) for path in paths]
+def _check(path: Path, bands: Bands) -> None:
+    """Compare a file with what was to be written: GDAL may notice a full disk without reporting it."""
+    with rasterio.open(path) as file:
+        levels = range(len(file.overviews(1)))
         for top, rows in bands:
-            for file, part in zip(files, _split(rows, layers), strict=True):
-                if not np.array_equal(file.read(window=Window(0, top, file.width, rows.shape[1])), part):
-                    raise OSError(f"rows {top} to {top + rows.shape[1] - 1} were read back with other values")
-        for path, file in zip(paths, files, strict=True):
-            for level in range(len(file.overviews(1))):
-                with rasterio.open(path, overview_level=level) as overview:
-                    for _, window in overview.block_windows(1):
-                        overview.read(window=window)  # raises if a block is missing
+            if not np.array_equal(file.read(window=Window(0, top, file.width, rows.shape[1])), rows):
+                raise OSError(f"rows {top} to {top + rows.shape[1] - 1} were read back with other values")
+    for level in levels:
+        with rasterio.open(path, overview_level=level) as overview:
+            for _, window in overview.block_windows(1):
+                overview.read(window=window)  # raises if a block is missing

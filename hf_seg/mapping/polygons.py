@@ -8,7 +8,6 @@ import rasterio
 import rasterio.features
 
 from hf_seg.labels import BACKGROUND, CLASS_NAMES
-from hf_seg.mapping.options import POLYGON_DRIVERS
 
 BATCH_SIZE = 10_000  # polygons per write
 
@@ -20,7 +19,7 @@ def write_polygons(class_map: Path, output: Path) -> None:
 
     Args:
         class_map: GeoTIFF of class ids.
-        output: vector file in the map's CRS; replaced if it exists.
+        output: vector file in the map's CRS, of the format that its suffix names; replaced if it exists.
 
     Raises:
         OSError: it cannot be written.
@@ -45,7 +44,6 @@ def write_polygons(class_map: Path, output: Path) -> None:
                     fields=np.array(["class_id", "class_name"]),
                     geometry_type="Polygon",
                     crs=crs,
-                    driver=POLYGON_DRIVERS[output.suffix],
                     layer="land_cover",
                     append=output.exists(),
                 )

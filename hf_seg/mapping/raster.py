@@ -8,7 +8,6 @@ interruptions, nor on how the bands were shared among processes.
 """
 
 from collections.abc import Sequence
-from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,11 +16,9 @@ import torch
 from torch import nn
 
 from hf_seg.ensemble import EnsembleForSemanticSegmentation
-from hf_seg.errors import UserError
 from hf_seg.inference.load import LoadedNetwork, load_networks, use_network
 from hf_seg.inference.predict import Predictor
-from hf_seg.mapping.gdal import gdal_session
-from hf_seg.mapping.job import MapJob
+from hf_seg.mapping.job import map_scene
 from hf_seg.mapping.options import RasterOptions
 from hf_seg.mapping.statistics import MapSummary
 
@@ -31,9 +28,6 @@ def predict_raster(
     source: str | Path,
     destination: str | Path,
     *,
-    window: int | None = None,
-    tta: str = "none",
-    mixed_precision: str = "no",
     device: str | torch.device | None = None,
     show_progress: bool = True,
     **options: Any,
@@ -45,28 +39,24 @@ def predict_raster(
             logits of the nine classes, which is put into eval mode.
         source: the scene: a GeoTIFF, or anything else that GDAL reads.
         destination: the GeoTIFF to write.
-        window: side of the sliding window in pixels; None: the crop size of the training, if the model tells it.
-        tta: test-time augmentation, see `hf_seg.inference.tta`.
-        mixed_precision: "no", "bf16" or "fp16".
         device: None: an accelerator if there is one; for a network in memory, its own device.
         show_progress: draw a progress bar.
-        options: fields of `RasterOptions`.
+        options: fields of `RasterOptions`, e.g. window, stride, tta, mixed_precision, confidence, overwrite.
 
     Raises:
         UserError: a model, scene, target or option that cannot be used; the message names it and how to fix it.
     """
     chosen = RasterOptions(**options)
-    networks = find_networks(model, window=window)
+    networks = find_networks(model, window=chosen.window)
     if device is None and not isinstance(model, str | Path):
         weights = (weight for each in networks for weight in each.network().parameters())
         device = next((weight.device for weight in weights), torch.device("cpu"))
     elif device is None:
         device = torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
-    predictor = Predictor(networks, device=torch.device(device), tta=tta, mixed_precision=mixed_precision)
-    with gdal_session(), closing(MapJob(predictor, source, destination, chosen)) as job:
-        job.prepare()
-        job.compute(job.missing(), show_progress=show_progress)
-        return job.finish()
+    predictor = Predictor(networks, device=torch.device(device), tta=chosen.tta, mixed_precision=chosen.mixed_precision)
+    summary = map_scene(predictor, source, destination, chosen, show_progress=show_progress)
+    assert summary is not None  # no other process shares the scene
+    return summary
 
 
 def find_networks(
@@ -79,17 +69,16 @@ def find_networks(
         window: replaces the crop size that the networks were trained at.
 
     Raises:
-        UserError: as `load_networks` and `use_network`; or a window of no pixel.
+        UserError: as `load_networks` and `use_network`.
     """
-    if window is not None and window < 1:
-        raise UserError(f"window must be at least 1 pixel; it is {window}")
+    networks: Sequence[LoadedNetwork]
     if isinstance(model, EnsembleForSemanticSegmentation):
-        networks = list(model.members)
+        networks = model.members
     elif isinstance(model, nn.Module):
         networks = [use_network(model, crop_size=window)]
     elif isinstance(model, str | Path):
         networks = load_networks(model)
     else:
-        networks = list(model)
+        networks = model
     # those that a low-memory ensemble leaves on disk are needed window by window
     return [replace(each, crop_size=window or each.crop_size, module=each.network()) for each in networks]

@@ -32,18 +32,14 @@ SAR_LEVELS = (10.0, 95.0)
 OPTICAL_LEVELS = (37.0, 199.0)
 
 
-class Scene:
+class Scene(contextlib.AbstractContextManager["Scene"]):
     """An open raster, to be closed or used in a `with` statement. Not thread-safe.
 
     Args:
         source: anything that GDAL opens.
-        bands: 1-based numbers, one for SAR or three for optical; None: the only band, or red, green and blue.
-        units: of the values: "linear" are used as they are; of "power" the square root is taken; "db" are converted to
-            amplitude.
-        stretch: the two values, in linear units, that become 0 and 255. None: uint8 is not stretched; for other types
-            two percentiles of the valid pixels are mapped to their values in the training data. The attribute `stretch`
+        bands, units, stretch, zero_collar: see `SceneOptions`. The stretch is in linear units; if it is None, two
+            percentiles of the valid pixels are mapped to their values in the training data, and the attribute `stretch`
             tells the values used.
-        zero_collar: zeros connected with the border are nodata, if the raster declares none (value, mask or alpha).
         cached_rows: rows kept in memory, so that overlapping reads are cheap.
 
     Raises:
@@ -66,26 +62,20 @@ class Scene:
             raise UserError(f"stretch must be two ascending numbers, for 0 and 255; got {list(stretch)}")
         self.name = str(source)
         self.dataset = open_raster(self.name)
-        with contextlib.ExitStack() as on_error:
-            on_error.callback(self.dataset.close)
-            self.bands = choose_bands(self.dataset, bands)
-            self.height, self.width = self.dataset.height, self.dataset.width
-            self.units = units
-            self._declares_nodata = any(declares_nodata(self.dataset, band) for band in self.bands)
-            self._collar: ZeroCollar | None = None
-            self._chunk = functools.lru_cache(maxsize=cached_rows // READ_ROWS + 2)(self._read_chunk)
-            if zero_collar and not self._declares_nodata:
-                tops = range(0, self.height, READ_ROWS)
-                self._collar = ZeroCollar(_zeros(self._read(top, READ_ROWS)[0]) for top in tops)
-            self.stretch: tuple[float, float] | None = None
-            if stretch is not None:
-                self.stretch = (float(stretch[0]), float(stretch[1]))
-            elif units != "linear" or any(self.dataset.dtypes[band - 1] != "uint8" for band in self.bands):
-                self.stretch = self._find_stretch()
-            on_error.pop_all()
-
-    def __enter__(self) -> "Scene":
-        return self
+        self.bands = choose_bands(self.dataset, bands)
+        self.height, self.width = self.dataset.height, self.dataset.width
+        self.units = units
+        self._declares_nodata = any(declares_nodata(self.dataset, band) for band in self.bands)
+        self._collar: ZeroCollar | None = None
+        self._chunk = functools.lru_cache(maxsize=cached_rows // READ_ROWS + 2)(self._read_chunk)
+        if zero_collar and not self._declares_nodata:
+            tops = range(0, self.height, READ_ROWS)
+            self._collar = ZeroCollar(_is_zero(self._read(top, READ_ROWS)[0]) for top in tops)
+        self.stretch: tuple[float, float] | None = None
+        if stretch is not None:
+            self.stretch = (float(stretch[0]), float(stretch[1]))
+        elif units != "linear" or any(self.dataset.dtypes[band - 1] != "uint8" for band in self.bands):
+            self.stretch = self._find_stretch()
 
     def __exit__(self, *_: object) -> None:
         self.close()
@@ -96,13 +86,10 @@ class Scene:
         self.dataset.close()
 
     def rows(self, top: int, bottom: int) -> tuple[np.ndarray, np.ndarray]:
-        """Read full rows.
+        """Read full rows; a damaged file is a `UserError`.
 
         Returns:
             Pixels (bands, bottom - top, width) uint8, 0 where there is no data; valid (bottom - top, width) bool.
-
-        Raises:
-            UserError: the file is damaged there.
         """
         first, last = top // READ_ROWS, (bottom - 1) // READ_ROWS
         chunks = [self._chunk(number) for number in range(first, last + 1)]
@@ -123,15 +110,13 @@ class Scene:
         try:
             yield
         except GDAL_ERRORS as error:
-            raise FileError(
-                f"{self.name}: {what} cannot be read; the file is damaged or truncated, download it again "
-                f"({gdal_reason(error)})"
-            ) from None
+            hint = "the file is damaged or truncated, download it again"
+            raise FileError(f"{self.name}: {what} cannot be read; {hint} ({gdal_reason(error)})") from None
 
     def _read_chunk(self, number: int) -> tuple[np.ndarray, np.ndarray]:
         raw, valid = self._read(number * READ_ROWS, READ_ROWS)
         if self._collar is not None:
-            valid &= ~self._collar.mask(number, _zeros(raw))
+            valid &= ~self._collar.mask(number, _is_zero(raw))
         return self._to_uint8(raw, valid), valid
 
     def _read(self, top: int, count: int) -> tuple[np.ndarray, np.ndarray]:
@@ -140,22 +125,16 @@ class Scene:
         window = Window(0, top, self.width, bottom - top)
         with self._reading(f"rows {top} to {bottom - 1}"):
             raw = self.dataset.read(self.bands, window=window)
-            masks = self.dataset.read_masks(self.bands, window=window) > 0 if self._declares_nodata else None
-        is_float = np.issubdtype(raw.dtype, np.floating)
-        valid = np.ones(raw.shape[1:], dtype=bool)
-        if masks is not None:
-            # an integer pixel is nodata if all its bands are, since 0 also occurs in colours; of floats one suffices
-            valid = masks.all(axis=0) if is_float else masks.any(axis=0)
-        if is_float:
-            valid &= np.isfinite(raw).all(axis=0)
-        return raw, valid
+            masks = self.dataset.read_masks(self.bands, window=window) > 0
+        # an integer pixel is nodata if all its bands are, since 0 also occurs in colours; of floats one suffices
+        if np.issubdtype(raw.dtype, np.floating):
+            return raw, (masks & np.isfinite(raw)).all(axis=0)
+        return raw, masks.any(axis=0)
 
     def _to_linear(self, raw: np.ndarray) -> np.ndarray:
         """Return float32 amplitudes; raw values are finite."""
-        scales, offsets = (
-            np.array([values[band - 1] for band in self.bands], np.float32)[:, None, None]
-            for values in (self.dataset.scales, self.dataset.offsets)
-        )
+        indices = np.array(self.bands) - 1
+        scales, offsets = np.array([self.dataset.scales, self.dataset.offsets], np.float32)[:, indices, None, None]
         values = raw.astype(np.float32) * scales + offsets
         if self.units == "power":
             values = np.sqrt(np.maximum(values, 0))  # noise subtraction may leave values below 0
@@ -177,7 +156,7 @@ class Scene:
         sample = []
         for row in np.unique(np.linspace(0, self.height - 1, count).round().astype(int)).tolist():
             raw, valid = self._read(row, 1)
-            valid &= ~_zeros(raw)  # leaves out the collar
+            valid &= ~_is_zero(raw)  # leaves out the collar
             sample.append(self._to_linear(raw[:, valid][:, None])[:, 0])
         values = np.concatenate(sample, axis=1)
         if not values.size:
@@ -197,6 +176,5 @@ class Scene:
         return stretch
 
 
-def _zeros(raw: np.ndarray) -> np.ndarray:
-    zeros: np.ndarray = (raw == 0).all(axis=0)
-    return zeros
+def _is_zero(raw: np.ndarray) -> np.ndarray:
+    return np.all(raw == 0, axis=0)

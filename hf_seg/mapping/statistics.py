@@ -18,23 +18,13 @@ SEMI_MAJOR_AXIS, ECCENTRICITY_2 = 6378137.0, 0.00669437999014
 
 @dataclass(frozen=True)
 class MapSummary:
-    """The files and the statistics of a finished map.
-
-    Attributes:
-        files: the files written.
-        pixels: by class name.
-        areas_km2: by class name; None if the map has no CRS on the earth.
-        nodata_pixels: pixels without a class.
-        seam_score: see `MapStatistics.seam_score`.
-        seconds: wall time in this process.
-        network_seconds: the part of it that was spent in the networks.
-    """
+    """The files and the statistics of a finished map; the times are those of this process."""
 
     files: list[Path]
-    pixels: dict[str, int]
-    areas_km2: dict[str, float] | None
+    pixels: dict[str, int]  # by class name
+    areas_km2: dict[str, float] | None  # by class name; None if the map has no CRS on the earth
     nodata_pixels: int
-    seam_score: float | None
+    seam_score: float | None  # see `MapStatistics.seam_score`
     seconds: float
     network_seconds: float
 
@@ -46,9 +36,7 @@ class MapSummary:
             lines.append(f"{name:18s}{count:14,d} pixels {100 * count / total:6.2f} %{area}")
         lines.append(f"{'no class':18s}{self.nodata_pixels:14,d} pixels")
         score = "undefined" if self.seam_score is None else f"{self.seam_score:.3f}"
-        lines.append(
-            f"seam score {score} (rate of class changes across window borders over that elsewhere; 1: no seams)"
-        )
+        lines.append(f"seam score {score} (class changes across window borders over those elsewhere; 1: no seams)")
         percentage = 100 * self.network_seconds / max(self.seconds, 1e-9)
         lines.append(f"{self.seconds:.1f} s, {percentage:.0f} % of it in the networks")
         return "\n".join([*lines, *(f"written: {file}" for file in self.files)])
@@ -60,7 +48,7 @@ class MapStatistics:
     Args:
         width: of the map in pixels.
         row_borders, column_borders: first rows (columns) of the windows, and the first after each window.
-        crs, transform: of the map; without a CRS `areas` is None.
+        crs, transform: of the map.
 
     Attributes:
         pixels: (NUM_LABELS,) int64.
@@ -86,12 +74,7 @@ class MapStatistics:
         self._last_row: np.ndarray | None = None
 
     def update(self, top: int, classes: np.ndarray) -> None:
-        """Count the next rows.
-
-        Args:
-            top: the first of them.
-            classes: (rows, width) uint8 ids; `BACKGROUND` is nodata.
-        """
+        """Count the next rows, from row `top`; (rows, width) uint8 ids, `BACKGROUND` is nodata."""
         counts = np.stack([(classes == index).sum(axis=1) for index in range(NUM_LABELS)], axis=1)
         self.pixels += counts.sum(axis=0)
         if self.areas is not None:
@@ -154,10 +137,10 @@ def pixel_areas(crs: CRS, transform: Affine, width: int, rows: Sequence[int]) ->
     xs = transform.a * columns + transform.b * lines + transform.c
     ys = transform.d * columns + transform.e * lines + transform.f
     try:
-        longitudes, latitudes = (np.array(values) for values in transform_coordinates(crs, "EPSG:4326", xs, ys))
+        coordinates = transform_coordinates(crs, "EPSG:4326", xs, ys)
     except Exception:  # GDAL's errors are private to rasterio, and a map without areas is better than none
         return None
-    left, right, upper, lower = np.stack([longitudes, latitudes]).reshape(2, 4, -1).swapaxes(0, 1)
+    left, right, upper, lower = np.reshape(coordinates, (2, 4, -1)).swapaxes(0, 1)
     phi = np.radians((upper[1] + lower[1]) / 2)
     curvature = 1 - ECCENTRICITY_2 * np.sin(phi) ** 2
     east = SEMI_MAJOR_AXIS / np.sqrt(curvature) * np.cos(phi)  # metres per radian of longitude
