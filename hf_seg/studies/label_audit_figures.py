@@ -12,7 +12,7 @@ from matplotlib.patches import Patch
 
 from hf_seg.labels import BACKGROUND, IGNORE_INDEX, NUM_LABELS
 from hf_seg.report.plots import draw_matrix
-from hf_seg.report.style import DPI, class_legend, colorize, save_figure, show_image, stretch, style_axes
+from hf_seg.report.style import DPI, class_legend, colorize, save_figure, show_image, style_axes
 from hf_seg.studies.label_audit import CLASSES
 
 COLOR_A, COLOR_B = "#e08a2e", "#3572b0"
@@ -70,8 +70,6 @@ def plot_gallery(rows: Sequence[GalleryRow], output: Path, title_a: str = "A", t
     figure = Figure(figsize=(3.1 * (len(shown) + 1), 3.3 * len(rows) + 1.2), dpi=DPI, layout="constrained")
     for axes, row in zip(figure.subplots(len(rows), len(shown) + 1, squeeze=False), rows, strict=True):
         pictures = {"image": row.image, "a": _paint(row.a), "b": _paint(row.b), "truth": _paint(row.truth)}
-        if row.image is not None and row.image.ndim == 2:
-            pictures["image"] = stretch(row.image)
         for cell, name in zip(axes, shown, strict=False):
             show_image(cell, titles[name], pictures[name])
         differ = np.mean((row.a != row.b) & (row.a > 0) & (row.b > 0))

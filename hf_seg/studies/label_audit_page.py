@@ -72,7 +72,12 @@ def write_report(result: Mapping[str, Any], folder: Path) -> None:
             trim_blocks=True,
             extensions=["jinja2.ext.do"],
         )
-        environment.filters |= {"percent": percent, "points": _points, "interval": _interval, "thousands": "{:,}".format}
+        environment.filters |= {
+            "percent": percent,
+            "points": _points,
+            "interval": _interval,
+            "thousands": "{:,}".format,
+        }
         text = environment.get_template("audit.j2").render(content, layout=layout)
         (folder / file).write_text(text, encoding="utf-8")
 
