@@ -21,7 +21,7 @@ from hf_seg.files import atomic_folder, write_atomic
 from hf_seg.settings import Parser
 
 if TYPE_CHECKING:
-    from hf_seg.studies.label_audit_figures import GalleryRow
+    from hf_seg.studies.label_audit_report import GalleryRow
 
 FILES = {"audit.json", "audit.md", "index.html", "transition.png", "gallery.png"}
 
@@ -73,14 +73,13 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def write_audit(output: Path, result: dict[str, Any], rows: "Sequence[GalleryRow]") -> None:
     """Write the five files into a folder that replaces an earlier audit."""
-    from hf_seg.studies.label_audit_figures import plot_gallery, plot_transitions
-    from hf_seg.studies.label_audit_page import GALLERY, TRANSITIONS, title, write_report
+    from hf_seg.studies import label_audit_report as report
 
-    titles = [title(key, result["sets"][key]["name"]) for key in "ab"]
+    titles = [report.title(key, result["sets"][key]["name"]) for key in "ab"]
     with atomic_folder(output) as temporary:
-        plot_transitions(result, temporary / TRANSITIONS, *titles)
-        plot_gallery(rows, temporary / GALLERY, *titles)
-        write_report(result, temporary)
+        report.plot_transitions(result, temporary / report.TRANSITIONS, *titles)
+        report.plot_gallery(rows, temporary / report.GALLERY, *titles)
+        report.write_report(result, temporary)
         write_atomic(temporary / "audit.json", json.dumps(result, indent=1, allow_nan=False) + "\n")
 
 

@@ -1,6 +1,5 @@
 """Label sets on disk or on the Hub: read them, match them by image id, and audit them tile by tile."""
 
-import csv
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -8,6 +7,7 @@ from typing import Any
 
 import datasets
 import numpy as np
+import pandas as pd
 from tqdm import tqdm
 
 from hf_seg.data.pseudo_label_dataset import load_pseudo_labels
@@ -15,8 +15,7 @@ from hf_seg.errors import DatasetError, UserError, file_errors
 from hf_seg.labels import BACKGROUND, IGNORE_INDEX, NUM_LABELS
 from hf_seg.studies.images import LOSSLESS, list_images, read_image
 from hf_seg.studies.label_audit import calibrate, count_confidence, count_pixels, summarize
-from hf_seg.studies.label_audit_figures import GalleryRow
-from hf_seg.studies.label_audit_page import judge
+from hf_seg.studies.label_audit_report import GalleryRow, judge
 
 GENERIC_FOLDERS = ("labels", "train", "val", "test")  # such a name needs the folder above it
 REGION_RULE = re.compile(r"(?!(?:Train|Val|Test)Area_)(.+)_[0-9]+")  # OpenEarthMap: <region>_<n>; OEM-SAR has none
@@ -93,11 +92,9 @@ def default_name(source: str) -> str:
     path = Path(source)
     if not path.exists():
         return source
-    parts = path.resolve().parts[1:]
-    first = len(parts) - 1
-    while first > 0 and parts[first] in GENERIC_FOLDERS:
-        first -= 1
-    return "/".join(parts[max(first, 0) :])
+    parts = path.resolve().parts
+    first = max(index for index, part in enumerate(parts) if part not in GENERIC_FOLDERS)
+    return "/".join(parts[first:]).strip("/")
 
 
 def images_by_id(folder: Path, pattern: str) -> dict[str, Path]:
@@ -142,14 +139,13 @@ def read_regions(file: Path | None, image_ids: Sequence[str]) -> list[str] | Non
     if file is None:
         regions = [match[1] if (match := REGION_RULE.fullmatch(image_id)) else NO_REGION for image_id in image_ids]
         return None if set(regions) == {NO_REGION} else regions
-    try:
-        with file_errors(file, "cannot be read"), open(file, encoding="utf-8-sig", newline="") as lines:
-            reader = csv.DictReader(lines)
-            if not {"image_id", "region"} <= set(reader.fieldnames or ()):
-                raise UserError(f"{file}: expected a header with image_id and region, found {reader.fieldnames}")
-            region_of = {row["image_id"]: row["region"] for row in reader}
-    except (UnicodeDecodeError, csv.Error) as error:
-        raise UserError(f"{file}: cannot be read as CSV in UTF-8 ({error})") from None
+    with file_errors(file, "cannot be read"):
+        try:
+            table = pd.read_csv(file, usecols=["image_id", "region"], dtype=str, encoding="utf-8-sig", na_filter=False)
+        except ValueError as error:  # of pandas, for any content that it cannot read
+            reason = " ".join(str(error).split())
+            raise UserError(f"{file}: expected CSV in UTF-8 with columns image_id and region ({reason})") from None
+    region_of = dict(zip(table["image_id"], table["region"], strict=True))
     if not region_of.keys() & set(image_ids):
         raise UserError(f"{file}: contains none of the {len(image_ids)} tiles, e.g. not {image_ids[0]!r}")
     return [region_of.get(image_id) or NO_REGION for image_id in image_ids]
@@ -159,8 +155,8 @@ def count_tiles(sets: dict[str, LabelSet], image_ids: Sequence[str]) -> tuple[np
     """Count the pixels of all tiles, with one tile in memory at a time.
 
     Returns:
-        (N, 9, 9, 9) uint32 of `count_pixels`; by set with a confidence, (256, 2) of `count_confidence`, compared with
-        the truth or, without one, with the other set.
+        (N, 9, 9, 9) uint32 of `count_pixels`; for each set with a confidence, (256, 2) of `count_confidence`, compared
+        with the truth or, without one, with the other set.
     """
     counts = np.zeros((len(image_ids), NUM_LABELS, NUM_LABELS, NUM_LABELS), dtype=np.uint32)
     levels: dict[str, np.ndarray] = {}
