@@ -50,7 +50,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     source = measure_folder(args.source, args.max_images, aligned=True)
     target = measure_folder(args.target, args.max_images, aligned=False)
     proposal = propose(source, target)
-    print(*proposal.reasons, "", proposal.as_yaml(), sep="\n")
+    settings = {key: value for key, value in as_settings(proposal).items() if value is not None}
+    print(*proposal.reasons, "", *(f"{key}: {value:.2f}" for key, value in settings.items()), sep="\n")
     if args.output:
         print("", *write_files(args.output, source, target, proposal), sep="\n")
 
@@ -64,17 +65,24 @@ def write_files(output: Path, source: "ImageSet", target: "ImageSet", proposal: 
     return [output / name for name in ("raa.json", "spectra.png", "examples.png")]
 
 
-def describe(source: "ImageSet", target: "ImageSet", proposal: "Proposal") -> dict[str, Any]:
-    """Return the content of raa.json."""
-    from hf_seg.studies.raa_calibration import UNALIGNED, mismatch_db
-
+def as_settings(proposal: "Proposal") -> dict[str, float | None]:
+    """Return the settings for a stage-1 recipe, rounded; without alignment the scales are None."""
     prob, low, high = proposal.mixture
-    mixtures = {"before": UNALIGNED, "after": proposal.mixture}
-    sets = {"source": source, "target": target}
     return {
         "raa_prob": round(prob, 2),
         "raa_min_scale": round(low, 2) if prob else None,
         "raa_max_scale": round(high, 2) if prob else None,
+    }
+
+
+def describe(source: "ImageSet", target: "ImageSet", proposal: "Proposal") -> dict[str, Any]:
+    """Return the content of raa.json."""
+    from hf_seg.studies.raa_calibration import UNALIGNED, mismatch_db
+
+    mixtures = {"before": UNALIGNED, "after": proposal.mixture}
+    sets = {"source": source, "target": target}
+    return {
+        **as_settings(proposal),
         "reasons": proposal.reasons,
         "mismatch_db": {when: round(mismatch_db(source, target, each), 2) for when, each in mixtures.items()},
         "n_images": {name: len(images.files) for name, images in sets.items()},

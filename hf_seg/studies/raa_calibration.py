@@ -29,22 +29,8 @@ class ImageSet(NamedTuple):
     folder: Path
     files: list[Path]
     spectra: Spectra  # source: (N, len(RATIOS), ...); target: (N, ...)
-
-    @property
-    def unaligned(self) -> Spectra:
-        """The spectra of the images as they are."""
-        power, noise = self.spectra
-        return self.spectra if noise.ndim == 1 else Spectra(power[:, -1], noise[:, -1])
-
-    @property
-    def sharpness_db(self) -> float:
-        """Fine detail relative to coarse detail, of the median image."""
-        return float(np.median(spectra.sharpness(self.unaligned)))
-
-    @property
-    def noise_levels(self) -> float:
-        """Standard deviation of the noise in grey levels, of the median image."""
-        return float(np.sqrt(np.median(self.unaligned.noise)))
+    sharpness_db: float  # fine detail relative to coarse detail, of the median image
+    noise_levels: float  # standard deviation of the noise in grey levels, of the median image
 
 
 class Proposal(NamedTuple):
@@ -54,12 +40,6 @@ class Proposal(NamedTuple):
     ratios: np.ndarray  # (N,), the ratio of source images that resembles each target image most
     reasons: list[str]
 
-    def as_yaml(self) -> str:
-        """Return the lines for a recipe's settings."""
-        prob, low, high = self.mixture
-        scales = f"\nraa_min_scale: {low:.2f}\nraa_max_scale: {high:.2f}" if prob else ""
-        return f"raa_prob: {prob:.2f}{scales}"
-
 
 def find_images(folder: Path) -> list[Path]:
     """Return the images below a folder; of OpenEarthMap its `images`, of OpenEarthMap-SAR the optical ones of train.
@@ -67,13 +47,11 @@ def find_images(folder: Path) -> list[Path]:
     Raises:
         UserError: no such folder, or no image in it.
     """
-    if not folder.is_dir():
-        raise UserError(f"{folder}: no such folder; pass one with {', '.join(ANY_IMAGE)} images")
     folder = optical if (optical := folder / "train/rgb_images").is_dir() else folder
     files = list_images(folder, "**/*", ANY_IMAGE)
     files = [path for path in files if path.parent.name == "images"] or files
     if not files:
-        raise UserError(f"{folder}: no image in it or below; looked for {', '.join(ANY_IMAGE)}")
+        raise UserError(f"{folder}: no folder with images in it or below; looked for {', '.join(ANY_IMAGE)}")
     return files
 
 
@@ -123,7 +101,11 @@ def measure_folder(folder: Path, max_images: int, *, aligned: bool) -> ImageSet:
             f"{folder}: no image shows {side} x {side} pixels of varied ground without nodata; "
             f"{path.name} is {height} x {width}. Pass larger or uncropped images"
         )
-    return ImageSet(folder, [path for path, _ in measured], spectra.stack([each for _, each in measured]))
+    stacked = spectra.stack([each for _, each in measured])
+    unaligned = Spectra(stacked.power[:, -1], stacked.noise[:, -1]) if aligned else stacked
+    sharpness_db = float(np.median(spectra.sharpness(unaligned)))
+    noise_levels = float(np.sqrt(np.median(unaligned.noise)))
+    return ImageSet(folder, [path for path, _ in measured], stacked, sharpness_db, noise_levels)
 
 
 def propose(source: ImageSet, target: ImageSet) -> Proposal:
@@ -164,9 +146,8 @@ def cautions(source: ImageSet, target: ImageSet) -> list[str]:
     found = []
     before, after = source.noise_levels, target.noise_levels
     if after > 1.5 * before + 0.5:
-        found.append(
-            f"The target is noisier ({after:.1f} against {before:.1f} grey levels); RAA does not change noise."
-        )
+        levels = f"{after:.1f} against {before:.1f} grey levels"
+        found.append(f"The target is noisier ({levels}); RAA does not change noise.")
     for images in (source, target):
         if len(images.files) < FEW_IMAGES:
             found.append(f"{images.folder} has only {len(images.files)} usable images: this is a rough estimate.")
