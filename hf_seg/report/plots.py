@@ -1,7 +1,4 @@
-"""Figures of a run: training curves, confusion matrix, maps beside each other.
-
-Every function writes one image file, at a size that depends on its content alone.
-"""
+"""Charts of a run: training curves, confusion matrix, scores of an ensemble's members."""
 
 import json
 import logging
@@ -17,8 +14,8 @@ from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.ticker import MaxNLocator
 
-from hf_seg.labels import BACKGROUND, CLASS_NAMES, IGNORE_INDEX, NUM_LABELS, PALETTE
-from hf_seg.report.style import DPI, LINE_COLORS, class_legend, colorize, percent, save_figure, show_image, style_axes
+from hf_seg.labels import BACKGROUND, CLASS_NAMES, NUM_LABELS, PALETTE
+from hf_seg.report.style import DPI, LINE_COLORS, percent, save_figure, style_axes
 
 if TYPE_CHECKING:
     from pandas import Series
@@ -112,41 +109,33 @@ def plot_confusion_matrix(results: Mapping[str, Any], output: Path) -> None:
     save_figure(figure, output)
 
 
-def plot_panel(
-    rows: Sequence[tuple[str, np.ndarray, np.ndarray | None, np.ndarray]],
-    output: Path,
-    *,
-    titles: Sequence[str] = ("SAR", "label", "prediction"),
+def plot_member_scores(
+    members: Sequence[tuple[str, Mapping[str, Any]]], ensemble: Mapping[str, Any], output: Path
 ) -> None:
-    """Draw image, label and prediction of several scenes beside each other, with a legend of the classes.
+    """Draw a row for each class that occurs, and one for their mean, with a mark for each network.
 
     Args:
-        rows: tuples (name, image, label, prediction): image (H, W), stretched between its percentiles 1 and 99, or
-            (H, W, 3) uint8 as it is; label (H, W) ids or None if there is none; prediction (H, W) ids.
+        members: name and scores of each: `mean_iou` and `iou` as in `eval_results.json`.
+        ensemble: the same for the ensemble.
         output: image file to write.
-        titles: names of the three columns.
-
-    Raises:
-        ValueError: without rows, for maps of another size than their image, and as `colorize`.
     """
-    if not rows:
-        raise ValueError(f"no rows to draw in {output}")
-    figure = Figure(figsize=(12.5, 4.3 * len(rows) + 0.8), dpi=DPI, layout="constrained")
-    ids: set[int] = set()
-    for axes, (name, image, label, prediction) in zip(figure.subplots(len(rows), 3, squeeze=False), rows, strict=True):
-        score = ""
-        for kind, label_map in (("label", label), ("prediction", prediction)):
-            if label_map is None:
-                continue
-            if label_map.shape != image.shape[:2]:
-                raise ValueError(f"{name}: {kind} is {label_map.shape}, its image {image.shape[:2]}")
-            ids |= set(np.unique(label_map).tolist())
-        if label is not None:
-            score = f" \N{MIDDLE DOT} mIoU {percent(_mean_iou(label, prediction), 'unknown')}"
-        show_image(axes[0], f"{titles[0]} \N{MIDDLE DOT} {name}", image, interpolation="auto")
-        show_image(axes[1], titles[1], None if label is None else colorize(label), missing="no label")
-        show_image(axes[2], titles[2] + score, colorize(prediction))
-    figure.legend(handles=class_legend(ids), loc="outside lower center", ncols=6, frameon=False, fontsize=10)
+    rows = [name for name, iou in ensemble["iou"].items() if iou is not None]
+    labels = ["mean", *rows]
+    figure = Figure(figsize=(8.5, 1.6 + 0.45 * len(labels)), dpi=DPI, layout="constrained")
+    axes = figure.subplots()
+    scores = np.array([_percents(score, rows) for _, score in members])
+    axes.hlines(range(len(labels)), scores.min(axis=0), scores.max(axis=0), "#c4c4c4", linewidth=5, capstyle="round")
+    for (name, _), values, color in zip(members, scores, cycle(LINE_COLORS[1:]), strict=False):
+        axes.plot(values, range(len(labels)), "o", color=color, markersize=6, label=name, clip_on=False, zorder=3)
+    average, color = _percents(ensemble, rows), LINE_COLORS[0]
+    axes.plot(average, range(len(labels)), "D", color=color, markersize=7, label="ensemble", clip_on=False, zorder=4)
+    axes.set(yticks=range(len(labels)), yticklabels=labels, ylim=(len(labels) - 0.5, -0.5), xlim=(0, None))
+    style_axes(axes, f"Members and ensemble, {ensemble['n_images']:,} tile(s)")
+    axes.axhline(0.5, color="#888888", linewidth=0.8)
+    axes.set_xlabel("IoU, percent")
+    axes.grid(visible=False, axis="y")
+    longest = max(len(name) for name, _ in members)
+    figure.legend(loc="outside lower center", ncols=3 if longest < 30 else 1, frameon=False, fontsize=9)
     save_figure(figure, output)
 
 
@@ -227,12 +216,5 @@ def _draw_iou(axes: Axes, shown: list[int], iou: Mapping[str, float | None], pre
     axes.set_xlabel("IoU, percent")
 
 
-def _mean_iou(label: np.ndarray, prediction: np.ndarray) -> float | None:
-    """Return the mean IoU over the classes in one label map, without background and ignored pixels; None if none is."""
-    from hf_seg.metrics import ConfusionMatrix  # imports torch, which no other figure needs
-
-    confusion = ConfusionMatrix()
-    confusion.update(
-        np.where(prediction == IGNORE_INDEX, BACKGROUND, prediction), np.where(label == BACKGROUND, IGNORE_INDEX, label)
-    )
-    return confusion.compute()["mean_iou"]
+def _percents(scores: Mapping[str, Any], rows: Sequence[str]) -> list[float]:
+    return [100 * value for value in (scores["mean_iou"], *(scores["iou"][name] for name in rows))]
