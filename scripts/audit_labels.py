@@ -16,12 +16,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from hf_seg.errors import UserError, file_errors, one_line_errors
+from hf_seg.errors import DatasetError, UserError, file_errors, one_line_errors
 from hf_seg.files import atomic_folder, write_atomic
 from hf_seg.settings import Parser
 
 if TYPE_CHECKING:
     from hf_seg.studies.label_audit_report import GalleryRow
+    from hf_seg.studies.label_sets import LabelSet
 
 FILES = {"audit.json", "audit.md", "index.html", "transition.png", "gallery.png"}
 
@@ -63,12 +64,32 @@ def main(argv: Sequence[str] | None = None) -> None:
     if args.images and not images.keys() & set(image_ids):
         raise UserError(f"--images {args.images}: contains no image of the tiles, e.g. not of {image_ids[0]!r}")
     result = label_sets.audit(sets, image_ids, args.regions, args.seed)
-    write_audit(args.output, result, label_sets.read_gallery(sets, result["tiles"], images, args.gallery))
+    write_audit(args.output, result, read_gallery(sets, result["tiles"], images, args.gallery))
     for found in result["sets"].values():
         if found["n_unmatched"]:
             examples = ", ".join(found["unmatched"])
             print(f"skipped {found['n_unmatched']} tiles of {found['name']} without a counterpart, e.g. {examples}")
     print(f"{result['n_tiles']} tiles compared. {result['verdict']}\nreport: {args.output / 'index.html'}")
+
+
+def read_gallery(
+    sets: "dict[str, LabelSet]", tiles: dict[str, dict[str, float]], images: dict[str, Path], n_rows: int
+) -> "list[GalleryRow]":
+    """Read the tiles with the most differing pixels once more, with their images where there are any."""
+    from hf_seg.studies.images import read_image
+    from hf_seg.studies.label_audit_report import GalleryRow
+    from hf_seg.studies.label_sets import read_tiles
+
+    rows = []
+    for image_id in sorted(tiles, key=lambda image_id: (-tiles[image_id]["disagreement"], image_id))[:n_rows]:
+        labels = {key: label for key, (label, _) in read_tiles(sets, image_id).items()}
+        image = read_image(images[image_id]) if image_id in images else None
+        size = labels["a"].shape
+        if image is not None and (image.dtype != "uint8" or image.shape not in (size, (*size, 3))):
+            found = f"{image.shape} {image.dtype}"
+            raise DatasetError(f"{images[image_id]}: expected 1 or 3 bands of {size} uint8, found {found}")
+        rows.append(GalleryRow(image_id, image, labels["a"], labels["b"], labels.get("truth")))
+    return rows
 
 
 def write_audit(output: Path, result: dict[str, Any], rows: "Sequence[GalleryRow]") -> None:

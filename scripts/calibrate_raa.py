@@ -150,7 +150,11 @@ def draw_ratios(axes: Axes, proposal: "Proposal") -> None:
 def draw_examples(source: "ImageSet", target: "ImageSet", proposal: "Proposal", output: Path) -> None:
     """Draw source images aligned by the smallest, middle and largest proposed ratio beside similar target images."""
     from hf_seg.data.transforms import align_resolution
-    from hf_seg.studies.raa_calibration import crop_with_contrast, read_optical
+    from hf_seg.studies.power_spectra import choose_patches
+    from hf_seg.studies.raa_calibration import luminance, read_optical
+
+    def patch_with_contrast(image: np.ndarray) -> tuple[slice, slice]:  # where blur is easiest to see
+        return max(choose_patches(image), key=lambda patch: float(luminance(image[patch]).std()))
 
     mixture = proposal.mixture
     wanted = np.linspace(mixture.min_ratio, mixture.max_ratio, 3) if mixture.prob else np.ones(3)
@@ -163,13 +167,11 @@ def draw_examples(source: "ImageSet", target: "ImageSet", proposal: "Proposal", 
         similar = min(unused, key=lambda other: (abs(proposal.ratios[other] - ratio), other))
         unused.remove(similar)
         image, example = read_optical(source.files[index]), read_optical(target.files[similar])
-        crop = crop_with_contrast(image)
+        crop, example_crop = patch_with_contrast(image), patch_with_contrast(example)
         images = {
             f"source: {source.files[index].stem}": image[crop],
             f"aligned by {ratio:.2f}" if ratio < 1 else "not aligned": align_resolution(image, ratio)[crop],
-            f"target: {target.files[similar].stem}, fits {proposal.ratios[similar]:.2f}": example[
-                crop_with_contrast(example)
-            ],
+            f"target: {target.files[similar].stem}, fits {proposal.ratios[similar]:.2f}": example[example_crop],
         }
         for axes, (title, pixels) in zip(cells, images.items(), strict=True):
             show_image(axes, title, pixels)

@@ -416,7 +416,7 @@ def test_gallery_shows_the_tiles_that_differ_most_with_their_image(tmp_path: Pat
     }
     sar = write_folder(tmp_path / "sar", {order[1]: np.arange(576, dtype=np.uint8).reshape(24, 24)})
     tiles = label_sets.audit(sets, sorted(maps), None, 0)["tiles"]
-    rows = label_sets.read_gallery(sets, tiles, label_sets.images_by_id(sar, "*"), 3)
+    rows = script.read_gallery(sets, tiles, label_sets.images_by_id(sar, "*"), 3)
     assert [row.image_id for row in rows] == order[:3]
     assert [row.image is None for row in rows] == [True, False, True]
     assert tiles[order[0]]["disagreement"] == 0.5

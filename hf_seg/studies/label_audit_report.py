@@ -72,12 +72,7 @@ def judge(result: Mapping[str, Any], name_a: str, name_b: str) -> str:
 
 
 def write_report(result: Mapping[str, Any], folder: Path) -> None:
-    """Write `audit.md` and `index.html` beside the pictures that they show.
-
-    Args:
-        result: the content of `audit.json`.
-        folder: contains `TRANSITIONS` and `GALLERY`.
-    """
+    """Write the content of `audit.json` as `audit.md` and `index.html` beside the pictures that they show."""
     content = {
         **result,
         "titles": {key: title(key, found["name"]) for key, found in result["sets"].items()},
@@ -188,7 +183,7 @@ def _draw_scores(axes: Axes, scores: dict[str, Any]) -> None:
         label = f"{name}, mIoU {100 * scores[key]['mean_iou']:.1f}"
         bars = axes.barh(np.arange(len(CLASSES)) + shift, percents, height=0.36, color=color, label=label)
         axes.bar_label(bars, fmt="%.1f", padding=4, fontsize=9)
-    for row in np.flatnonzero(np.isnan(percents)):
+    for row in np.flatnonzero(np.isnan(percents)).tolist():
         axes.text(1, row, "not in the truth", va="center", color="#777777", fontsize=9)
     axes.set_yticks(range(len(CLASSES)), CLASSES)
     axes.set(xlim=(0, 109), ylim=(len(CLASSES) - 0.5, -0.5), xticks=range(0, 101, 20), xlabel="IoU, percent")

@@ -15,7 +15,7 @@ from hf_seg.errors import DatasetError, UserError, file_errors
 from hf_seg.labels import BACKGROUND, IGNORE_INDEX, NUM_LABELS
 from hf_seg.studies.images import LOSSLESS, list_images, read_image
 from hf_seg.studies.label_audit import calibrate, count_confidence, count_pixels, summarize
-from hf_seg.studies.label_audit_report import GalleryRow, judge
+from hf_seg.studies.label_audit_report import judge
 
 GENERIC_FOLDERS = ("labels", "train", "val", "test")  # such a name needs the folder above it
 REGION_RULE = re.compile(r"(?!(?:Train|Val|Test)Area_)(.+)_[0-9]+")  # OpenEarthMap: <region>_<n>; OEM-SAR has none
@@ -107,10 +107,7 @@ def images_by_id(folder: Path, pattern: str) -> dict[str, Path]:
 
 
 def match_ids(sets: dict[str, LabelSet]) -> list[str]:
-    """Return the ids that A and B share, sorted.
-
-    Args:
-        sets: by key: `a`, `b` and, if there is one, `truth`.
+    """Return the ids that the sets `a` and `b` share, sorted.
 
     Raises:
         UserError: A and B share no id, or the truth has none of A's.
@@ -175,8 +172,8 @@ def audit(sets: dict[str, LabelSet], image_ids: list[str], regions: Path | None,
     """Read every tile once and return the content of audit.json.
 
     Args:
-        sets: by key, as for `match_ids`.
-        image_ids: tiles of A and B.
+        sets: by key: `a`, `b` and, if there is one, `truth`.
+        image_ids: of `match_ids`.
         regions: CSV file with columns image_id and region, if any.
         seed: of the bootstrap.
 
@@ -200,25 +197,3 @@ def audit(sets: dict[str, LabelSet], image_ids: list[str], regions: Path | None,
     confidence = {key: {"reference": references[key], **found} for key, found in calibrations.items() if found}
     verdict = judge(result, sets["a"].name, sets["b"].name)
     return {"verdict": verdict, "sets": described, "confidence": confidence, **result}
-
-
-def read_gallery(
-    sets: dict[str, LabelSet], tiles: dict[str, dict[str, float]], images: dict[str, Path], n_rows: int
-) -> list[GalleryRow]:
-    """Read the tiles with the most differing pixels once more, with their images.
-
-    Args:
-        tiles: scores by image id, as in audit.json.
-        images: files of the images by image id; some may be missing.
-        n_rows: number of tiles.
-    """
-    rows = []
-    for image_id in sorted(tiles, key=lambda image_id: (-tiles[image_id]["disagreement"], image_id))[:n_rows]:
-        labels = {key: label for key, (label, _) in read_tiles(sets, image_id).items()}
-        image = read_image(images[image_id]) if image_id in images else None
-        size = labels["a"].shape
-        if image is not None and (image.dtype != np.uint8 or image.shape not in (size, (*size, 3))):
-            found = f"{image.shape} {image.dtype}"
-            raise DatasetError(f"{images[image_id]}: expected 1 or 3 bands of {size} uint8, found {found}")
-        rows.append(GalleryRow(image_id, image, labels["a"], labels["b"], labels.get("truth")))
-    return rows

@@ -70,17 +70,10 @@ def luminance(image: np.ndarray) -> np.ndarray:
     return cv2.cvtColor(image.astype(np.float32), cv2.COLOR_RGB2GRAY)
 
 
-def crop_with_contrast(image: np.ndarray) -> tuple[slice, slice]:
-    """Return the patch of (H, W, 3) uint8 with the most contrast, where blur is easiest to see."""
-    return max(spectra.choose_patches(image), key=lambda patch: float(luminance(image[patch]).std()))
-
-
 def measure_folder(folder: Path, max_images: int, *, aligned: bool) -> ImageSet:
-    """Measure images spread evenly over a folder; those without a usable patch are skipped.
+    """Measure images spread evenly over the images of a folder; those without a usable patch are skipped.
 
     Args:
-        folder: searched by `find_images`.
-        max_images: number of images to read.
         aligned: measure each image at all of `RATIOS`, which the source needs.
 
     Raises:
