@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from hf_seg.studies.label_sets import LabelSet
 
 FILES = {"audit.json", "audit.md", "index.html", "transition.png", "gallery.png"}
+NUM_EXAMPLES = 3  # names of tiles that are not in the other set
 
 
 def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
@@ -63,13 +64,48 @@ def main(argv: Sequence[str] | None = None) -> None:
     images = label_sets.images_by_id(args.images, "*") if args.images else {}
     if args.images and not images.keys() & set(image_ids):
         raise UserError(f"--images {args.images}: contains no image of the tiles, e.g. not of {image_ids[0]!r}")
-    result = label_sets.audit(sets, image_ids, args.regions, args.seed)
+    result = audit(sets, image_ids, args.regions, args.seed)
     write_audit(args.output, result, read_gallery(sets, result["tiles"], images, args.gallery))
     for found in result["sets"].values():
         if found["n_unmatched"]:
             examples = ", ".join(found["unmatched"])
             print(f"skipped {found['n_unmatched']} tiles of {found['name']} without a counterpart, e.g. {examples}")
     print(f"{result['n_tiles']} tiles compared. {result['verdict']}\nreport: {args.output / 'index.html'}")
+
+
+def audit(sets: "dict[str, LabelSet]", image_ids: list[str], regions: Path | None, seed: int) -> dict[str, Any]:
+    """Read every tile once and return the content of audit.json.
+
+    Args:
+        sets: by key: `a`, `b` and, if there is one, `truth`.
+        image_ids: tiles of A and B.
+        regions: CSV file with columns image_id and region, if any.
+        seed: of the bootstrap.
+
+    Raises:
+        UserError: A and B share no labelled pixel, or share none with the truth; a file that cannot be read.
+    """
+    from hf_seg.studies.label_audit import calibrate, summarize
+    from hf_seg.studies.label_audit_report import judge
+    from hf_seg.studies.label_sets import count_tiles, read_regions
+
+    region_names = read_regions(regions, image_ids)
+    counts, levels = count_tiles(sets, image_ids)
+    if not counts[:, :, 1:, 1:].any():
+        raise UserError(f"{sets['a'].source} and {sets['b'].source} share no labelled pixel; is one of them empty?")
+    result = summarize(image_ids, counts, region_names, seed=seed)
+    if "truth" in sets and result["truth"] is None:
+        raise UserError(f"{sets['truth'].source}: labels no pixel that A and B both label")
+    described, others = {}, {"a": set(sets["b"].entries), "b": set(sets["a"].entries), "truth": set(image_ids)}
+    for key, label_set in sets.items():
+        unmatched = sorted(label_set.entries.keys() - others[key])
+        described[key] = {"name": label_set.name, "source": label_set.source, "n_tiles": len(label_set.entries)}
+        described[key] |= {"n_unmatched": len(unmatched), "unmatched": unmatched[:NUM_EXAMPLES]}
+    references = dict.fromkeys("ab", "truth") if "truth" in sets else {"a": "B", "b": "A"}
+    calibrations = {key: calibrate(found) for key, found in levels.items()}
+    confidence = {key: {"reference": references[key], **found} for key, found in calibrations.items() if found}
+    verdict = judge(result, sets["a"].name, sets["b"].name)
+    return {"verdict": verdict, "sets": described, "confidence": confidence, **result}
 
 
 def read_gallery(

@@ -304,7 +304,7 @@ def test_folder_png_and_parquet_of_the_same_labels_give_the_same_audit(tmp_path:
     results = []
     for source in sources:
         sets = {key: label_sets.LabelSet(str(path)) for key, path in (("a", official), ("b", source), ("truth", t))}
-        results.append(label_sets.audit(sets, label_sets.match_ids(sets), None, seed=0))
+        results.append(script.audit(sets, label_sets.match_ids(sets), None, seed=0))
         assert results[-1]["sets"]["b"].pop("source") == str(source)
         name = results[-1]["sets"]["b"].pop("name")
         assert str(source).endswith(name) and f"B ({name})" in results[-1].pop("verdict")
@@ -415,7 +415,7 @@ def test_gallery_shows_the_tiles_that_differ_most_with_their_image(tmp_path: Pat
         "b": label_sets.LabelSet(str(write_folder(tmp_path / "b", changed))),
     }
     sar = write_folder(tmp_path / "sar", {order[1]: np.arange(576, dtype=np.uint8).reshape(24, 24)})
-    tiles = label_sets.audit(sets, sorted(maps), None, 0)["tiles"]
+    tiles = script.audit(sets, sorted(maps), None, 0)["tiles"]
     rows = script.read_gallery(sets, tiles, label_sets.images_by_id(sar, "*"), 3)
     assert [row.image_id for row in rows] == order[:3]
     assert [row.image is None for row in rows] == [True, False, True]

@@ -25,7 +25,6 @@ def plot_panel(
     Args:
         rows: tuples (name, image, label, prediction): image (H, W), stretched between its percentiles 1 and 99, or
             (H, W, 3) uint8 as it is; label (H, W) ids or None if there is none; prediction (H, W) ids.
-        output: image file to write.
         titles: names of the three columns.
 
     Raises:
@@ -66,7 +65,6 @@ def plot_mix_panel(
     """Draw source, target, pasted pixels, mixed image, its labels and the student's prediction of a batch's first rows.
 
     Args:
-        output: image file to write.
         source, target, mixed: batches with `pixel_values` (B, 3, H, W), `labels` (B, H, W), and `image_id`.
         class_masks: (B, H, W) bool, True where the source is pasted.
         predictions: (B, H, W) class ids on the mixed images.

@@ -1,4 +1,4 @@
-"""Charts of a run: training curves, confusion matrix, scores of an ensemble's members."""
+"""Charts of a run, each in one image file: training curves, confusion matrix, scores of an ensemble's members."""
 
 import json
 import logging
@@ -34,7 +34,6 @@ def plot_curves(metrics_file: Path, output: Path) -> None:
             `lovasz` and `*_loss`; scores are `mean_iou`, `*_mean_iou` and `overall_accuracy`, as fractions. Other keys
             are not drawn. A value that is null or not finite leaves a gap. Where a resumed run logged a step again, the
             later value counts. A line cut off by a kill is skipped with a warning.
-        output: image file to write.
 
     Raises:
         ValueError: the file contains no metrics.
@@ -81,7 +80,6 @@ def plot_confusion_matrix(results: Mapping[str, Any], output: Path) -> None:
     Args:
         results: as in `eval_results.json`: `confusion_matrix` (C, C) counts with rows = truth; `iou` by class name
             and `mean_iou`, `overall_accuracy`, `n_images` where they are known (fractions; null = absent).
-        output: image file to write.
 
     Raises:
         ValueError: the matrix does not have the classes of `hf_seg.labels`.
@@ -94,10 +92,8 @@ def plot_confusion_matrix(results: Mapping[str, Any], output: Path) -> None:
     counts = counts[np.ix_(shown, shown)]
     figure = Figure(figsize=(12.5, 7.0), dpi=DPI, layout="constrained")
     matrix_axes, iou_axes = figure.subplots(1, 2, width_ratios=(2.3, 1))
-    headline = [
-        f"mIoU {percent(results.get('mean_iou'), 'unknown')}",
-        f"overall accuracy {percent(results.get('overall_accuracy'), 'unknown')}",
-    ]
+    scores = {"mIoU": results.get("mean_iou"), "overall accuracy": results.get("overall_accuracy")}
+    headline = [f"{name} {percent(score, 'unknown')}" for name, score in scores.items()]
     if results.get("n_images") is not None:
         headline.append(f"{results['n_images']:,} images")
     figure.suptitle(" \N{MIDDLE DOT} ".join(headline), fontsize=13, fontweight="bold")
@@ -117,17 +113,20 @@ def plot_member_scores(
     Args:
         members: name and scores of each: `mean_iou` and `iou` as in `eval_results.json`.
         ensemble: the same for the ensemble.
-        output: image file to write.
     """
     rows = [name for name, iou in ensemble["iou"].items() if iou is not None]
     labels = ["mean", *rows]
     figure = Figure(figsize=(8.5, 1.6 + 0.45 * len(labels)), dpi=DPI, layout="constrained")
     axes = figure.subplots()
-    scores = np.array([_percents(score, rows) for _, score in members])
+
+    def percents(scores: Mapping[str, Any]) -> list[float]:
+        return [100 * value for value in (scores["mean_iou"], *(scores["iou"][name] for name in rows))]
+
+    scores = np.array([percents(score) for _, score in members])
     axes.hlines(range(len(labels)), scores.min(axis=0), scores.max(axis=0), "#c4c4c4", linewidth=5, capstyle="round")
     for (name, _), values, color in zip(members, scores, cycle(LINE_COLORS[1:]), strict=False):
         axes.plot(values, range(len(labels)), "o", color=color, markersize=6, label=name, clip_on=False, zorder=3)
-    average, color = _percents(ensemble, rows), LINE_COLORS[0]
+    average, color = percents(ensemble), LINE_COLORS[0]
     axes.plot(average, range(len(labels)), "D", color=color, markersize=7, label="ensemble", clip_on=False, zorder=4)
     axes.set(yticks=range(len(labels)), yticklabels=labels, ylim=(len(labels) - 0.5, -0.5), xlim=(0, None))
     style_axes(axes, f"Members and ensemble, {ensemble['n_images']:,} tile(s)")
@@ -214,7 +213,3 @@ def _draw_iou(axes: Axes, shown: list[int], iou: Mapping[str, float | None], pre
     style_axes(axes, "IoU of each class")
     axes.grid(visible=False, axis="y")
     axes.set_xlabel("IoU, percent")
-
-
-def _percents(scores: Mapping[str, Any], rows: Sequence[str]) -> list[float]:
-    return [100 * value for value in (scores["mean_iou"], *(scores["iou"][name] for name in rows))]

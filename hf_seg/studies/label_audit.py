@@ -28,14 +28,11 @@ def count_pixels(a: np.ndarray, b: np.ndarray, truth: np.ndarray | None = None) 
 
 
 def count_confidence(confidence: np.ndarray, labels: np.ndarray, reference: np.ndarray) -> np.ndarray:
-    """Count at each of 256 levels of confidence the pixels that both maps label, and those on which they agree.
+    """Return (256, 2) int64: at each level of confidence, how many pixels both maps label, and on how many they agree.
 
     Args:
         confidence: (H, W) uint8, 255 = 1.0.
         labels, reference: (H, W) uint8 ids 0..8, 0 = no label.
-
-    Returns:
-        (256, 2) int64: compared, agreeing.
     """
     both = (labels > 0) & (reference > 0)
     masks = (both, both & (labels == reference))
@@ -43,10 +40,7 @@ def count_confidence(confidence: np.ndarray, labels: np.ndarray, reference: np.n
 
 
 def calibrate(levels: np.ndarray) -> dict[str, Any] | None:
-    """Compare confidence with agreement in deciles of the pixels; pixels of equal confidence share a decile.
-
-    Args:
-        levels: (256, 2) of `count_confidence`.
+    """Compare confidence with agreement, from `count_confidence`, in deciles; equal confidences share a decile.
 
     Returns:
         `deciles`: least confident first, each with `low`, `high` and `mean` confidence, `share` (fraction) of the

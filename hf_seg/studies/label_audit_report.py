@@ -141,14 +141,7 @@ def plot_gallery(rows: Sequence[GalleryRow], output: Path, title_a: str = "A", t
 
 
 def paint_comparison(a: np.ndarray, b: np.ndarray, truth: np.ndarray | None) -> np.ndarray:
-    """Draw which set is correct (`WITH_TRUTH`) or, without a truth, where A and B differ (`WITHOUT_TRUTH`).
-
-    Args:
-        a, b, truth: (H, W) ids 0..8, 0 = no label, which is drawn as `NOT_COMPARED`.
-
-    Returns:
-        (H, W, 3) uint8.
-    """
+    """Draw which set is correct or, without a truth, where they differ: (H, W) ids, 0 = no label -> (H, W, 3) uint8."""
     if truth is None:
         kinds, kind, known = WITHOUT_TRUTH, (a != b).astype(int), (a > 0) & (b > 0)
     else:

@@ -1,4 +1,4 @@
-"""Label sets on disk or on the Hub: read them, match them by image id, and audit them tile by tile."""
+"""Label sets on disk or on the Hub: read them, match them by image id, and count their pixels tile by tile."""
 
 import re
 from collections.abc import Sequence
@@ -14,13 +14,11 @@ from hf_seg.data.pseudo_label_dataset import load_pseudo_labels
 from hf_seg.errors import DatasetError, UserError, file_errors
 from hf_seg.labels import BACKGROUND, IGNORE_INDEX, NUM_LABELS
 from hf_seg.studies.images import LOSSLESS, list_images, read_image
-from hf_seg.studies.label_audit import calibrate, count_confidence, count_pixels, summarize
-from hf_seg.studies.label_audit_report import judge
+from hf_seg.studies.label_audit import count_confidence, count_pixels
 
 GENERIC_FOLDERS = ("labels", "train", "val", "test")  # such a name needs the folder above it
 REGION_RULE = re.compile(r"(?!(?:Train|Val|Test)Area_)(.+)_[0-9]+")  # OpenEarthMap: <region>_<n>; OEM-SAR has none
 NO_REGION = "(none)"
-NUM_EXAMPLES = 3  # names of tiles that are not in the other set
 
 
 class LabelSet:
@@ -29,9 +27,6 @@ class LabelSet:
     Args:
         source: folder of label images, or folder or Hub id of pseudo-labels.
         name: what the report calls the set; by default the last parts of the source.
-
-    Attributes:
-        entries: {image id: file, or row of the dataset}.
 
     Raises:
         UserError: the source contains no labels, or an image id twice.
@@ -42,7 +37,7 @@ class LabelSet:
         self.source = source
         self.name = name or default_name(source)
         self.rows: datasets.Dataset | None = None
-        self.entries: dict[str, Any]
+        self.entries: dict[str, Any]  # {image id: file, or row of the dataset}
         if path.is_file():
             raise UserError(f"{source} is a file: pass its folder")
         if path.is_dir() and next(path.rglob("*.parquet"), None) is None:
@@ -58,10 +53,7 @@ class LabelSet:
             raise UserError(f"{source}: duplicate image_id {duplicate!r}")
 
     def read(self, image_id: str) -> tuple[np.ndarray, np.ndarray | None]:
-        """Return the labels of a tile and their confidence, None if unknown.
-
-        Returns:
-            (H, W) uint8 class ids, 0 = no label; (H, W) uint8, 255 = 1.0.
+        """Return a tile's (H, W) uint8 class ids, 0 = no label, and (H, W) uint8 confidence, 255 = 1.0, or None.
 
         Raises:
             DatasetError: a file that cannot be read, not one band, or an id that is not a class.
@@ -149,11 +141,9 @@ def read_regions(file: Path | None, image_ids: Sequence[str]) -> list[str] | Non
 
 
 def count_tiles(sets: dict[str, LabelSet], image_ids: Sequence[str]) -> tuple[np.ndarray, dict[str, np.ndarray]]:
-    """Count the pixels of all tiles, with one tile in memory at a time.
+    """Apply `count_pixels` to all tiles, (N, 9, 9, 9) uint32, and `count_confidence` to each set with a confidence.
 
-    Returns:
-        (N, 9, 9, 9) uint32 of `count_pixels`; for each set with a confidence, (256, 2) of `count_confidence`, compared
-        with the truth or, without one, with the other set.
+    Confidence is compared with the truth or, without one, with the other set. One tile is in memory at a time.
     """
     counts = np.zeros((len(image_ids), NUM_LABELS, NUM_LABELS, NUM_LABELS), dtype=np.uint32)
     levels: dict[str, np.ndarray] = {}
@@ -166,34 +156,3 @@ def count_tiles(sets: dict[str, LabelSet], image_ids: Sequence[str]) -> tuple[np
             if confidence is not None and reference is not None:
                 levels[key] = levels.get(key, 0) + count_confidence(confidence, labels[key], reference)
     return counts, levels
-
-
-def audit(sets: dict[str, LabelSet], image_ids: list[str], regions: Path | None, seed: int) -> dict[str, Any]:
-    """Read every tile once and return the content of audit.json.
-
-    Args:
-        sets: by key: `a`, `b` and, if there is one, `truth`.
-        image_ids: of `match_ids`.
-        regions: CSV file with columns image_id and region, if any.
-        seed: of the bootstrap.
-
-    Raises:
-        UserError: A and B share no labelled pixel, or share none with the truth; a file that cannot be read.
-    """
-    region_names = read_regions(regions, image_ids)
-    counts, levels = count_tiles(sets, image_ids)
-    if not counts[:, :, 1:, 1:].any():
-        raise UserError(f"{sets['a'].source} and {sets['b'].source} share no labelled pixel; is one of them empty?")
-    result = summarize(image_ids, counts, region_names, seed=seed)
-    if "truth" in sets and result["truth"] is None:
-        raise UserError(f"{sets['truth'].source}: labels no pixel that A and B both label")
-    described, others = {}, {"a": set(sets["b"].entries), "b": set(sets["a"].entries), "truth": set(image_ids)}
-    for key, label_set in sets.items():
-        unmatched = sorted(label_set.entries.keys() - others[key])
-        described[key] = {"name": label_set.name, "source": label_set.source, "n_tiles": len(label_set.entries)}
-        described[key] |= {"n_unmatched": len(unmatched), "unmatched": unmatched[:NUM_EXAMPLES]}
-    references = dict.fromkeys("ab", "truth") if "truth" in sets else {"a": "B", "b": "A"}
-    calibrations = {key: calibrate(found) for key, found in levels.items()}
-    confidence = {key: {"reference": references[key], **found} for key, found in calibrations.items() if found}
-    verdict = judge(result, sets["a"].name, sets["b"].name)
-    return {"verdict": verdict, "sets": described, "confidence": confidence, **result}

@@ -81,10 +81,9 @@ def power_spectrum(image: np.ndarray) -> np.ndarray:
 
 
 def noise_power(patches: np.ndarray) -> float:
-    """Estimate the power of an image's white noise from its flattest blocks; too high if no block is flat.
+    """Estimate the power of an image's white noise from the flattest blocks of (N, PATCH, PATCH) grey levels 0..255.
 
-    Args:
-        patches: (N, PATCH, PATCH) grey levels 0..255; blocks with clipped pixels hide noise and are skipped.
+    Blocks with clipped pixels hide noise and are skipped. If no block is flat, the estimate is too high.
     """
     grid = (len(patches), PATCH // BLOCK, BLOCK, PATCH // BLOCK, BLOCK)
     blocks = patches.reshape(grid).swapaxes(2, 3).reshape(-1, BLOCK, BLOCK)
@@ -95,17 +94,16 @@ def noise_power(patches: np.ndarray) -> float:
     return float(np.quantile(power.mean(1), FLAT_QUANTILE)) / FLAT_BIAS
 
 
-def choose_patches(image: np.ndarray, per_side: int = 3) -> list[tuple[slice, slice]]:
-    """Spread patches evenly over an image and keep those with contrast and at most 1 % of nodata.
+def choose_patches(image: np.ndarray) -> list[tuple[slice, slice]]:
+    """Spread up to 3 x 3 patches evenly over an image and keep those with contrast and at most 1 % of nodata.
 
     Args:
         image: (H, W, 3) uint8; all-zero pixels are nodata.
-        per_side: patches along a side; fewer if they would overlap by more than half.
     """
 
     def starts(length: int) -> list[int]:
         room = length - PATCH
-        count = min(per_side, 1 + 2 * room // PATCH) if room >= 0 else 0
+        count = min(3, 1 + 2 * room // PATCH) if room >= 0 else 0  # patches overlap by at most half
         return np.linspace(0, room, count).round().astype(int).tolist()
 
     corners = product(starts(image.shape[0]), starts(image.shape[1]))
@@ -140,8 +138,7 @@ def sharpness(spectra: Spectra) -> np.ndarray:
 def reference_curves(source: Spectra) -> np.ndarray:
     """Return (len(RATIOS), N_RINGS), the log power of the median source image at each ratio, without noise.
 
-    Args:
-        source: `measure_aligned` of N images; each is normalised by its contrast before alignment.
+    The images, of `measure_aligned`, are normalised by their contrast before alignment.
     """
     log_power, _ = _without_noise(source)
     contrast = log_power[:, -1:, CONTRAST_RINGS].mean(-1, keepdims=True)
@@ -149,14 +146,11 @@ def reference_curves(source: Spectra) -> np.ndarray:
 
 
 def ratio_costs(target: Spectra, curves: np.ndarray) -> np.ndarray:
-    """Return how badly each ratio explains each image, as squared deviations in units of `SCENE_SPREAD`.
+    """Return (N, len(RATIOS)), how badly each ratio explains each of N images: twice a negative log-likelihood.
 
     Args:
-        target: `measure` of N images.
+        target: `measure` of the images.
         curves: of `reference_curves`.
-
-    Returns:
-        (N, len(RATIOS)), half of which is a negative log-likelihood.
     """
     log_power, weight = (array[:, None] for array in _without_noise(target))
     floor = curves[-1] + np.log(BLUR_FLOOR)

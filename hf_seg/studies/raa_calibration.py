@@ -45,7 +45,7 @@ def find_images(folder: Path) -> list[Path]:
     """Return the images below a folder; of OpenEarthMap its `images`, of OpenEarthMap-SAR the optical ones of train.
 
     Raises:
-        UserError: no such folder, or no image in it.
+        UserError: there is no image.
     """
     folder = optical if (optical := folder / "train/rgb_images").is_dir() else folder
     files = list_images(folder, "**/*", ANY_IMAGE)
@@ -88,11 +88,10 @@ def measure_folder(folder: Path, max_images: int, *, aligned: bool) -> ImageSet:
             measure = spectra.measure_aligned if aligned else spectra.measure
             measured.append((path, measure(luminance(image), windows)))
     if not measured:
-        side = spectra.PATCH
-        height, width = image.shape[:2]
+        needed, (height, width) = f"{spectra.PATCH} x {spectra.PATCH} pixels", image.shape[:2]
         raise UserError(
-            f"{folder}: no image shows {side} x {side} pixels of varied ground without nodata; "
-            f"{path.name} is {height} x {width}. Pass larger or uncropped images"
+            f"{folder}: no image shows {needed} of varied ground without nodata; {path.name} is {height} x {width}. "
+            "Pass larger or uncropped images"
         )
     stacked = spectra.stack([each for _, each in measured])
     unaligned = Spectra(stacked.power[:, -1], stacked.noise[:, -1]) if aligned else stacked
