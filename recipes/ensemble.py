@@ -34,7 +34,7 @@ from hf_seg.hub.export import TRAINING_DATA_FILE, write_training_data
 from hf_seg.hub.push import publish
 from hf_seg.inference.load import ENSEMBLE_FILE, load_networks
 from hf_seg.inference.predict import Predictor
-from hf_seg.report.member_scores import plot_member_scores
+from hf_seg.report.plots import plot_member_scores
 from hf_seg.training.evaluation import draw_results, evaluate
 from hf_seg.training.run import start_accelerator
 

@@ -54,7 +54,7 @@ from hf_seg.inference.load import LoadedNetwork, load_networks
 from hf_seg.inference.predict import Predictor
 from hf_seg.inference.vote import VoteAccumulator
 from hf_seg.labels import IGNORE_INDEX, NUM_LABELS
-from hf_seg.report.plots import plot_panel
+from hf_seg.report.panels import plot_panel
 from hf_seg.training.run import start_accelerator
 
 

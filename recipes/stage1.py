@@ -44,7 +44,7 @@ from hf_seg.errors import one_line_errors
 from hf_seg.labels import CLASS_NAMES
 from hf_seg.losses import cross_entropy
 from hf_seg.models import SegmentationLogits
-from hf_seg.report.mix_panel import plot_mix_panel
+from hf_seg.report.panels import plot_mix_panel
 from hf_seg.training.checkpoints import Progress, StopSignal, load_checkpoint, save_or_stop
 from hf_seg.training.evaluation import draw_results, trained_predictor
 from hf_seg.training.run import build_network, build_optimization, finish_run, open_run

@@ -16,14 +16,16 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from hf_seg.errors import UserError, file_errors, one_line_errors
+from hf_seg.errors import DatasetError, UserError, file_errors, one_line_errors
 from hf_seg.files import atomic_folder, write_atomic
 from hf_seg.settings import Parser
 
 if TYPE_CHECKING:
-    from hf_seg.studies.label_audit_figures import GalleryRow
+    from hf_seg.studies.label_audit_report import GalleryRow
+    from hf_seg.studies.label_sets import LabelSet
 
 FILES = {"audit.json", "audit.md", "index.html", "transition.png", "gallery.png"}
+NUM_EXAMPLES = 3  # names of tiles that are not in the other set
 
 
 def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
@@ -62,8 +64,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     images = label_sets.images_by_id(args.images, "*") if args.images else {}
     if args.images and not images.keys() & set(image_ids):
         raise UserError(f"--images {args.images}: contains no image of the tiles, e.g. not of {image_ids[0]!r}")
-    result = label_sets.audit(sets, image_ids, args.regions, args.seed)
-    write_audit(args.output, result, label_sets.read_gallery(sets, result["tiles"], images, args.gallery))
+    result = audit(sets, image_ids, args.regions, args.seed)
+    write_audit(args.output, result, read_gallery(sets, result["tiles"], images, args.gallery))
     for found in result["sets"].values():
         if found["n_unmatched"]:
             examples = ", ".join(found["unmatched"])
@@ -71,16 +73,70 @@ def main(argv: Sequence[str] | None = None) -> None:
     print(f"{result['n_tiles']} tiles compared. {result['verdict']}\nreport: {args.output / 'index.html'}")
 
 
+def audit(sets: "dict[str, LabelSet]", image_ids: list[str], regions: Path | None, seed: int) -> dict[str, Any]:
+    """Read every tile once and return the content of audit.json.
+
+    Args:
+        sets: by key: `a`, `b` and, if there is one, `truth`.
+        image_ids: tiles of A and B.
+        regions: CSV file with columns image_id and region, if any.
+        seed: of the bootstrap.
+
+    Raises:
+        UserError: A and B share no labelled pixel, or share none with the truth; a file that cannot be read.
+    """
+    from hf_seg.studies.label_audit import calibrate, summarize
+    from hf_seg.studies.label_audit_report import judge
+    from hf_seg.studies.label_sets import count_tiles, read_regions
+
+    region_names = read_regions(regions, image_ids)
+    counts, levels = count_tiles(sets, image_ids)
+    if not counts[:, :, 1:, 1:].any():
+        raise UserError(f"{sets['a'].source} and {sets['b'].source} share no labelled pixel; is one of them empty?")
+    result = summarize(image_ids, counts, region_names, seed=seed)
+    if "truth" in sets and result["truth"] is None:
+        raise UserError(f"{sets['truth'].source}: labels no pixel that A and B both label")
+    described, others = {}, {"a": set(sets["b"].entries), "b": set(sets["a"].entries), "truth": set(image_ids)}
+    for key, label_set in sets.items():
+        unmatched = sorted(label_set.entries.keys() - others[key])
+        described[key] = {"name": label_set.name, "source": label_set.source, "n_tiles": len(label_set.entries)}
+        described[key] |= {"n_unmatched": len(unmatched), "unmatched": unmatched[:NUM_EXAMPLES]}
+    references = dict.fromkeys("ab", "truth") if "truth" in sets else {"a": "B", "b": "A"}
+    calibrations = {key: calibrate(found) for key, found in levels.items()}
+    confidence = {key: {"reference": references[key], **found} for key, found in calibrations.items() if found}
+    verdict = judge(result, sets["a"].name, sets["b"].name)
+    return {"verdict": verdict, "sets": described, "confidence": confidence, **result}
+
+
+def read_gallery(
+    sets: "dict[str, LabelSet]", tiles: dict[str, dict[str, float]], images: dict[str, Path], n_rows: int
+) -> "list[GalleryRow]":
+    """Read the tiles with the most differing pixels once more, with their images where there are any."""
+    from hf_seg.studies.images import read_image
+    from hf_seg.studies.label_audit_report import GalleryRow
+    from hf_seg.studies.label_sets import read_tiles
+
+    rows = []
+    for image_id in sorted(tiles, key=lambda image_id: (-tiles[image_id]["disagreement"], image_id))[:n_rows]:
+        labels = {key: label for key, (label, _) in read_tiles(sets, image_id).items()}
+        image = read_image(images[image_id]) if image_id in images else None
+        size = labels["a"].shape
+        if image is not None and (image.dtype != "uint8" or image.shape not in (size, (*size, 3))):
+            found = f"{image.shape} {image.dtype}"
+            raise DatasetError(f"{images[image_id]}: expected 1 or 3 bands of {size} uint8, found {found}")
+        rows.append(GalleryRow(image_id, image, labels["a"], labels["b"], labels.get("truth")))
+    return rows
+
+
 def write_audit(output: Path, result: dict[str, Any], rows: "Sequence[GalleryRow]") -> None:
     """Write the five files into a folder that replaces an earlier audit."""
-    from hf_seg.studies.label_audit_figures import plot_gallery, plot_transitions
-    from hf_seg.studies.label_audit_page import GALLERY, TRANSITIONS, title, write_report
+    from hf_seg.studies import label_audit_report as report
 
-    titles = [title(key, result["sets"][key]["name"]) for key in "ab"]
+    titles = [report.title(key, result["sets"][key]["name"]) for key in "ab"]
     with atomic_folder(output) as temporary:
-        plot_transitions(result, temporary / TRANSITIONS, *titles)
-        plot_gallery(rows, temporary / GALLERY, *titles)
-        write_report(result, temporary)
+        report.plot_transitions(result, temporary / report.TRANSITIONS, *titles)
+        report.plot_gallery(rows, temporary / report.GALLERY, *titles)
+        report.write_report(result, temporary)
         write_atomic(temporary / "audit.json", json.dumps(result, indent=1, allow_nan=False) + "\n")
 
 

@@ -50,7 +50,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     source = measure_folder(args.source, args.max_images, aligned=True)
     target = measure_folder(args.target, args.max_images, aligned=False)
     proposal = propose(source, target)
-    print(*proposal.reasons, "", proposal.as_yaml(), sep="\n")
+    settings = {key: value for key, value in as_settings(proposal).items() if value is not None}
+    print(*proposal.reasons, "", *(f"{key}: {value:.2f}" for key, value in settings.items()), sep="\n")
     if args.output:
         print("", *write_files(args.output, source, target, proposal), sep="\n")
 
@@ -64,17 +65,24 @@ def write_files(output: Path, source: "ImageSet", target: "ImageSet", proposal: 
     return [output / name for name in ("raa.json", "spectra.png", "examples.png")]
 
 
-def describe(source: "ImageSet", target: "ImageSet", proposal: "Proposal") -> dict[str, Any]:
-    """Return the content of raa.json."""
-    from hf_seg.studies.raa_calibration import UNALIGNED, mismatch_db
-
+def as_settings(proposal: "Proposal") -> dict[str, float | None]:
+    """Return the settings for a stage-1 recipe, rounded; without alignment the scales are None."""
     prob, low, high = proposal.mixture
-    mixtures = {"before": UNALIGNED, "after": proposal.mixture}
-    sets = {"source": source, "target": target}
     return {
         "raa_prob": round(prob, 2),
         "raa_min_scale": round(low, 2) if prob else None,
         "raa_max_scale": round(high, 2) if prob else None,
+    }
+
+
+def describe(source: "ImageSet", target: "ImageSet", proposal: "Proposal") -> dict[str, Any]:
+    """Return the content of raa.json."""
+    from hf_seg.studies.raa_calibration import UNALIGNED, mismatch_db
+
+    mixtures = {"before": UNALIGNED, "after": proposal.mixture}
+    sets = {"source": source, "target": target}
+    return {
+        **as_settings(proposal),
         "reasons": proposal.reasons,
         "mismatch_db": {when: round(mismatch_db(source, target, each), 2) for when, each in mixtures.items()},
         "n_images": {name: len(images.files) for name, images in sets.items()},
@@ -142,7 +150,11 @@ def draw_ratios(axes: Axes, proposal: "Proposal") -> None:
 def draw_examples(source: "ImageSet", target: "ImageSet", proposal: "Proposal", output: Path) -> None:
     """Draw source images aligned by the smallest, middle and largest proposed ratio beside similar target images."""
     from hf_seg.data.transforms import align_resolution
-    from hf_seg.studies.raa_calibration import crop_with_contrast, read_optical
+    from hf_seg.studies.power_spectra import choose_patches
+    from hf_seg.studies.raa_calibration import luminance, read_optical
+
+    def patch_with_contrast(image: np.ndarray) -> tuple[slice, slice]:  # where blur is easiest to see
+        return max(choose_patches(image), key=lambda patch: float(luminance(image[patch]).std()))
 
     mixture = proposal.mixture
     wanted = np.linspace(mixture.min_ratio, mixture.max_ratio, 3) if mixture.prob else np.ones(3)
@@ -155,13 +167,11 @@ def draw_examples(source: "ImageSet", target: "ImageSet", proposal: "Proposal", 
         similar = min(unused, key=lambda other: (abs(proposal.ratios[other] - ratio), other))
         unused.remove(similar)
         image, example = read_optical(source.files[index]), read_optical(target.files[similar])
-        crop = crop_with_contrast(image)
+        crop, example_crop = patch_with_contrast(image), patch_with_contrast(example)
         images = {
             f"source: {source.files[index].stem}": image[crop],
             f"aligned by {ratio:.2f}" if ratio < 1 else "not aligned": align_resolution(image, ratio)[crop],
-            f"target: {target.files[similar].stem}, fits {proposal.ratios[similar]:.2f}": example[
-                crop_with_contrast(example)
-            ],
+            f"target: {target.files[similar].stem}, fits {proposal.ratios[similar]:.2f}": example[example_crop],
         }
         for axes, (title, pixels) in zip(cells, images.items(), strict=True):
             show_image(axes, title, pixels)

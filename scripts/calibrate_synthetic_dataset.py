@@ -237,7 +237,7 @@ def run_figure(options: argparse.Namespace) -> None:
 
 def draw_scenes(grid: np.ndarray, sets: dict[str, list[Tile]]) -> None:
     """Draw SAR, optical image and label of a scene per row, three columns per set."""
-    from hf_seg.report.plots import colorize
+    from hf_seg.report.style import colorize
 
     side = min(tile.sar.shape[0] for tile in sets["synthetic"])
     for column, (name, tiles) in enumerate(sets.items()):

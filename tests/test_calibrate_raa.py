@@ -294,10 +294,10 @@ def test_mistakes_name_the_file_and_how_to_fix_it(script: ModuleType, tmp_path: 
     tile = np.random.default_rng(0).integers(1, 255, (3, 160, 160), dtype=np.uint8)
     with pytest.raises(UserError, match="--max_images must be at least 1; it is 0"):
         calibrate(script, tmp_path, tmp_path, "--output", tmp_path / "out", "--max_images", 0)
-    with pytest.raises(UserError, match=r"nowhere: no such folder; pass one with"):
+    with pytest.raises(UserError, match=r"nowhere: no folder with images in it or below; looked for"):
         raa_calibration.find_images(tmp_path / "nowhere")
     (tmp_path / "empty").mkdir()
-    with pytest.raises(UserError, match=r"empty: no image in it or below; looked for \.tif"):
+    with pytest.raises(UserError, match=r"empty: no folder with images in it or below; looked for \.tif"):
         raa_calibration.find_images(tmp_path / "empty")
     (tmp_path / "truncated.tif").write_bytes(b"II*\0 and no more")
     with pytest.raises(UserError, match=r"truncated\.tif: cannot be read as an image .*; remove it"):
@@ -353,6 +353,6 @@ def test_a_mistake_is_one_line_and_exit_code_2(tmp_path: Path) -> None:
     command = [sys.executable, str(SCRIPT), str(tmp_path), str(tmp_path), "--output", str(tmp_path / "out")]
     run = subprocess.run(command, capture_output=True, text=True)
     suffixes = ".tif, .tiff, .png, .jpg, .jpeg"
-    message = f"error: {tmp_path}: no image in it or below; looked for {suffixes}\n"
+    message = f"error: {tmp_path}: no folder with images in it or below; looked for {suffixes}\n"
     assert (run.returncode, run.stderr) == (2, message)
     assert not (tmp_path / "out").exists()

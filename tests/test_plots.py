@@ -10,7 +10,7 @@ from PIL import Image
 
 from hf_seg.labels import BACKGROUND, CLASS_NAMES, IGNORE_INDEX, LABEL2ID, NUM_LABELS, PALETTE
 from hf_seg.metrics import ConfusionMatrix
-from hf_seg.report import plots, style
+from hf_seg.report import panels, plots, style
 
 TREE, WATER, ROAD, BUILDING = (LABEL2ID[name] for name in ("tree", "water", "road", "building"))
 REAL_SAR = Path(__file__).parents[2] / "shared/realdata/dfc25_track1"
@@ -63,7 +63,7 @@ def test_colorize_rejects_ids_that_are_not_classes() -> None:
 
 
 def test_panel_shows_grey_image_label_and_prediction_from_left_to_right(sar: np.ndarray, tmp_path: Path) -> None:
-    plots.plot_panel([("a", sar, halves(TREE, WATER), halves(WATER, BUILDING))], tmp_path / "panel.png")
+    panels.plot_panel([("a", sar, halves(TREE, WATER), halves(WATER, BUILDING))], tmp_path / "panel.png")
     picture = read(tmp_path / "panel.png")[:500]  # above the legend
     third = picture.shape[1] // 3
     cells = [picture[:, column * third : (column + 1) * third] for column in range(3)]
@@ -78,7 +78,7 @@ def test_panel_shows_grey_image_label_and_prediction_from_left_to_right(sar: np.
 
 
 def test_panel_without_a_label_has_an_empty_cell_not_the_colour_of_road(sar: np.ndarray, tmp_path: Path) -> None:
-    plots.plot_panel([("a", sar, None, halves(TREE, WATER))], tmp_path / "panel.png")
+    panels.plot_panel([("a", sar, None, halves(TREE, WATER))], tmp_path / "panel.png")
     picture = read(tmp_path / "panel.png")
     center = picture[100:400, 560:680]
     assert (center == 0xF0).all()
@@ -86,7 +86,7 @@ def test_panel_without_a_label_has_an_empty_cell_not_the_colour_of_road(sar: np.
 
 def test_panel_accepts_optical_images_as_they_are(tmp_path: Path) -> None:
     optical = np.full((64, 64, 3), (10, 120, 200), dtype=np.uint8)
-    plots.plot_panel([("a", optical, None, halves(TREE, WATER, 64))], tmp_path / "panel.png")
+    panels.plot_panel([("a", optical, None, halves(TREE, WATER, 64))], tmp_path / "panel.png")
     assert where(read(tmp_path / "panel.png")[:, :500], (10, 120, 200)).sum() > 100_000
 
 
@@ -94,9 +94,9 @@ def test_panel_rejects_maps_of_another_size_and_keeps_the_older_file(sar: np.nda
     output = tmp_path / "panel.png"
     output.write_bytes(b"older")
     with pytest.raises(ValueError, match=r"scene_7: prediction is \(64, 64\), its image \(96, 96\)"):
-        plots.plot_panel([("scene_7", sar, None, halves(TREE, WATER, 64))], output)
+        panels.plot_panel([("scene_7", sar, None, halves(TREE, WATER, 64))], output)
     with pytest.raises(ValueError, match="no rows"):
-        plots.plot_panel([], output)
+        panels.plot_panel([], output)
     assert output.read_bytes() == b"older"
     assert list(tmp_path.iterdir()) == [output]
 
@@ -108,8 +108,8 @@ def test_panel_score_equals_the_metric_of_the_package() -> None:
     label[:5] = IGNORE_INDEX
     confusion = ConfusionMatrix()
     confusion.update(prediction, label)
-    assert plots._mean_iou(label, prediction) == pytest.approx(confusion.compute()["mean_iou"])
-    assert plots._mean_iou(np.full((4, 4), BACKGROUND), prediction[:4, :4]) is None
+    assert panels._mean_iou(label, prediction) == pytest.approx(confusion.compute()["mean_iou"])
+    assert panels._mean_iou(np.full((4, 4), BACKGROUND), prediction[:4, :4]) is None
 
 
 def test_stretch_ignores_nodata_and_outliers() -> None:
@@ -148,8 +148,8 @@ def test_curves_mark_no_best_without_validation(tmp_path: Path) -> None:
 def test_steps_logged_again_after_a_resume_count_once_with_the_later_value(tmp_path: Path) -> None:
     steps = [(1, 9.0), (2, 8.0), (3, 7.0), (2, 5.0), (3, 4.0)]
     file = write_metrics(tmp_path / "metrics.jsonl", [{"step": step, "loss": loss} for step, loss in steps])
-    found, losses = plots._read_series(file)["loss"]
-    assert found.tolist() == [1, 2, 3]
+    losses = plots._read_series(file)["loss"]
+    assert losses.index.tolist() == [1, 2, 3]
     assert losses.tolist() == [9.0, 5.0, 4.0]
 
 
@@ -195,7 +195,7 @@ def test_confusion_matrix_of_an_empty_or_partial_evaluation_is_drawn(tmp_path: P
 
 def test_figures_are_deterministic_and_leave_no_temporary_file(sar: np.ndarray, tmp_path: Path) -> None:
     for output in (tmp_path / "new/a.png", tmp_path / "new/b.png"):
-        plots.plot_panel([("a", sar, halves(TREE, IGNORE_INDEX), halves(TREE, WATER))], output)
+        panels.plot_panel([("a", sar, halves(TREE, IGNORE_INDEX), halves(TREE, WATER))], output)
     assert (tmp_path / "new/a.png").read_bytes() == (tmp_path / "new/b.png").read_bytes()
     assert sorted(file.name for file in (tmp_path / "new").iterdir()) == ["a.png", "b.png"]
 
@@ -209,7 +209,7 @@ def test_module_needs_neither_pyplot_nor_torch() -> None:
 def test_real_scene_fills_the_panel_with_the_shares_of_its_classes(tmp_path: Path) -> None:
     sar_image = np.asarray(Image.open(REAL_SAR / "val/sar_images/ValArea_001.tif"))
     label = np.asarray(Image.open(REAL_SAR / "val/labels/ValArea_001.tif"))
-    plots.plot_panel([("ValArea_001", sar_image, label, label)], tmp_path / "panel.png")
+    panels.plot_panel([("ValArea_001", sar_image, label, label)], tmp_path / "panel.png")
     cell = read(tmp_path / "panel.png")[:500, 510:990]
     share = (label == TREE).mean()
     assert where(cell, PALETTE[TREE]).mean() == pytest.approx(share, rel=0.08)

@@ -1,7 +1,4 @@
-"""Figures of a run: training curves, confusion matrix, maps beside each other.
-
-Every function writes one image file, at a size that depends on its content alone.
-"""
+"""Charts of a run, each in one image file: training curves, confusion matrix, scores of an ensemble's members."""
 
 import json
 import logging
@@ -9,7 +6,7 @@ import math
 from collections.abc import Mapping, Sequence
 from itertools import cycle
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -17,25 +14,16 @@ from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.ticker import MaxNLocator
 
-from hf_seg.labels import BACKGROUND, CLASS_NAMES, IGNORE_INDEX, NUM_LABELS, PALETTE
-from hf_seg.report.style import (
-    DPI,
-    LINE_COLORS,
-    class_legend,
-    colorize,
-    percent,
-    save_figure,
-    show_image,
-    stretch,
-    style_axes,
-)
+from hf_seg.labels import BACKGROUND, CLASS_NAMES, NUM_LABELS, PALETTE
+from hf_seg.report.style import DPI, LINE_COLORS, percent, save_figure, style_axes
+
+if TYPE_CHECKING:
+    from pandas import Series
 
 logger = logging.getLogger(__name__)
 
 ABSENT_COLOR = "#d9d9d9"
 SMOOTH_FROM = 60  # curves with fewer points are drawn as they are
-
-PanelRow = tuple[str, np.ndarray, np.ndarray | None, np.ndarray]
 
 
 def plot_curves(metrics_file: Path, output: Path) -> None:
@@ -46,7 +34,6 @@ def plot_curves(metrics_file: Path, output: Path) -> None:
             `lovasz` and `*_loss`; scores are `mean_iou`, `*_mean_iou` and `overall_accuracy`, as fractions. Other keys
             are not drawn. A value that is null or not finite leaves a gap. Where a resumed run logged a step again, the
             later value counts. A line cut off by a kill is skipped with a warning.
-        output: image file to write.
 
     Raises:
         ValueError: the file contains no metrics.
@@ -56,7 +43,7 @@ def plot_curves(metrics_file: Path, output: Path) -> None:
     loss_axes, score_axes, rate_axes = figure.subplots(1, 3, width_ratios=(1.25, 1.25, 0.9))
     losses = [name for name in series if name in ("loss", "ce", "rce", "lovasz") or name.endswith("_loss")]
     for name, color in zip(sorted(losses, key=lambda name: name != "loss"), cycle(LINE_COLORS), strict=False):
-        _draw_curve(loss_axes, *series[name], name, color)
+        _draw_loss(loss_axes, series[name], name, color)
     shown = {"overall_accuracy": ("overall accuracy", "#9aa5b1"), "mean_iou": ("mIoU", "#3572b0")}
     # scores of several networks or domains; the one called `mean_iou` too is the best of them
     several = [name for name in series if name.endswith("_mean_iou")]
@@ -65,11 +52,13 @@ def plot_curves(metrics_file: Path, output: Path) -> None:
         shown = dict(zip(several, zip(names, cycle(LINE_COLORS), strict=False), strict=True))
     for name, (label, color) in shown.items():
         if name in series:
-            steps, scores = series[name]
-            score_axes.plot(steps, 100 * scores, color=color, marker="o", markersize=3.5, linewidth=1.6, label=label)
-    _mark_best(score_axes, *series.get("mean_iou", (np.empty(0), np.empty(0))))
+            score_axes.plot(100 * series[name], color=color, marker="o", markersize=3.5, linewidth=1.6, label=label)
+    if "mean_iou" in series and series["mean_iou"].notna().any():
+        step, score = series["mean_iou"].idxmax(), 100 * series["mean_iou"].max()
+        label = f"best mIoU {score:.2f} at step {step:,}"
+        score_axes.plot(step, score, "*", markersize=14, color="#c8553d", zorder=3, label=label)
     if "learning_rate" in series:
-        rate_axes.plot(*series["learning_rate"], color=LINE_COLORS[0], linewidth=1.6)
+        rate_axes.plot(series["learning_rate"], color=LINE_COLORS[0], linewidth=1.6)
         rate_axes.set_ylim(bottom=0)
     rate_axes.yaxis.set_major_formatter("{x:g}")
     titles = ("training loss", "validation mIoU, percent" if several else "validation, percent", "learning rate")
@@ -91,7 +80,6 @@ def plot_confusion_matrix(results: Mapping[str, Any], output: Path) -> None:
     Args:
         results: as in `eval_results.json`: `confusion_matrix` (C, C) counts with rows = truth; `iou` by class name
             and `mean_iou`, `overall_accuracy`, `n_images` where they are known (fractions; null = absent).
-        output: image file to write.
 
     Raises:
         ValueError: the matrix does not have the classes of `hf_seg.labels`.
@@ -104,10 +92,8 @@ def plot_confusion_matrix(results: Mapping[str, Any], output: Path) -> None:
     counts = counts[np.ix_(shown, shown)]
     figure = Figure(figsize=(12.5, 7.0), dpi=DPI, layout="constrained")
     matrix_axes, iou_axes = figure.subplots(1, 2, width_ratios=(2.3, 1))
-    headline = [
-        f"mIoU {percent(results.get('mean_iou'), 'unknown')}",
-        f"overall accuracy {percent(results.get('overall_accuracy'), 'unknown')}",
-    ]
+    scores = {"mIoU": results.get("mean_iou"), "overall accuracy": results.get("overall_accuracy")}
+    headline = [f"{name} {percent(score, 'unknown')}" for name, score in scores.items()]
     if results.get("n_images") is not None:
         headline.append(f"{results['n_images']:,} images")
     figure.suptitle(" \N{MIDDLE DOT} ".join(headline), fontsize=13, fontweight="bold")
@@ -119,44 +105,43 @@ def plot_confusion_matrix(results: Mapping[str, Any], output: Path) -> None:
     save_figure(figure, output)
 
 
-def plot_panel(
-    rows: Sequence[PanelRow], output: Path, *, titles: Sequence[str] = ("SAR", "label", "prediction")
+def plot_member_scores(
+    members: Sequence[tuple[str, Mapping[str, Any]]], ensemble: Mapping[str, Any], output: Path
 ) -> None:
-    """Draw image, label and prediction of several scenes beside each other, with a legend of the classes.
+    """Draw a row for each class that occurs, and one for their mean, with a mark for each network.
 
     Args:
-        rows: tuples (name, image, label, prediction): image (H, W), stretched between its percentiles 1 and 99, or
-            (H, W, 3) uint8 as it is; label (H, W) ids or None if there is none; prediction (H, W) ids.
-        output: image file to write.
-        titles: names of the three columns.
-
-    Raises:
-        ValueError: without rows, for maps of another size than their image, and as `colorize`.
+        members: name and scores of each: `mean_iou` and `iou` as in `eval_results.json`.
+        ensemble: the same for the ensemble.
     """
-    if not rows:
-        raise ValueError(f"no rows to draw in {output}")
-    figure = Figure(figsize=(12.5, 4.3 * len(rows) + 0.8), dpi=DPI, layout="constrained")
-    ids: set[int] = set()
-    for axes, (name, image, label, prediction) in zip(figure.subplots(len(rows), 3, squeeze=False), rows, strict=True):
-        score = ""
-        for kind, label_map in (("label", label), ("prediction", prediction)):
-            if label_map is None:
-                continue
-            if label_map.shape != image.shape[:2]:
-                raise ValueError(f"{name}: {kind} is {label_map.shape}, its image {image.shape[:2]}")
-            ids |= set(np.unique(label_map).tolist())
-        if label is not None:
-            score = f" \N{MIDDLE DOT} mIoU {percent(_mean_iou(label, prediction), 'unknown')}"
-        shown = stretch(image) if image.ndim == 2 else image
-        show_image(axes[0], f"{titles[0]} \N{MIDDLE DOT} {name}", shown, interpolation="auto")
-        show_image(axes[1], titles[1], None if label is None else colorize(label), missing="no label")
-        show_image(axes[2], titles[2] + score, colorize(prediction))
-    figure.legend(handles=class_legend(ids), loc="outside lower center", ncols=6, frameon=False, fontsize=10)
+    rows = [name for name, iou in ensemble["iou"].items() if iou is not None]
+    labels = ["mean", *rows]
+    figure = Figure(figsize=(8.5, 1.6 + 0.45 * len(labels)), dpi=DPI, layout="constrained")
+    axes = figure.subplots()
+
+    def percents(scores: Mapping[str, Any]) -> list[float]:
+        return [100 * value for value in (scores["mean_iou"], *(scores["iou"][name] for name in rows))]
+
+    scores = np.array([percents(score) for _, score in members])
+    axes.hlines(range(len(labels)), scores.min(axis=0), scores.max(axis=0), "#c4c4c4", linewidth=5, capstyle="round")
+    for (name, _), values, color in zip(members, scores, cycle(LINE_COLORS[1:]), strict=False):
+        axes.plot(values, range(len(labels)), "o", color=color, markersize=6, label=name, clip_on=False, zorder=3)
+    average, color = percents(ensemble), LINE_COLORS[0]
+    axes.plot(average, range(len(labels)), "D", color=color, markersize=7, label="ensemble", clip_on=False, zorder=4)
+    axes.set(yticks=range(len(labels)), yticklabels=labels, ylim=(len(labels) - 0.5, -0.5), xlim=(0, None))
+    style_axes(axes, f"Members and ensemble, {ensemble['n_images']:,} tile(s)")
+    axes.axhline(0.5, color="#888888", linewidth=0.8)
+    axes.set_xlabel("IoU, percent")
+    axes.grid(visible=False, axis="y")
+    longest = max(len(name) for name, _ in members)
+    figure.legend(loc="outside lower center", ncols=3 if longest < 30 else 1, frameon=False, fontsize=9)
     save_figure(figure, output)
 
 
-def _read_series(metrics_file: Path) -> dict[str, tuple[np.ndarray, np.ndarray]]:
-    """Return (steps, values) of every numeric key of a metrics file, sorted by step; NaN for values not finite."""
+def _read_series(metrics_file: Path) -> dict[str, "Series"]:
+    """Return the values of every numeric key of a metrics file by step, in order; NaN for values not finite."""
+    from pandas import Series
+
     points: dict[str, dict[int, float]] = {}
     for number, line in enumerate(metrics_file.read_text().splitlines(), start=1):
         try:
@@ -166,39 +151,22 @@ def _read_series(metrics_file: Path) -> dict[str, tuple[np.ndarray, np.ndarray]]
             logger.warning("%s, line %d is not a JSON object with a step, skipped: %.60s", metrics_file, number, line)
             continue
         for key, value in entry.items():
-            if value is None:
-                points.setdefault(key, {})[step] = math.nan
-            elif isinstance(value, int | float):
-                points.setdefault(key, {})[step] = value if math.isfinite(value) else math.nan
+            if value is None or isinstance(value, int | float):
+                points.setdefault(key, {})[step] = math.nan if value is None else value
     if not points:
         raise ValueError(f"{metrics_file} contains no metrics; wait until the run has logged its first steps")
-    series = {key: sorted(values.items()) for key, values in points.items()}
-    return {key: (np.array([s for s, _ in pairs]), np.array([v for _, v in pairs])) for key, pairs in series.items()}
+    series = {key: Series(values, dtype=float).sort_index() for key, values in points.items()}
+    return {key: values.where(np.isfinite(values)) for key, values in series.items()}
 
 
-def _draw_curve(axes: Axes, steps: np.ndarray, values: np.ndarray, name: str, color: str) -> None:
+def _draw_loss(axes: Axes, values: "Series", name: str, color: str) -> None:
     """Draw one loss; if it is long, in pale with its running mean on top."""
-    width = len(values) // 25
     if len(values) < SMOOTH_FROM:
-        axes.plot(steps, values, color=color, linewidth=1.6, label=name)
+        axes.plot(values, color=color, linewidth=1.6, label=name)
         return
-    known = np.isfinite(values)
-    window = np.ones(2 * (width // 2) + 1)
-    # Dividing by the number of known values keeps the ends, and the neighbours of gaps, unbiased.
-    total = np.convolve(np.where(known, values, 0.0), window, mode="same")
-    count = np.convolve(known.astype(np.float64), window, mode="same")
-    smooth = np.divide(total, count, out=np.full_like(total, np.nan), where=known & (count > 0))
-    axes.plot(steps, values, color=color, linewidth=0.8, alpha=0.25)
-    axes.plot(steps, smooth, color=color, linewidth=1.6, label=name)
-
-
-def _mark_best(axes: Axes, steps: np.ndarray, scores: np.ndarray) -> None:
-    if not np.isfinite(scores).any():
-        return
-    best = int(np.nanargmax(scores))
-    step, score = float(steps[best]), 100 * float(scores[best])
-    label = f"best mIoU {score:.2f} at step {int(step):,}"
-    axes.plot(step, score, "*", markersize=14, color="#c8553d", zorder=3, label=label)
+    running_mean = values.rolling(2 * (len(values) // 50) + 1, center=True, min_periods=1).mean()
+    axes.plot(values, color=color, linewidth=0.8, alpha=0.25)
+    axes.plot(running_mean.where(values.notna()), color=color, linewidth=1.6, label=name)
 
 
 def draw_matrix(axes: Axes, counts: np.ndarray, shown: Sequence[int]) -> None:
@@ -245,15 +213,3 @@ def _draw_iou(axes: Axes, shown: list[int], iou: Mapping[str, float | None], pre
     style_axes(axes, "IoU of each class")
     axes.grid(visible=False, axis="y")
     axes.set_xlabel("IoU, percent")
-
-
-def _mean_iou(label: np.ndarray, prediction: np.ndarray) -> float | None:
-    """Return the mean IoU over the classes in one label map, without background and ignored pixels; None if none is."""
-    from hf_seg.metrics import ConfusionMatrix  # imports torch, which no other figure needs
-
-    confusion = ConfusionMatrix()
-    confusion.update(
-        np.where(prediction == IGNORE_INDEX, BACKGROUND, prediction), np.where(label == BACKGROUND, IGNORE_INDEX, label)
-    )
-    mean_iou: float | None = confusion.compute()["mean_iou"]
-    return mean_iou

@@ -24,13 +24,7 @@ IGNORE_STRIPES = np.array([(0x30, 0x2A, 0x3C), (0x6A, 0x62, 0x78)], dtype=np.uin
 
 
 def colorize(label_map: np.ndarray) -> np.ndarray:
-    """Draw class ids in the colours of the classes.
-
-    Args:
-        label_map: (H, W) ids; `IGNORE_INDEX` is striped (`IGNORE_STRIPES`).
-
-    Returns:
-        (H, W, 3) uint8.
+    """Draw (H, W) class ids in the colours of the classes, (H, W, 3) uint8; `IGNORE_INDEX` is striped.
 
     Raises:
         ValueError: an id is neither a class nor `IGNORE_INDEX`.
@@ -62,8 +56,7 @@ def stretch(image: np.ndarray) -> np.ndarray:
     """Map the 1st and 99th percentile of an amplitude image to 0 and 1, and brighten its dark half; 0 is nodata."""
     valid = image[image > 0]
     low, high = np.percentile(valid, (1, 99)) if valid.size else (0.0, 1.0)
-    stretched: np.ndarray = np.clip((image - low) / max(high - low, 1e-6), 0, 1) ** SAR_GAMMA
-    return stretched
+    return np.clip((image - low) / max(high - low, 1e-6), 0, 1) ** SAR_GAMMA
 
 
 def style_axes(axes: Axes, title: str) -> None:
@@ -80,7 +73,7 @@ def show_image(
     """Draw an image without ticks.
 
     Args:
-        image: (H, W) in 0..1, drawn in grey, or (H, W, 3) uint8; if None, an empty cell with the text `missing`.
+        image: (H, W), which is stretched, or (H, W, 3) uint8; if None, an empty cell with the text `missing`.
     """
     axes.set_title(title, loc="left", fontsize=10)
     axes.set(xticks=[], yticks=[], aspect="equal", facecolor="#f0f0f0")  # not white, which is road
@@ -88,7 +81,8 @@ def show_image(
     if image is None:
         axes.text(0.5, 0.5, missing, transform=axes.transAxes, ha="center", va="center", color="#777777")
     else:
-        axes.imshow(image, cmap="gray", vmin=0, vmax=1, interpolation=interpolation)
+        shown = stretch(image) if image.ndim == 2 else image
+        axes.imshow(shown, cmap="gray", vmin=0, vmax=1, interpolation=interpolation)
 
 
 def save_figure(figure: Figure, output: Path) -> None:

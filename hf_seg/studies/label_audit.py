@@ -16,18 +16,11 @@ from hf_seg.metrics import ConfusionMatrix
 CLASSES = CLASS_NAMES[1:]
 CONFIDENCE_LEVELS = 256  # uint8; the last one is 1.0
 QUANTILES = {"min": 0.0, "10 %": 0.1, "25 %": 0.25, "median": 0.5, "75 %": 0.75, "90 %": 0.9, "max": 1.0}
-INTERVAL = (0.025, 0.975)
+REPLICATES, INTERVAL = 1000, (0.025, 0.975)  # of the bootstrap
 
 
 def count_pixels(a: np.ndarray, b: np.ndarray, truth: np.ndarray | None = None) -> np.ndarray:
-    """Count one tile.
-
-    Args:
-        a, b, truth: (H, W) uint8 ids 0..8, 0 = no label; without a truth no pixel has a true label.
-
-    Returns:
-        (9, 9, 9) uint32 pixels by (truth, a, b).
-    """
+    """Count the pixels of one tile by (truth, a, b): (H, W) uint8 ids 0..8, 0 = no label -> (9, 9, 9) uint32."""
     codes = a * np.uint16(NUM_LABELS) + b
     if truth is not None:
         codes += truth * np.uint16(NUM_LABELS**2)
@@ -35,14 +28,11 @@ def count_pixels(a: np.ndarray, b: np.ndarray, truth: np.ndarray | None = None) 
 
 
 def count_confidence(confidence: np.ndarray, labels: np.ndarray, reference: np.ndarray) -> np.ndarray:
-    """Count at each of 256 levels of confidence the pixels that both maps label, and those on which they agree.
+    """Return (256, 2) int64: at each level of confidence, how many pixels both maps label, and on how many they agree.
 
     Args:
         confidence: (H, W) uint8, 255 = 1.0.
         labels, reference: (H, W) uint8 ids 0..8, 0 = no label.
-
-    Returns:
-        (256, 2) int64: compared, agreeing.
     """
     both = (labels > 0) & (reference > 0)
     masks = (both, both & (labels == reference))
@@ -50,10 +40,7 @@ def count_confidence(confidence: np.ndarray, labels: np.ndarray, reference: np.n
 
 
 def calibrate(levels: np.ndarray) -> dict[str, Any] | None:
-    """Compare confidence with agreement in deciles of the pixels; pixels of equal confidence share a decile.
-
-    Args:
-        levels: (256, 2) of `count_confidence`.
+    """Compare confidence with agreement, from `count_confidence`, in deciles; equal confidences share a decile.
 
     Returns:
         `deciles`: least confident first, each with `low`, `high` and `mean` confidence, `share` (fraction) of the
@@ -80,12 +67,7 @@ def calibrate(levels: np.ndarray) -> dict[str, Any] | None:
 
 
 def summarize(
-    image_ids: Sequence[str],
-    counts: np.ndarray,
-    regions: Sequence[str] | None,
-    *,
-    replicates: int = 1000,
-    seed: int = 0,
+    image_ids: Sequence[str], counts: np.ndarray, regions: Sequence[str] | None, *, seed: int = 0
 ) -> dict[str, Any]:
     """Compute the audit from the counts of all tiles, without the calibration; every value can be written as JSON.
 
@@ -93,7 +75,7 @@ def summarize(
         image_ids: N names.
         counts: (N, 9, 9, 9) of `count_pixels`, with at least one pixel that A and B both label.
         regions: N names, or None if none is known.
-        replicates, seed: of the bootstrap over tiles.
+        seed: of the bootstrap over tiles.
 
     Returns:
         `n_tiles`, `coverage`, `class_share`, `agreement`, `truth` (None without one), `disagreements`,
@@ -102,9 +84,9 @@ def summarize(
     total = counts.sum(axis=0, dtype=np.int64)
     tiles, by_region, quantiles = _score_groups(counts), None, {}
     for name, values in tiles.items():
-        known = values[np.isfinite(values)]
-        if known.size:
-            quantiles[name] = dict(zip(QUANTILES, np.quantile(known, list(QUANTILES.values())).tolist(), strict=True))
+        if np.isfinite(values).any():
+            found = np.nanquantile(values, list(QUANTILES.values())).tolist()
+            quantiles[name] = dict(zip(QUANTILES, found, strict=True))
     if regions is not None:
         names, region_of = np.unique(np.asarray(regions), return_inverse=True)
         sums = np.zeros((len(names), *counts.shape[1:]), dtype=np.int64)
@@ -117,7 +99,7 @@ def summarize(
         "coverage": {name: float(part.sum() / total.sum()) for name, part in labelled.items()},
         "class_share": {name: _by_class(_ratio(pixels, pixels.sum())) for name, pixels in histograms.items()},
         "agreement": _agreement(total.sum(axis=0)),
-        "truth": _against_truth(counts, total, replicates, seed),
+        "truth": _against_truth(counts, total, seed),
         "disagreements": _disagreements(total),
         "tile_distribution": quantiles,
         "regions": by_region,
@@ -133,7 +115,6 @@ def bootstrap_difference(
     Args:
         matrices_a, matrices_b: (N, 8, 8) counts of classes 1..8 in each tile on the same pixels, rows = truth.
         replicates: number of resampled sets of N tiles.
-        seed: of the resampling.
 
     Returns:
         `mean_iou`, `overall_accuracy` and, by class, `iou`: each `{difference, low, high}`; None for a class that is
@@ -141,15 +122,15 @@ def bootstrap_difference(
     """
     n_tiles = len(matrices_a)
     draws = np.random.default_rng(seed).multinomial(n_tiles, np.full(n_tiles, 1 / n_tiles), size=replicates)
-    every_tile = np.ones((1, n_tiles))
-    difference = (_score_weighted(matrices_b, every_tile) - _score_weighted(matrices_a, every_tile))[0]
-    resampled = _score_weighted(matrices_b, draws) - _score_weighted(matrices_a, draws)
+    weights = np.vstack([np.ones(n_tiles), draws])
+    differences = _score_weighted(matrices_b, weights) - _score_weighted(matrices_a, weights)
 
     def describe(column: int) -> dict[str, float | None] | None:
-        if np.isnan(difference[column]):
+        difference, resampled = differences[0, column], differences[1:, column]
+        if np.isnan(difference):
             return None
-        low, high = np.nanquantile(resampled[:, column], INTERVAL).tolist() if n_tiles > 1 else (None, None)
-        return {"difference": float(difference[column]), "low": low, "high": high}
+        low, high = np.nanquantile(resampled, INTERVAL).tolist() if n_tiles > 1 else (None, None)
+        return {"difference": float(difference), "low": low, "high": high}
 
     per_class = {name: describe(column) for column, name in enumerate(CLASSES)}
     return {"mean_iou": describe(len(CLASSES)), "overall_accuracy": describe(len(CLASSES) + 1), "iou": per_class}
@@ -157,14 +138,13 @@ def bootstrap_difference(
 
 def _score_weighted(matrices: np.ndarray, weights: np.ndarray) -> np.ndarray:
     """Score weighted sums of N tiles: (N, C, C) counts, (R, N) weights -> (R, C + 2): each IoU, mIoU, accuracy."""
-    flat = matrices.reshape(len(matrices), -1).astype(np.float64)
-    sums = (weights.astype(np.float64) @ flat).reshape(len(weights), *matrices.shape[1:])
+    sums = np.tensordot(weights, matrices.astype(np.float64), axes=1)
     iou = _iou(sums)
     accuracy = sums.diagonal(axis1=1, axis2=2).sum(axis=1) / sums.sum(axis=(1, 2))
     return np.column_stack([iou, np.nanmean(iou, axis=1), accuracy])
 
 
-def _against_truth(counts: np.ndarray, total: np.ndarray, replicates: int, seed: int) -> dict[str, Any] | None:
+def _against_truth(counts: np.ndarray, total: np.ndarray, seed: int) -> dict[str, Any] | None:
     """Score A and B on the pixels that all three label, and each on all its pixels; None if all three share none."""
     same = counts[:, 1:, 1:, 1:]
     same = same[same.any(axis=(1, 2, 3))]
@@ -176,8 +156,8 @@ def _against_truth(counts: np.ndarray, total: np.ndarray, replicates: int, seed:
         "compared": float(same.sum() / total[1:].sum()),
         "same_pixels": {"a": _score(truth_a.sum(axis=0)), "b": _score(truth_b.sum(axis=0))},
         "own_pixels": {"a": _score(total[1:, 1:].sum(axis=2)), "b": _score(total[1:, :, 1:].sum(axis=1))},
-        "difference": bootstrap_difference(truth_a, truth_b, replicates=replicates, seed=seed),
-        "bootstrap": {"replicates": replicates, "seed": seed},
+        "difference": bootstrap_difference(truth_a, truth_b, replicates=REPLICATES, seed=seed),
+        "bootstrap": {"replicates": REPLICATES, "seed": seed},
     }
 
 

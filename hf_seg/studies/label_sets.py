@@ -1,6 +1,5 @@
-"""Label sets on disk or on the Hub: read them, match them by image id, and audit them tile by tile."""
+"""Label sets on disk or on the Hub: read them, match them by image id, and count their pixels tile by tile."""
 
-import csv
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -8,20 +7,18 @@ from typing import Any
 
 import datasets
 import numpy as np
+import pandas as pd
 from tqdm import tqdm
 
 from hf_seg.data.pseudo_label_dataset import load_pseudo_labels
 from hf_seg.errors import DatasetError, UserError, file_errors
 from hf_seg.labels import BACKGROUND, IGNORE_INDEX, NUM_LABELS
 from hf_seg.studies.images import LOSSLESS, list_images, read_image
-from hf_seg.studies.label_audit import calibrate, count_confidence, count_pixels, summarize
-from hf_seg.studies.label_audit_figures import GalleryRow
-from hf_seg.studies.label_audit_page import judge
+from hf_seg.studies.label_audit import count_confidence, count_pixels
 
 GENERIC_FOLDERS = ("labels", "train", "val", "test")  # such a name needs the folder above it
 REGION_RULE = re.compile(r"(?!(?:Train|Val|Test)Area_)(.+)_[0-9]+")  # OpenEarthMap: <region>_<n>; OEM-SAR has none
 NO_REGION = "(none)"
-NUM_EXAMPLES = 3  # names of tiles that are not in the other set
 
 
 class LabelSet:
@@ -30,9 +27,6 @@ class LabelSet:
     Args:
         source: folder of label images, or folder or Hub id of pseudo-labels.
         name: what the report calls the set; by default the last parts of the source.
-
-    Attributes:
-        entries: {image id: file, or row of the dataset}.
 
     Raises:
         UserError: the source contains no labels, or an image id twice.
@@ -43,7 +37,7 @@ class LabelSet:
         self.source = source
         self.name = name or default_name(source)
         self.rows: datasets.Dataset | None = None
-        self.entries: dict[str, Any]
+        self.entries: dict[str, Any]  # {image id: file, or row of the dataset}
         if path.is_file():
             raise UserError(f"{source} is a file: pass its folder")
         if path.is_dir() and next(path.rglob("*.parquet"), None) is None:
@@ -59,10 +53,7 @@ class LabelSet:
             raise UserError(f"{source}: duplicate image_id {duplicate!r}")
 
     def read(self, image_id: str) -> tuple[np.ndarray, np.ndarray | None]:
-        """Return the labels of a tile and their confidence, None if unknown.
-
-        Returns:
-            (H, W) uint8 class ids, 0 = no label; (H, W) uint8, 255 = 1.0.
+        """Return a tile's (H, W) uint8 class ids, 0 = no label, and (H, W) uint8 confidence, 255 = 1.0, or None.
 
         Raises:
             DatasetError: a file that cannot be read, not one band, or an id that is not a class.
@@ -93,11 +84,9 @@ def default_name(source: str) -> str:
     path = Path(source)
     if not path.exists():
         return source
-    parts = path.resolve().parts[1:]
-    first = len(parts) - 1
-    while first > 0 and parts[first] in GENERIC_FOLDERS:
-        first -= 1
-    return "/".join(parts[max(first, 0) :])
+    parts = path.resolve().parts
+    first = max(index for index, part in enumerate(parts) if part not in GENERIC_FOLDERS)
+    return "/".join(parts[first:]).strip("/")
 
 
 def images_by_id(folder: Path, pattern: str) -> dict[str, Path]:
@@ -110,10 +99,7 @@ def images_by_id(folder: Path, pattern: str) -> dict[str, Path]:
 
 
 def match_ids(sets: dict[str, LabelSet]) -> list[str]:
-    """Return the ids that A and B share, sorted.
-
-    Args:
-        sets: by key: `a`, `b` and, if there is one, `truth`.
+    """Return the ids that the sets `a` and `b` share, sorted.
 
     Raises:
         UserError: A and B share no id, or the truth has none of A's.
@@ -142,25 +128,22 @@ def read_regions(file: Path | None, image_ids: Sequence[str]) -> list[str] | Non
     if file is None:
         regions = [match[1] if (match := REGION_RULE.fullmatch(image_id)) else NO_REGION for image_id in image_ids]
         return None if set(regions) == {NO_REGION} else regions
-    try:
-        with file_errors(file, "cannot be read"), open(file, encoding="utf-8-sig", newline="") as lines:
-            reader = csv.DictReader(lines)
-            if not {"image_id", "region"} <= set(reader.fieldnames or ()):
-                raise UserError(f"{file}: expected a header with image_id and region, found {reader.fieldnames}")
-            region_of = {row["image_id"]: row["region"] for row in reader}
-    except (UnicodeDecodeError, csv.Error) as error:
-        raise UserError(f"{file}: cannot be read as CSV in UTF-8 ({error})") from None
+    with file_errors(file, "cannot be read"):
+        try:
+            table = pd.read_csv(file, usecols=["image_id", "region"], dtype=str, encoding="utf-8-sig", na_filter=False)
+        except ValueError as error:  # of pandas, for any content that it cannot read
+            reason = " ".join(str(error).split())
+            raise UserError(f"{file}: expected CSV in UTF-8 with columns image_id and region ({reason})") from None
+    region_of = dict(zip(table["image_id"], table["region"], strict=True))
     if not region_of.keys() & set(image_ids):
         raise UserError(f"{file}: contains none of the {len(image_ids)} tiles, e.g. not {image_ids[0]!r}")
     return [region_of.get(image_id) or NO_REGION for image_id in image_ids]
 
 
 def count_tiles(sets: dict[str, LabelSet], image_ids: Sequence[str]) -> tuple[np.ndarray, dict[str, np.ndarray]]:
-    """Count the pixels of all tiles, with one tile in memory at a time.
+    """Apply `count_pixels` to all tiles, (N, 9, 9, 9) uint32, and `count_confidence` to each set with a confidence.
 
-    Returns:
-        (N, 9, 9, 9) uint32 of `count_pixels`; by set with a confidence, (256, 2) of `count_confidence`, compared with
-        the truth or, without one, with the other set.
+    Confidence is compared with the truth or, without one, with the other set. One tile is in memory at a time.
     """
     counts = np.zeros((len(image_ids), NUM_LABELS, NUM_LABELS, NUM_LABELS), dtype=np.uint32)
     levels: dict[str, np.ndarray] = {}
@@ -173,56 +156,3 @@ def count_tiles(sets: dict[str, LabelSet], image_ids: Sequence[str]) -> tuple[np
             if confidence is not None and reference is not None:
                 levels[key] = levels.get(key, 0) + count_confidence(confidence, labels[key], reference)
     return counts, levels
-
-
-def audit(sets: dict[str, LabelSet], image_ids: list[str], regions: Path | None, seed: int) -> dict[str, Any]:
-    """Read every tile once and return the content of audit.json.
-
-    Args:
-        sets: by key, as for `match_ids`.
-        image_ids: tiles of A and B.
-        regions: CSV file with columns image_id and region, if any.
-        seed: of the bootstrap.
-
-    Raises:
-        UserError: A and B share no labelled pixel, or share none with the truth; a file that cannot be read.
-    """
-    region_names = read_regions(regions, image_ids)
-    counts, levels = count_tiles(sets, image_ids)
-    if not counts[:, :, 1:, 1:].any():
-        raise UserError(f"{sets['a'].source} and {sets['b'].source} share no labelled pixel; is one of them empty?")
-    result = summarize(image_ids, counts, region_names, seed=seed)
-    if "truth" in sets and result["truth"] is None:
-        raise UserError(f"{sets['truth'].source}: labels no pixel that A and B both label")
-    described, others = {}, {"a": set(sets["b"].entries), "b": set(sets["a"].entries), "truth": set(image_ids)}
-    for key, label_set in sets.items():
-        unmatched = sorted(label_set.entries.keys() - others[key])
-        described[key] = {"name": label_set.name, "source": label_set.source, "n_tiles": len(label_set.entries)}
-        described[key] |= {"n_unmatched": len(unmatched), "unmatched": unmatched[:NUM_EXAMPLES]}
-    references = dict.fromkeys("ab", "truth") if "truth" in sets else {"a": "B", "b": "A"}
-    calibrations = {key: calibrate(found) for key, found in levels.items()}
-    confidence = {key: {"reference": references[key], **found} for key, found in calibrations.items() if found}
-    verdict = judge(result, sets["a"].name, sets["b"].name)
-    return {"verdict": verdict, "sets": described, "confidence": confidence, **result}
-
-
-def read_gallery(
-    sets: dict[str, LabelSet], tiles: dict[str, dict[str, float]], images: dict[str, Path], n_rows: int
-) -> list[GalleryRow]:
-    """Read the tiles with the most differing pixels once more, with their images.
-
-    Args:
-        tiles: scores by image id, as in audit.json.
-        images: files of the images by image id; some may be missing.
-        n_rows: number of tiles.
-    """
-    rows = []
-    for image_id in sorted(tiles, key=lambda image_id: (-tiles[image_id]["disagreement"], image_id))[:n_rows]:
-        labels = {key: label for key, (label, _) in read_tiles(sets, image_id).items()}
-        image = read_image(images[image_id]) if image_id in images else None
-        size = labels["a"].shape
-        if image is not None and (image.dtype != np.uint8 or image.shape not in (size, (*size, 3))):
-            found = f"{image.shape} {image.dtype}"
-            raise DatasetError(f"{images[image_id]}: expected 1 or 3 bands of {size} uint8, found {found}")
-        rows.append(GalleryRow(image_id, image, labels["a"], labels["b"], labels.get("truth")))
-    return rows

@@ -9,6 +9,7 @@ of removing it: spectra differ little there, and only the lower end of a range c
 
 from collections.abc import Sequence
 from functools import lru_cache
+from itertools import combinations, product
 from typing import NamedTuple
 
 import numpy as np
@@ -57,7 +58,7 @@ class Mixture(NamedTuple):
     def weights(self) -> np.ndarray:
         """Return the weight of each of `RATIOS`; they sum to 1."""
         inside = RATIO_WIDTHS * ((self.min_ratio <= RATIOS) & (RATIOS <= self.max_ratio))  # noqa: SIM300
-        weights: np.ndarray = self.prob * inside / inside.sum()
+        weights = self.prob * inside / inside.sum()
         weights[-1] += 1 - self.prob
         return weights
 
@@ -71,9 +72,8 @@ def power_spectrum(image: np.ndarray) -> np.ndarray:
     Returns:
         (..., N_RINGS) float64, in the image's units squared; ring k lies about `RINGS[k]` cycles per pixel.
     """
-    side = image.shape[-1]
-    taper, ring = _rings(side)
-    power = _power(image, taper).reshape(-1, ring.size)
+    ring = _rings(image.shape[-1])
+    power = _power(image).reshape(-1, ring.size)
     counts = np.bincount(ring, minlength=N_RINGS + 1)[:N_RINGS]
     sums = np.stack([np.bincount(ring, values, minlength=N_RINGS + 1)[:N_RINGS] for values in power])
     mean = np.divide(sums, counts, out=np.full_like(sums, np.nan), where=counts > 0)
@@ -81,49 +81,39 @@ def power_spectrum(image: np.ndarray) -> np.ndarray:
 
 
 def noise_power(patches: np.ndarray) -> float:
-    """Estimate the power of an image's white noise from its flattest blocks; too high if no block is flat.
+    """Estimate the power of an image's white noise from the flattest blocks of (N, PATCH, PATCH) grey levels 0..255.
 
-    Args:
-        patches: (N, PATCH, PATCH) grey levels 0..255; blocks with clipped pixels hide noise and are skipped.
+    Blocks with clipped pixels hide noise and are skipped. If no block is flat, the estimate is too high.
     """
     grid = (len(patches), PATCH // BLOCK, BLOCK, PATCH // BLOCK, BLOCK)
     blocks = patches.reshape(grid).swapaxes(2, 3).reshape(-1, BLOCK, BLOCK)
     clean = (blocks.min((1, 2)) > 2) & (blocks.max((1, 2)) < 253)
     blocks = blocks[clean] if clean.sum() >= 8 else blocks
     frequency = np.hypot(fft.fftfreq(BLOCK)[:, None], fft.rfftfreq(BLOCK))
-    power = _power(blocks, _taper(BLOCK))[:, frequency > CORNER]
+    power = _power(blocks)[:, frequency > CORNER]
     return float(np.quantile(power.mean(1), FLAT_QUANTILE)) / FLAT_BIAS
 
 
-def choose_patches(image: np.ndarray, per_side: int = 3) -> list[tuple[slice, slice]]:
-    """Spread patches evenly over an image and keep those with contrast and at most 1 % of nodata.
+def choose_patches(image: np.ndarray) -> list[tuple[slice, slice]]:
+    """Spread up to 3 x 3 patches evenly over an image and keep those with contrast and at most 1 % of nodata.
 
     Args:
         image: (H, W, 3) uint8; all-zero pixels are nodata.
-        per_side: patches along a side; fewer if they would overlap by more than half.
     """
 
     def starts(length: int) -> list[int]:
         room = length - PATCH
-        count = min(per_side, 1 + 2 * room // PATCH) if room >= 0 else 0
+        count = min(3, 1 + 2 * room // PATCH) if room >= 0 else 0  # patches overlap by at most half
         return np.linspace(0, room, count).round().astype(int).tolist()
 
-    windows = [
-        (slice(top, top + PATCH), slice(left, left + PATCH))
-        for top in starts(image.shape[0])
-        for left in starts(image.shape[1])
-    ]
-    valid: np.ndarray = np.any(image > 0, axis=-1)
+    corners = product(starts(image.shape[0]), starts(image.shape[1]))
+    windows = [(slice(top, top + PATCH), slice(left, left + PATCH)) for top, left in corners]
+    valid = np.any(image > 0, axis=-1)
     return [window for window in windows if valid[window].mean() >= 0.99 and image[window].mean(-1).std() >= 2]
 
 
 def measure(grey: np.ndarray, windows: Sequence[tuple[slice, slice]]) -> Spectra:
-    """Measure one image.
-
-    Args:
-        grey: (H, W) float32 luminance, 0..255.
-        windows: at least one, of `choose_patches`.
-    """
+    """Measure one image, (H, W) float32 luminance in 0..255, in at least one window of `choose_patches`."""
     patches = np.stack([grey[window] for window in windows])
     power = np.maximum(np.median(power_spectrum(patches), 0), 1e-6)  # synthetic images may have empty rings
     return Spectra(power, np.array(noise_power(patches)))
@@ -148,24 +138,19 @@ def sharpness(spectra: Spectra) -> np.ndarray:
 def reference_curves(source: Spectra) -> np.ndarray:
     """Return (len(RATIOS), N_RINGS), the log power of the median source image at each ratio, without noise.
 
-    Args:
-        source: `measure_aligned` of N images; each is normalised by its contrast before alignment.
+    The images, of `measure_aligned`, are normalised by their contrast before alignment.
     """
     log_power, _ = _without_noise(source)
     contrast = log_power[:, -1:, CONTRAST_RINGS].mean(-1, keepdims=True)
-    curves: np.ndarray = np.median(log_power - contrast, 0)
-    return curves
+    return np.median(log_power - contrast, 0)
 
 
 def ratio_costs(target: Spectra, curves: np.ndarray) -> np.ndarray:
-    """Return how badly each ratio explains each image, as squared deviations in units of `SCENE_SPREAD`.
+    """Return (N, len(RATIOS)), how badly each ratio explains each of N images: twice a negative log-likelihood.
 
     Args:
-        target: `measure` of N images.
+        target: `measure` of the images.
         curves: of `reference_curves`.
-
-    Returns:
-        (N, len(RATIOS)), half of which is a negative log-likelihood.
     """
     log_power, weight = (array[:, None] for array in _without_noise(target))
     floor = curves[-1] + np.log(BLUR_FLOOR)
@@ -173,17 +158,13 @@ def ratio_costs(target: Spectra, curves: np.ndarray) -> np.ndarray:
     trust = (weight * np.exp(curves - model)) ** 2  # a ring at the floor carries no contrast
     contrast = ((log_power - curves) * trust).sum(-1) / np.maximum(trust.sum(-1), 1e-9)
     error = weight * (model - np.logaddexp(log_power - contrast[..., None], floor))
-    costs: np.ndarray = (error**2).sum(-1) / SCENE_SPREAD**2
-    return costs
+    return (error**2).sum(-1) / SCENE_SPREAD**2
 
 
 def fit_mixture(costs: np.ndarray) -> Mixture:
-    """Find the mixture under which the images are most likely; prob is 0 unless it gains `MIN_EVIDENCE`.
+    """Find the mixture under which images of (N, len(RATIOS)) costs are most likely; prob 0 if it is not clearly so.
 
     Quantiles of the images' best ratios would be simpler, but too wide by the error of each ratio.
-
-    Args:
-        costs: (N, len(RATIOS)), of `ratio_costs`.
     """
     likelihood = np.exp(-(costs - costs.min(1, keepdims=True)) / 2)
     outlier_likelihood = likelihood @ RATIO_WIDTHS / RATIO_WIDTHS.sum()
@@ -191,12 +172,8 @@ def fit_mixture(costs: np.ndarray) -> Mixture:
     def score(mixture: Mixture) -> float:
         return float(np.log((1 - OUTLIERS) * likelihood @ mixture.weights() + OUTLIERS * outlier_likelihood).sum())
 
-    candidates = [
-        Mixture(prob, low, high)
-        for index, low in enumerate(RATIOS[:-2].tolist())
-        for high in RATIOS[index + 1 : -1].tolist()
-        for prob in np.linspace(0.05, 1, 20).tolist()
-    ]
+    ranges = combinations(RATIOS[:-1].tolist(), 2)
+    candidates = [Mixture(prob, *limits) for limits in ranges for prob in np.linspace(0.05, 1, 20).tolist()]
     unblurred = Mixture(0.0, float(RATIOS[-2]), 1.0)
     best = max(candidates, key=score)
     return best if score(best) - score(unblurred) >= MIN_EVIDENCE else unblurred
@@ -222,8 +199,7 @@ def mismatch(bands: np.ndarray, others: np.ndarray) -> float:
 
 
 def _deciles(values: np.ndarray, weights: np.ndarray) -> np.ndarray:
-    deciles: np.ndarray = np.quantile(values, np.arange(1, 10) / 10, 0, weights=weights, method="inverted_cdf")
-    return deciles
+    return np.quantile(values, np.arange(1, 10) / 10, 0, weights=weights, method="inverted_cdf")
 
 
 def _without_noise(spectra: Spectra) -> tuple[np.ndarray, np.ndarray]:
@@ -233,24 +209,23 @@ def _without_noise(spectra: Spectra) -> tuple[np.ndarray, np.ndarray]:
     return np.log(np.maximum(power - noise, 0.02 * power)), weight
 
 
-def _power(images: np.ndarray, taper: np.ndarray) -> np.ndarray:
+def _power(images: np.ndarray) -> np.ndarray:
     """Return (..., S, S // 2 + 1), the power at each frequency; white noise of variance v has v everywhere."""
     centred = images - images.mean((-2, -1), keepdims=True)
-    power: np.ndarray = np.abs(fft.rfft2(centred * taper)) ** 2 / taper.size
-    return power
+    taper = _taper(images.shape[-1])
+    return np.abs(fft.rfft2(centred * taper)) ** 2 / taper.size
 
 
 @lru_cache(maxsize=8)
 def _taper(side: int) -> np.ndarray:
     hann = np.hanning(side + 2)[1:-1]
-    taper: np.ndarray = np.outer(hann, hann) / (hann**2).mean()
-    return taper.astype(np.float32)
+    return (np.outer(hann, hann) / (hann**2).mean()).astype(np.float32)
 
 
 @lru_cache(maxsize=8)
-def _rings(side: int) -> tuple[np.ndarray, np.ndarray]:
-    """Return the taper of a square, and the ring of each frequency, flattened; `N_RINGS` stands for none."""
+def _rings(side: int) -> np.ndarray:
+    """Return the ring of each frequency of a square, flattened; `N_RINGS` means none."""
     frequency = np.hypot(fft.fftfreq(side)[:, None], fft.rfftfreq(side)).ravel()
     ring = np.searchsorted(RING_EDGES, frequency, side="right") - 1
     ring[(ring < 0) | (ring >= N_RINGS)] = N_RINGS
-    return _taper(side), ring
+    return ring

@@ -29,22 +29,8 @@ class ImageSet(NamedTuple):
     folder: Path
     files: list[Path]
     spectra: Spectra  # source: (N, len(RATIOS), ...); target: (N, ...)
-
-    @property
-    def unaligned(self) -> Spectra:
-        """The spectra of the images as they are."""
-        power, noise = self.spectra
-        return self.spectra if noise.ndim == 1 else Spectra(power[:, -1], noise[:, -1])
-
-    @property
-    def sharpness_db(self) -> float:
-        """Fine detail relative to coarse detail, of the median image."""
-        return float(np.median(spectra.sharpness(self.unaligned)))
-
-    @property
-    def noise_levels(self) -> float:
-        """Standard deviation of the noise in grey levels, of the median image."""
-        return float(np.sqrt(np.median(self.unaligned.noise)))
+    sharpness_db: float  # fine detail relative to coarse detail, of the median image
+    noise_levels: float  # standard deviation of the noise in grey levels, of the median image
 
 
 class Proposal(NamedTuple):
@@ -54,26 +40,18 @@ class Proposal(NamedTuple):
     ratios: np.ndarray  # (N,), the ratio of source images that resembles each target image most
     reasons: list[str]
 
-    def as_yaml(self) -> str:
-        """Return the lines for a recipe's settings."""
-        prob, low, high = self.mixture
-        scales = f"\nraa_min_scale: {low:.2f}\nraa_max_scale: {high:.2f}" if prob else ""
-        return f"raa_prob: {prob:.2f}{scales}"
-
 
 def find_images(folder: Path) -> list[Path]:
     """Return the images below a folder; of OpenEarthMap its `images`, of OpenEarthMap-SAR the optical ones of train.
 
     Raises:
-        UserError: no such folder, or no image in it.
+        UserError: there is no image.
     """
-    if not folder.is_dir():
-        raise UserError(f"{folder}: no such folder; pass one with {', '.join(ANY_IMAGE)} images")
     folder = optical if (optical := folder / "train/rgb_images").is_dir() else folder
     files = list_images(folder, "**/*", ANY_IMAGE)
     files = [path for path in files if path.parent.name == "images"] or files
     if not files:
-        raise UserError(f"{folder}: no image in it or below; looked for {', '.join(ANY_IMAGE)}")
+        raise UserError(f"{folder}: no folder with images in it or below; looked for {', '.join(ANY_IMAGE)}")
     return files
 
 
@@ -92,17 +70,10 @@ def luminance(image: np.ndarray) -> np.ndarray:
     return cv2.cvtColor(image.astype(np.float32), cv2.COLOR_RGB2GRAY)
 
 
-def crop_with_contrast(image: np.ndarray) -> tuple[slice, slice]:
-    """Return the patch of (H, W, 3) uint8 with the most contrast, where blur is easiest to see."""
-    return max(spectra.choose_patches(image), key=lambda patch: float(luminance(image[patch]).std()))
-
-
 def measure_folder(folder: Path, max_images: int, *, aligned: bool) -> ImageSet:
-    """Measure images spread evenly over a folder; those without a usable patch are skipped.
+    """Measure images spread evenly over the images of a folder; those without a usable patch are skipped.
 
     Args:
-        folder: searched by `find_images`.
-        max_images: number of images to read.
         aligned: measure each image at all of `RATIOS`, which the source needs.
 
     Raises:
@@ -117,13 +88,16 @@ def measure_folder(folder: Path, max_images: int, *, aligned: bool) -> ImageSet:
             measure = spectra.measure_aligned if aligned else spectra.measure
             measured.append((path, measure(luminance(image), windows)))
     if not measured:
-        side = spectra.PATCH
-        height, width = image.shape[:2]
+        needed, (height, width) = f"{spectra.PATCH} x {spectra.PATCH} pixels", image.shape[:2]
         raise UserError(
-            f"{folder}: no image shows {side} x {side} pixels of varied ground without nodata; "
-            f"{path.name} is {height} x {width}. Pass larger or uncropped images"
+            f"{folder}: no image shows {needed} of varied ground without nodata; {path.name} is {height} x {width}. "
+            "Pass larger or uncropped images"
         )
-    return ImageSet(folder, [path for path, _ in measured], spectra.stack([each for _, each in measured]))
+    stacked = spectra.stack([each for _, each in measured])
+    unaligned = Spectra(stacked.power[:, -1], stacked.noise[:, -1]) if aligned else stacked
+    sharpness_db = float(np.median(spectra.sharpness(unaligned)))
+    noise_levels = float(np.sqrt(np.median(unaligned.noise)))
+    return ImageSet(folder, [path for path, _ in measured], stacked, sharpness_db, noise_levels)
 
 
 def propose(source: ImageSet, target: ImageSet) -> Proposal:
@@ -164,9 +138,8 @@ def cautions(source: ImageSet, target: ImageSet) -> list[str]:
     found = []
     before, after = source.noise_levels, target.noise_levels
     if after > 1.5 * before + 0.5:
-        found.append(
-            f"The target is noisier ({after:.1f} against {before:.1f} grey levels); RAA does not change noise."
-        )
+        levels = f"{after:.1f} against {before:.1f} grey levels"
+        found.append(f"The target is noisier ({levels}); RAA does not change noise.")
     for images in (source, target):
         if len(images.files) < FEW_IMAGES:
             found.append(f"{images.folder} has only {len(images.files)} usable images: this is a rough estimate.")

@@ -18,7 +18,8 @@ from hf_seg.inference.load import use_network
 from hf_seg.inference.predict import Predictor
 from hf_seg.labels import NUM_LABELS
 from hf_seg.metrics import ConfusionMatrix
-from hf_seg.report.plots import plot_confusion_matrix, plot_panel
+from hf_seg.report.panels import plot_panel
+from hf_seg.report.plots import plot_confusion_matrix
 
 PANEL_ROWS = 4
 

@@ -1,9 +1,11 @@
-"""Figures of a label audit: where each class goes, and the tiles on which two label sets differ most."""
+"""The report of a label audit: its verdict, its figures, and a page as Markdown and as self-contained HTML."""
 
+import base64
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import jinja2
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.colors import to_rgb
@@ -12,9 +14,11 @@ from matplotlib.patches import Patch
 
 from hf_seg.labels import BACKGROUND, IGNORE_INDEX, NUM_LABELS
 from hf_seg.report.plots import draw_matrix
-from hf_seg.report.style import DPI, class_legend, colorize, save_figure, show_image, stretch, style_axes
+from hf_seg.report.style import DPI, class_legend, colorize, percent, save_figure, show_image, style_axes
 from hf_seg.studies.label_audit import CLASSES
 
+FEW_TILES = 10  # a bootstrap over fewer gives too narrow an interval
+TRANSITIONS, GALLERY = "transition.png", "gallery.png"
 COLOR_A, COLOR_B = "#e08a2e", "#3572b0"
 WITH_TRUTH = {"both correct": "#e4e4e4", "only A correct": COLOR_A, "only B correct": COLOR_B, "both wrong": "#6b6b6b"}
 WITHOUT_TRUTH = {"A and B agree": "#e4e4e4", "they differ": "#c8553d"}
@@ -32,14 +36,71 @@ class GalleryRow(NamedTuple):
     truth: np.ndarray | None
 
 
-def plot_transitions(result: Mapping[str, Any], output: Path, title_a: str = "A", title_b: str = "B") -> None:
-    """Draw which classes of B the classes of A are; with a truth also which true classes A and B are, and their IoU.
+def title(key: str, name: str) -> str:
+    """Return how the report calls a set, e.g. "A (runs/labels)"; the truth is called the truth."""
+    return "truth" if key == "truth" else f"{key.upper()} ({name})"
 
-    Args:
-        result: of `label_audit.summarize`.
-        output: image file to write.
-        title_a, title_b: how the figure calls the sets.
-    """
+
+def judge(result: Mapping[str, Any], name_a: str, name_b: str) -> str:
+    """Say which labels are better, if the result of `label_audit.summarize` can tell."""
+    a, b = title("a", name_a), title("b", name_b)
+    if result["truth"] is None:
+        agreement = percent(result["agreement"]["overall"])
+        return (
+            f"Cannot tell which labels are better without a truth. Labels {a} and {b} agree on {agreement} of the "
+            "pixels that both label; this audit shows how much and where they differ."
+        )
+    n_tiles, gain = result["truth"]["n_tiles"], result["truth"]["difference"]["mean_iou"]
+    points = 100 * gain["difference"]
+    if gain["low"] is None:
+        return (
+            f"Cannot tell which labels are better: a single tile has no interval. On it the mIoU of {b} minus that of "
+            f"{a} is {points:+.1f} points."
+        )
+    low, high = 100 * gain["low"], 100 * gain["high"]
+    basis = f"95 % interval over {n_tiles} tiles"
+    if n_tiles < FEW_TILES:
+        basis += ", too few to rely on"
+    if low > 0:
+        return f"Labels {b} are better than {a} by {points:.1f} points of mIoU [{low:.1f}, {high:.1f}] ({basis})."
+    if high < 0:
+        return f"Labels {a} are better than {b} by {-points:.1f} points of mIoU [{-high:.1f}, {-low:.1f}] ({basis})."
+    return (
+        f"No clear difference: the mIoU of {b} minus that of {a} is {points:+.1f} points [{low:+.1f}, {high:+.1f}] "
+        f"({basis})."
+    )
+
+
+def write_report(result: Mapping[str, Any], folder: Path) -> None:
+    """Write the content of `audit.json` as `audit.md` and `index.html` beside the pictures that they show."""
+    content = {
+        **result,
+        "titles": {key: title(key, found["name"]) for key, found in result["sets"].items()},
+        "classes": CLASSES,
+        "transitions": TRANSITIONS,
+        "gallery": GALLERY,
+        "embed": lambda file: base64.b64encode((folder / file).read_bytes()).decode(),
+    }
+    for file, layout in (("audit.md", "markdown.j2"), ("index.html", "html.j2")):
+        environment = jinja2.Environment(
+            loader=jinja2.PackageLoader("hf_seg.studies"),
+            autoescape=file.endswith(".html"),
+            undefined=jinja2.StrictUndefined,
+            trim_blocks=True,
+            extensions=["jinja2.ext.do"],
+        )
+        environment.filters |= {
+            "percent": percent,
+            "points": _points,
+            "interval": _interval,
+            "thousands": "{:,}".format,
+        }
+        text = environment.get_template("audit.j2").render(content, layout=layout)
+        (folder / file).write_text(text, encoding="utf-8")
+
+
+def plot_transitions(result: Mapping[str, Any], output: Path, title_a: str = "A", title_b: str = "B") -> None:
+    """Draw which classes of B the classes of A are; with a truth also which true classes A and B are, and their IoU."""
     title_a, title_b = _shorten(title_a), _shorten(title_b)
     a_to_b = np.array(result["agreement"]["transition"])[1:, 1:]
     if result["truth"] is None:
@@ -57,23 +118,14 @@ def plot_transitions(result: Mapping[str, Any], output: Path, title_a: str = "A"
 
 
 def plot_gallery(rows: Sequence[GalleryRow], output: Path, title_a: str = "A", title_b: str = "B") -> None:
-    """Draw image | A | B | truth | comparison of some tiles; a column that no tile has is omitted.
-
-    Args:
-        rows: at least one tile.
-        output: image file to write.
-        title_a, title_b: how the figure calls the sets.
-    """
-    columns = ["image", "a", "b", "truth"]
-    shown = [name for name in columns if any(getattr(row, name) is not None for row in rows)]
+    """Draw image | A | B | truth | comparison of at least one tile; a column that no tile has is omitted."""
     titles = {"image": "image", "a": _shorten(title_a), "b": _shorten(title_b), "truth": "truth"}
+    shown = [name for name in titles if any(getattr(row, name) is not None for row in rows)]
     figure = Figure(figsize=(3.1 * (len(shown) + 1), 3.3 * len(rows) + 1.2), dpi=DPI, layout="constrained")
     for axes, row in zip(figure.subplots(len(rows), len(shown) + 1, squeeze=False), rows, strict=True):
-        pictures = {"image": row.image, "a": _paint(row.a), "b": _paint(row.b), "truth": _paint(row.truth)}
-        if row.image is not None and row.image.ndim == 2:
-            pictures["image"] = stretch(row.image)
         for cell, name in zip(axes, shown, strict=False):
-            show_image(cell, titles[name], pictures[name])
+            pixels = getattr(row, name)
+            show_image(cell, titles[name], pixels if name == "image" else _paint(pixels))
         differ = np.mean((row.a != row.b) & (row.a > 0) & (row.b > 0))
         show_image(axes[-1], f"A and B differ on {100 * differ:.1f} %", paint_comparison(row.a, row.b, row.truth))
         axes[0].set_ylabel(row.image_id, fontsize=10)
@@ -83,21 +135,13 @@ def plot_gallery(rows: Sequence[GalleryRow], output: Path, title_a: str = "A", t
         classes[-1].set_label("no label")
     kinds = {**(WITH_TRUTH if "truth" in shown else WITHOUT_TRUTH), **NOT_COMPARED}
     handles = [Patch(facecolor=color, edgecolor="#555555", label=name) for name, color in kinds.items()]
-    style: dict[str, Any] = {"frameon": False, "fontsize": 10}
-    figure.legend(handles=classes, loc="outside lower center", ncols=len(classes), **style)
-    figure.legend(handles=handles, loc="outside upper right", ncols=len(handles), **style)
+    figure.legend(handles=classes, loc="outside lower center", ncols=len(classes), frameon=False, fontsize=10)
+    figure.legend(handles=handles, loc="outside upper right", ncols=len(handles), frameon=False, fontsize=10)
     save_figure(figure, output)
 
 
 def paint_comparison(a: np.ndarray, b: np.ndarray, truth: np.ndarray | None) -> np.ndarray:
-    """Draw which set is correct (`WITH_TRUTH`) or, without a truth, where A and B differ (`WITHOUT_TRUTH`).
-
-    Args:
-        a, b, truth: (H, W) ids 0..8, 0 = no label, which is drawn as `NOT_COMPARED`.
-
-    Returns:
-        (H, W, 3) uint8.
-    """
+    """Draw which set is correct or, without a truth, where they differ: (H, W) ids, 0 = no label -> (H, W, 3) uint8."""
     if truth is None:
         kinds, kind, known = WITHOUT_TRUTH, (a != b).astype(int), (a > 0) & (b > 0)
     else:
@@ -107,25 +151,33 @@ def paint_comparison(a: np.ndarray, b: np.ndarray, truth: np.ndarray | None) -> 
     return (255 * colors).round().astype(np.uint8)[np.where(known, kind, len(kinds))]
 
 
+def _points(difference: float) -> str:
+    return f"{100 * difference:+.1f}"
+
+
+def _interval(difference: Mapping[str, float | None] | None) -> str:
+    if difference is None or difference["low"] is None or difference["high"] is None:
+        return "-"
+    return f"{_points(difference['low'])} to {_points(difference['high'])}"
+
+
 def _draw_transition(axes: Axes, rows: str, columns: str, counts: np.ndarray) -> None:
     """Draw (8, 8) counts of classes 1..8 in percent of each row."""
     draw_matrix(axes, counts, range(1, NUM_LABELS))
     axes.set_xlabel(f"class in {columns}")
     axes.set_ylabel(f"class in {rows}, percent of the compared pixels")
-    arrow = "\N{RIGHTWARDS ARROW}"
-    axes.set_title(f"{rows} {arrow} {columns}, percent of each row", loc="left", fontsize=12)
+    axes.set_title(f"{rows} \N{RIGHTWARDS ARROW} {columns}, percent of each row", loc="left", fontsize=12)
 
 
 def _draw_scores(axes: Axes, scores: dict[str, Any]) -> None:
     """Draw the IoU of each class of A and B side by side."""
     for key, name, color, shift in (("a", "A", COLOR_A, -0.19), ("b", "B", COLOR_B, 0.19)):
-        for row, label in enumerate(CLASSES):
-            if (iou := scores[key]["iou"][label]) is not None:
-                axes.barh(row + shift, 100 * iou, height=0.36, color=color)
-                axes.text(100 * iou + 1, row + shift, f"{100 * iou:.1f}", va="center", fontsize=9)
-            elif key == "a":
-                axes.text(1, row, "not in the truth", va="center", color="#777777", fontsize=9)
-        axes.barh(0, 0, color=color, label=f"{name}, mIoU {100 * scores[key]['mean_iou']:.1f}")
+        percents = 100 * np.array([scores[key]["iou"][label] for label in CLASSES], dtype=float)
+        label = f"{name}, mIoU {100 * scores[key]['mean_iou']:.1f}"
+        bars = axes.barh(np.arange(len(CLASSES)) + shift, percents, height=0.36, color=color, label=label)
+        axes.bar_label(bars, fmt="%.1f", padding=4, fontsize=9)
+    for row in np.flatnonzero(np.isnan(percents)).tolist():
+        axes.text(1, row, "not in the truth", va="center", color="#777777", fontsize=9)
     axes.set_yticks(range(len(CLASSES)), CLASSES)
     axes.set(xlim=(0, 109), ylim=(len(CLASSES) - 0.5, -0.5), xticks=range(0, 101, 20), xlabel="IoU, percent")
     style_axes(axes, "IoU with the truth, on the same pixels")
