@@ -202,10 +202,6 @@ class PseudoLabelArguments(HubSettings, PredictionSettings):
         16, "tiles a Parquet file, and tiles whose probabilities are in memory at once", low=1
     )
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        self.require("model", len(self.model) > 0, "one folder or Hub id, or more")
-
 
 @dataclass(kw_only=True)
 class EnsembleArguments(HubSettings, PredictionSettings):
@@ -219,24 +215,19 @@ class EnsembleArguments(HubSettings, PredictionSettings):
     split: Literal["train", "val", "test"] = setting("val", "split to score on; it must have labels")
     column: Literal["sar", "optical"] = setting("sar", "which image of each tile the networks map")
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        self.require("model", len(self.model) > 0, "one folder or Hub id, or more")
-
 
 def portable_settings(args: Settings) -> dict[str, Any]:
     """Return the settings that make the result, without what belongs to one launch or to this machine.
 
     Data folders are left out; of other local paths (a model, pseudo-labels) the last part stays.
     """
+    of_one_launch = {"resume_from_checkpoint", *(field.name for field in dataclasses.fields(HubSettings))}
     kept: dict[str, Any] = {}
     for field in dataclasses.fields(args):
-        value, is_free, is_path = getattr(args, field.name), field.metadata["free"], field.metadata["path"]
-        if field.name.startswith("hub_") or field.name in ("config", "resume_from_checkpoint", "push_to_hub"):
-            continue
-        if is_path and is_free and not isinstance(value, list):
-            continue
-        kept[field.name] = _without_folders(value) if is_path else value
+        value, is_path = getattr(args, field.name), field.metadata["path"]
+        is_folder = is_path and field.metadata["free"] and not isinstance(value, list)
+        if not is_folder and field.name not in of_one_launch:
+            kept[field.name] = _without_folders(value) if is_path else value
     return kept
 
 
@@ -247,7 +238,7 @@ def result_settings(args: Settings) -> dict[str, Any]:
 
 
 def _without_folders(value: Any) -> Any:
-    """Shorten an existing local path, or each of a list, to its last part; Hub ids and presets stay."""
+    """Shorten a local path, or each of a list, to its last part; Hub ids and presets stay."""
     if isinstance(value, list):
         return [_without_folders(each) for each in value]
     return Path(value).resolve().name if value is not None and Path(value).exists() else value
@@ -259,26 +250,14 @@ def dump_recipe(args: Settings) -> str:
 
 
 def write_recipe(args: Settings, folder: Path) -> None:
-    """Write `recipe.yaml`, and beside it `local_paths.yaml`: where the data lies on this machine, which is not shared.
-
-    Raises:
-        FileError: the folder cannot be written.
-    """
+    """Write `recipe.yaml`, and `local_paths.yaml`: where the data lies on this machine, which is not shared."""
     fields = [field.name for field in dataclasses.fields(args) if field.metadata["path"] and field.name != "output_dir"]
     write_atomic(folder / "recipe.yaml", dump_recipe(args))
     write_atomic(folder / LOCAL_PATHS_FILE, dump_yaml({name: getattr(args, name) for name in fields}))
 
 
 def check_same_recipe(args: Settings, recipe: Path) -> None:
-    """Refuse to resume a run under settings that would make it another run.
-
-    Args:
-        args: the settings of this launch.
-        recipe: the `recipe.yaml` that the run began with.
-
-    Raises:
-        UserError: naming each setting that differs, its old and its new value.
-    """
+    """Raise `UserError` naming each setting that would make a resumed run another than the one of `recipe.yaml`."""
     if not recipe.exists():
         return
     before, now = read_settings(recipe, type(args)), result_settings(args)

@@ -59,7 +59,7 @@ def export_model(
         FileError: the folder cannot be written.
     """
     # the scores of an earlier model are not those of this one
-    with atomic_update(folder, first=("config.json", "eval_results.json"), last=("config.json",)) as temporary:
+    with atomic_update(folder, first=("config.json", "eval_results.json"), last="config.json") as temporary:
         model.save_pretrained(temporary)
         image_processor(crop_size).save_pretrained(temporary)
         (temporary / "recipe.yaml").write_text(recipe, encoding="utf-8")
