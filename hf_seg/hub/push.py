@@ -36,10 +36,8 @@ _SENT = {
 def publish(folder: Path, args: HubSettings) -> None:
     """Finish a recipe's output folder: write its card if it is a model's, and push it if that was asked for.
 
-    To be called by one process, after all others have finished.
-
-    Raises:
-        UserError: the push failed; the folder is as complete as without it.
+    To be called by one process, after all others have finished. If the push fails, which is a `UserError`, the folder
+    is as complete as without it.
     """
     if not (folder / "manifest.json").exists():
         write_model_card(folder)
@@ -68,11 +66,7 @@ def check_login(repository: str) -> None:
 
 
 def find_kind(folder: Path) -> str:
-    """Tell what a folder contains: "model", "ensemble" or "dataset".
-
-    Raises:
-        UserError: none of them, or a dataset that is not finished.
-    """
+    """Return "model", "ensemble" or "dataset"; `UserError` if a folder contains none, or an unfinished dataset."""
     if (folder / "inputs.json").exists() and not (folder / "manifest.json").exists():
         raise UserError(f"{folder} has no manifest.json yet: launch its recipe again to finish it")
     for kind, file in (("ensemble", "ensemble.json"), ("dataset", "manifest.json"), ("model", "config.json")):
@@ -101,16 +95,12 @@ def check_complete(folder: Path) -> dict[str, Path]:
         raise UserError(f"{files['README.md']} has no header, by which the Hub would know what it is")
     if missing := [link for link in re.findall(r"\]\((figures/[^)]+)\)", card) if link not in files]:
         raise UserError(f"{folder} is incomplete: its card shows {missing[0]}, which does not exist")
-    if kind == "dataset":
-        return _check_manifest(folder, files)
-    load_networks(folder)  # classes, crop, and every tensor
-    if (folder / "student").is_dir():
-        load_networks(folder, subfolder="student")
-    return files
+    if kind != "dataset":
+        load_networks(folder)  # classes, crop, and every tensor
+        if (folder / "student").is_dir():
+            load_networks(folder, subfolder="student")
+        return files
 
-
-def _check_manifest(folder: Path, files: Mapping[str, Path]) -> dict[str, Path]:
-    """Return the files that a dataset's manifest lists, and the manifest; each must have its checksum."""
     listed = read_record(folder / "manifest.json").get("files")
     if not isinstance(listed, dict):
         raise UserError(f"{folder / 'manifest.json'} is damaged: it lists no files")
@@ -149,24 +139,19 @@ def push(folder: Path, repository: str, private: bool = False, revision: str | N
         remote = api.list_repo_files(**place, revision=revision)
         stale = [name for name in remote if name not in contents and any(_is_sent(name, each) for each in _SENT)]
         # not `upload_folder`: it sends 250 files and more, or any number after a failure, in several commits
-        commit = api.create_commit(
-            **place,
-            operations=[
-                *(CommitOperationAdd(name, content) for name, content in contents.items()),
-                *(CommitOperationDelete(name) for name in stale),
-            ],
-            commit_message=_commit_message(folder, kind),
-            revision=revision,
-        )
+        operations: list[Any] = [CommitOperationAdd(name, content) for name, content in contents.items()]
+        operations += [CommitOperationDelete(name) for name in stale]
+        message = _commit_message(folder, kind)
+        commit = api.create_commit(**place, operations=operations, commit_message=message, revision=revision)
     except Exception as error:  # network, login, name: of many kinds
         command = ["python", "scripts/push_to_hub.py", str(folder), repository]
         if private:
             command.append("--private")
         if revision is not None:
             command += ["--revision", revision]
+        reason, again = _one_line(error), shlex.join(command)
         raise UserError(
-            f"{folder} is complete and unchanged, but is not on the Hub ({_one_line(error)}); try again: "
-            f"{shlex.join(command)}"
+            f"{folder} is complete and unchanged, but is not on the Hub ({reason}); try again: {again}"
         ) from None
     return commit.commit_url
 
@@ -192,12 +177,11 @@ def _rewrite(files: Mapping[str, Path], repository: str, revision: str | None) -
 
 def _rename(card: str, repository: str, revision: str | None) -> str:
     """Write the repository into a card's code, where it names the folder."""
-    if (call := re.search(r'(model=|from_pretrained\(|load_dataset\()("[^"\n]+")', card)) is None:
+    calls = r"(model=|from_pretrained\(|load_dataset\()"
+    if (call := re.search(calls + r'("[^"\n]+")', card)) is None:
         return card  # written by the user
     argument, pinned = (f', revision="{revision}"', f"@{revision}") if revision else ("", "")
-    card = re.sub(
-        rf"(model=|from_pretrained\(|load_dataset\(){re.escape(call[2])}", rf'\1"{repository}"{argument}', card
-    )
+    card = re.sub(calls + re.escape(call[2]), rf'\1"{repository}"{argument}', card)
     return card.replace(call[2], f'"{repository}{pinned}"').replace("FOLDER_OR_HUB_ID", repository + pinned)
 
 
