@@ -145,8 +145,8 @@ class Parser(argparse.ArgumentParser):
 
 def filled(settings: type[Filled], namespace: argparse.Namespace) -> Filled:
     """Return a settings dataclass with what was given on a command line that has its flags (`add_settings`)."""
-    names = [field.name for field in dataclasses.fields(typing.cast(Any, settings))]
-    return settings(**{name: getattr(namespace, name) for name in names if hasattr(namespace, name)})
+    names = {field.name for field in dataclasses.fields(typing.cast(Any, settings))}
+    return settings(**{name: value for name, value in vars(namespace).items() if name in names})
 
 
 def _with_underscores(word: str) -> str:
@@ -182,15 +182,11 @@ Arguments = TypeVar("Arguments", bound=Settings)
 
 
 def parse_arguments(settings: type[Arguments], argv: Sequence[str] | None = None) -> Arguments:
-    """Read settings from `--config FILE` and the command line.
+    """Read settings from `--config FILE` and the command line, without the program's name (`sys.argv[1:]` if None).
 
     `--config toy/stage2_segformer.yaml` names one of the package's own files, if there is no such file here.
     Beside a `recipe.yaml` that a recipe has written, `local_paths.yaml` tells where its data lies on this machine, and
     is read with it.
-
-    Args:
-        settings: the recipe's dataclass.
-        argv: the command line without the program's name; `sys.argv[1:]` if None.
 
     Raises:
         UserError: unknown key (with the nearest known one), wrong type or value out of range, no such file.
@@ -284,12 +280,13 @@ def read_settings(path: Path, settings: type[Settings]) -> dict[str, Any]:
 
 def _has_type(value: Any, hint: Any) -> bool:
     """Tell whether a value is of a field's type; whole numbers are floats too, booleans are not."""
-    if typing.get_origin(hint) in (Union, types.UnionType):
-        return any(_has_type(value, option) for option in typing.get_args(hint))
-    if typing.get_origin(hint) is Literal:
-        return value in typing.get_args(hint)
-    if typing.get_origin(hint) is list:
-        return isinstance(value, list) and all(_has_type(item, *typing.get_args(hint)) for item in value)
+    kind, options = typing.get_origin(hint), typing.get_args(hint)
+    if kind in (Union, types.UnionType):
+        return any(_has_type(value, option) for option in options)
+    if kind is Literal:
+        return value in options
+    if kind is list:
+        return isinstance(value, list) and all(_has_type(item, options[0]) for item in value)
     if hint is float:
         return isinstance(value, int | float) and not isinstance(value, bool)
     return type(value) is hint

@@ -53,7 +53,7 @@ class RunLog:
         self._images += images
 
     def require_finite(self, loss: Tensor, step: int, image_ids: list[str]) -> None:
-        """Raise `UserError` naming step and images where the loss is not a number."""
+        """Raise `UserError` naming step and images where the loss is not finite."""
         if not math.isfinite(loss.item()):
             self.close()
             raise UserError(
