@@ -74,8 +74,8 @@ def _describe_network(folder: Path, recipe: dict[str, Any]) -> tuple[str, ModelC
     # What the weights come from, each with terms of its own
     name, labels = str(recipe["model_name_or_path"]), recipe.get("pseudo_labels")
     base_model = None if recipe["from_scratch"] else name
-    domains_used = {1: ["source", "target"] if recipe.get("method") == "dacs" else ["source"], 2: ["target"]}[stage]
-    datasets = [data[domain] for domain in domains_used]
+    used = {"dacs": ["source", "target"], "source_only": ["source"], None: ["target"]}[recipe.get("method")]
+    datasets = [data[domain] for domain in used]
     labels_id = labels and _hub_id(labels)
     other_terms = [each for each in (base_model and (_hub_id(base_model) or Path(base_model).name), labels_id) if each]
     moved = {"model_name_or_path": base_model, "pseudo_labels": labels}  # in the recipe by their last part, if local
@@ -169,12 +169,7 @@ def _dataset_type(data: Provenance) -> str:
 
 
 def _license(datasets: Sequence[Provenance], other_terms: Sequence[str]) -> dict[str, Any]:
-    """Return the header's licence: Apache-2.0 where all that was learned from is, else the terms of the data.
-
-    Args:
-        datasets: what was learned from.
-        other_terms: pretrained networks and pseudo-labels that were used.
-    """
+    """Return the header's licence: Apache-2.0 where all that was learned from is, else the terms of the data."""
     is_free = all(data["synthetic"] and data["license"] == "Apache-2.0" for data in datasets)
     if is_free and not other_terms:
         return {"license": "apache-2.0"}
@@ -199,9 +194,6 @@ def write_pseudo_label_card(folder: Path, summary: dict[str, Any]) -> None:
     Args:
         folder: of the dataset, with `training_data.json` where it exists.
         summary: what `manifest.json` says of models, settings and pixels.
-
-    Raises:
-        UserError: a file cannot be read or written.
     """
     data = read_training_data(folder)["target"]
     split = summary["settings"]["split"]

@@ -46,8 +46,8 @@ def export_model(
 ) -> None:
     """Write weights (safetensors), config, processor, `recipe.yaml`, `eval_results.json` and `training_data.json`.
 
-    Everything is written to a temporary folder first, so a full disk or a kill does not damage an earlier model. While
-    the files are replaced there is no `config.json`, so no mixture of two models is taken for one.
+    Everything is written to a temporary folder first, so a full disk (`FileError`) or a kill does not damage an earlier
+    model. While the files are replaced there is no `config.json`, so no mixture of two models is taken for one.
 
     Args:
         model: a stock model.
@@ -55,9 +55,6 @@ def export_model(
         recipe: the resolved settings as YAML.
         results: from `evaluate_network`; None if the model was not scored.
         training_data: see `write_training_data`.
-
-    Raises:
-        FileError: the folder cannot be written.
     """
     # the scores of an earlier model are not those of this one
     with atomic_update(folder, first=("config.json", "eval_results.json"), last="config.json") as temporary:
@@ -83,11 +80,7 @@ def write_training_data(folder: Path, provenance: Mapping[str, Mapping[str, Any]
 
 
 def read_training_data(folder: Path) -> dict[str, dict[str, Any]]:
-    """Return the provenance of "source" and "target"; where nothing was recorded, it names the layout alone.
-
-    Raises:
-        UserError: `training_data.json` is damaged.
-    """
+    """Return the provenance of "source" and "target"; where nothing was recorded, it names the layout alone."""
     recorded = read_record(folder / TRAINING_DATA_FILE)
     unknown = {"description": None, "license": None, "synthetic": False, "released": False, "labels": None}
     return {
@@ -97,11 +90,7 @@ def read_training_data(folder: Path) -> dict[str, dict[str, Any]]:
 
 
 def read_record(path: Path) -> dict[str, Any]:
-    """Read a JSON or YAML file with a mapping, an empty one if there is no such file.
-
-    Raises:
-        UserError: the file cannot be read, or is damaged.
-    """
+    """Read a mapping from a JSON or YAML file, an empty one if there is no file; `UserError` if it is damaged."""
     if not path.exists():
         return {}
     with file_errors(path, "cannot be read"):

@@ -37,10 +37,7 @@ class Progress:
 def save_checkpoint(accelerator: Accelerator, output_dir: Path, progress: Progress, keep: int) -> Path:
     """Write a checkpoint on an optimizer-step boundary, then delete all but the newest `keep` and any of a later step.
 
-    To be called by every process.
-
-    Raises:
-        FileError: it cannot be written; earlier checkpoints stay.
+    To be called by every process. If it cannot be written, which is a `FileError`, earlier checkpoints stay.
     """
     place = output_dir / "checkpoints" / f"step_{progress.step:08d}"
     is_main = accelerator.is_main_process
