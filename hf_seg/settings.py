@@ -115,7 +115,8 @@ class Parser(argparse.ArgumentParser):
             groups = [each for each in self._actions if isinstance(each, argparse._SubParsersAction)]
             parsers = [self, *(parser for group in groups for parser in group.choices.values())]
             flags = [flag for parser in parsers for action in parser._actions for flag in action.option_strings]
-            raise UserError(f"unknown setting {unknown[0]!r}{nearest(unknown[0].partition('=')[0], flags)}")
+            key, known = unknown[0].partition("=")[0].lstrip("-"), [flag.lstrip("-") for flag in flags]
+            raise UserError(f"unknown setting {unknown[0]!r}{nearest(key, known, prefix='--')}")
         return found
 
     def error(self, message: str) -> NoReturn:
@@ -218,10 +219,10 @@ def answer_help(settings: type[Settings], argv: Sequence[str] | None = None) -> 
         parse_arguments(settings, argv)
 
 
-def nearest(key: str, known: Iterable[str]) -> str:
+def nearest(key: str, known: Iterable[str], *, prefix: str = "") -> str:
     """Return `"; did you mean 'x'?"` for the known key most like `key`, or an empty string."""
-    matches = difflib.get_close_matches(key, known, n=1)
-    return f"; did you mean '{matches[0]}'?" if matches else ""
+    matches = difflib.get_close_matches(key.replace("-", "_"), known, n=1)
+    return f"; did you mean '{prefix}{matches[0]}'?" if matches else ""
 
 
 class StrictLoader(yaml.SafeLoader):
