@@ -11,7 +11,6 @@ from hf_seg.files import write_atomic
 from hf_seg.settings import LOCAL_PATHS_FILE, Settings, dump_yaml, read_settings, setting
 
 Tta = Literal["none", "flips", "d4", "paper"]
-MAX_SEED = 2**31  # numpy's global generator takes 32 bits, and each process adds its index
 
 
 @dataclass(kw_only=True)
@@ -45,9 +44,7 @@ class ModelSettings(Settings):
     model_name_or_path: str = setting("nvidia/mit-b5", "encoder or whole model: Hub id, folder or preset", path=True)
     from_scratch: bool = setting(False, "random weights at the size of the named encoder or preset; no download")
     crop_size: int = setting(896, "training crop and inference window in pixels; a multiple of 32", low=32)
-    gradient_checkpointing: bool = setting(
-        False, "recompute activations in the backward pass: less memory, slower", free=True
-    )
+    gradient_checkpointing: bool = setting(False, "recompute activations: less memory, slower", free=True)
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -60,9 +57,7 @@ class AugmentationSettings(Settings):
 
     min_scale: float = setting(0.5, "smallest zoom of a crop", above=0, high=1e6)
     max_scale: float = setting(2.0, "largest zoom of a crop", above=0, high=1e6)
-    max_class_share: float = setting(
-        0.75, "redraw a crop in which one class covers more than this (10 tries)", above=0, high=1
-    )
+    max_class_share: float = setting(0.75, "redraw crops with a class above this share (10 tries)", above=0, high=1)
     jitter_prob: float = setting(0.5, "probability of radiometric jitter", low=0, high=1)
 
     def __post_init__(self) -> None:
@@ -84,13 +79,13 @@ class OptimisationSettings(Settings):
     lr_power: float = setting(1.0, "power of the polynomial decay to 0", low=0)
     max_grad_norm: float = setting(0.0, "clip the gradient's norm to this; 0: never", low=0)
     mixed_precision: Literal["no", "bf16", "fp16"] = setting("bf16", "arithmetic of the forward pass")
-    seed: int = setting(0, "fixes weights, sample order and augmentation", low=0, high=MAX_SEED)
+    # numpy's global generator takes 32 bits, and each process adds its index
+    seed: int = setting(0, "fixes weights, sample order and augmentation", low=0, high=2**31)
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.require(
-            "warmup_steps", self.warmup_steps < self.max_train_steps, f"below max_train_steps, {self.max_train_steps}"
-        )
+        is_below = self.warmup_steps < self.max_train_steps
+        self.require("warmup_steps", is_below, f"below max_train_steps, {self.max_train_steps}")
 
 
 @dataclass(kw_only=True)
@@ -100,9 +95,7 @@ class RunSettings(Settings):
     eval_steps: int = setting(4000, "steps between validations; 0: never", low=0, free=True)
     eval_stride: float = setting(0.5, "step of the sliding window as a share of the crop", above=0, high=1)
     eval_batch_size: int = setting(4, "windows per forward pass at validation", low=1, free=True)
-    checkpointing_steps: int = setting(
-        4000, "steps between checkpoints; 0: only when the run is stopped", low=0, free=True
-    )
+    checkpointing_steps: int = setting(4000, "steps between checkpoints; 0: only when stopped", low=0, free=True)
     save_total_limit: int = setting(2, "checkpoints kept, the newest ones", low=1, free=True)
     resume_from_checkpoint: str | None = setting(None, "'latest', or a checkpoint folder", free=True)
     logging_steps: int = setting(50, "steps between log lines", low=1, free=True)
@@ -123,9 +116,7 @@ class RecipeArguments(
 class Stage2Arguments(RecipeArguments):
     """Stage 2: a SAR network on noisy labels."""
 
-    pseudo_labels: str | None = setting(
-        None, "folder or Hub id of pseudo-labels; default: the official pseudo-labels", path=True
-    )
+    pseudo_labels: str | None = setting(None, "folder or Hub id of labels; default: the official ones", path=True)
     mask_nodata: bool = setting(True, "ignore pixels outside the SAR swath (zeros connected with the tile's border)")
     speckle_prob: float = setting(0.0, "probability of extra multiplicative speckle", low=0, high=1)
     ce_weight: float = setting(1.0, "weight of cross entropy", low=0)
@@ -149,8 +140,8 @@ class Stage1Arguments(RecipeArguments):
     method: Literal["dacs", "source_only"] = setting("dacs", "self-training, or the source loss alone")
     select_best_by: Literal["source", "weight", "target"] = setting(
         "source",
-        "what chooses best/: the teacher's mIoU on the source, the mean weight (lambda) of the target's pseudo-labels, "
-        "or mIoU on the target, whose labels make this no longer unsupervised",
+        "what chooses best/: mIoU on the source, the mean weight (lambda) of the target's pseudo-labels, or mIoU on "
+        "the target, whose labels make this no longer unsupervised",
     )
     raa_prob: float = setting(0.2, "probability of resolution alignment of a source image; 0: never", low=0, high=1)
     raa_min_scale: float = setting(0.1, "strongest downsampling, as a ratio of the side", above=0, high=1)
@@ -165,9 +156,8 @@ class Stage1Arguments(RecipeArguments):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.require(
-            "raa_max_scale", self.raa_max_scale >= self.raa_min_scale, f"at least raa_min_scale, {self.raa_min_scale}"
-        )
+        is_range = self.raa_max_scale >= self.raa_min_scale
+        self.require("raa_max_scale", is_range, f"at least raa_min_scale, {self.raa_min_scale}")
         by_weight = self.select_best_by == "weight" and self.method != "dacs"
         self.require("select_best_by", not by_weight, "source or target where method is not dacs")
 
@@ -186,9 +176,7 @@ class PredictionSettings(Settings):
 class PseudoLabelArguments(HubSettings, PredictionSettings):
     """Pseudo-labels: label optical tiles with one or more stage-1 networks."""
 
-    model: list[str] = setting(
-        ["runs/stage1"], "stage-1 networks: folders or Hub ids (id@revision)", free=True, path=True
-    )
+    model: list[str] = setting(["runs/stage1"], "stage-1 folders or Hub ids (id@revision)", free=True, path=True)
     network: Literal["teacher", "student"] = setting("teacher", "which network of each stage-1 run labels")
     data_dir: str = setting("data/dfc25_track1", "root of OpenEarthMap-SAR, as released", free=True, path=True)
     split: Literal["train", "val", "test"] = setting("train", "split to label; it must have optical images")
@@ -198,13 +186,7 @@ class PseudoLabelArguments(HubSettings, PredictionSettings):
     )
     min_confidence: float = setting(0.0, "ignore pixels whose mean probability is below this", low=0, high=1)
     mask_nodata: bool = setting(False, "ignore pixels outside the SAR swath (zeros connected with the tile's border)")
-    tiles_per_shard: int = setting(
-        16, "tiles a Parquet file, and tiles whose probabilities are in memory at once", low=1
-    )
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        self.require("model", len(self.model) > 0, "one folder or Hub id, or more")
+    tiles_per_shard: int = setting(16, "tiles in a Parquet file, predicted and kept in memory together", low=1)
 
 
 @dataclass(kw_only=True)
@@ -219,24 +201,19 @@ class EnsembleArguments(HubSettings, PredictionSettings):
     split: Literal["train", "val", "test"] = setting("val", "split to score on; it must have labels")
     column: Literal["sar", "optical"] = setting("sar", "which image of each tile the networks map")
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        self.require("model", len(self.model) > 0, "one folder or Hub id, or more")
-
 
 def portable_settings(args: Settings) -> dict[str, Any]:
     """Return the settings that make the result, without what belongs to one launch or to this machine.
 
     Data folders are left out; of other local paths (a model, pseudo-labels) the last part stays.
     """
+    of_one_launch = {"resume_from_checkpoint", *(field.name for field in dataclasses.fields(HubSettings))}
     kept: dict[str, Any] = {}
     for field in dataclasses.fields(args):
-        value, is_free, is_path = getattr(args, field.name), field.metadata["free"], field.metadata["path"]
-        if field.name.startswith("hub_") or field.name in ("config", "resume_from_checkpoint", "push_to_hub"):
-            continue
-        if is_path and is_free and not isinstance(value, list):
-            continue
-        kept[field.name] = _without_folders(value) if is_path else value
+        value, is_path = getattr(args, field.name), field.metadata["path"]
+        is_folder = is_path and field.metadata["free"] and not isinstance(value, list)
+        if not is_folder and field.name not in of_one_launch:
+            kept[field.name] = _without_folders(value) if is_path else value
     return kept
 
 
@@ -247,7 +224,7 @@ def result_settings(args: Settings) -> dict[str, Any]:
 
 
 def _without_folders(value: Any) -> Any:
-    """Shorten an existing local path, or each of a list, to its last part; Hub ids and presets stay."""
+    """Shorten a local path, or each of a list, to its last part; Hub ids and presets stay."""
     if isinstance(value, list):
         return [_without_folders(each) for each in value]
     return Path(value).resolve().name if value is not None and Path(value).exists() else value
@@ -259,26 +236,14 @@ def dump_recipe(args: Settings) -> str:
 
 
 def write_recipe(args: Settings, folder: Path) -> None:
-    """Write `recipe.yaml`, and beside it `local_paths.yaml`: where the data lies on this machine, which is not shared.
-
-    Raises:
-        FileError: the folder cannot be written.
-    """
+    """Write `recipe.yaml`, and `local_paths.yaml`: where the data lies on this machine, which is not shared."""
     fields = [field.name for field in dataclasses.fields(args) if field.metadata["path"] and field.name != "output_dir"]
     write_atomic(folder / "recipe.yaml", dump_recipe(args))
     write_atomic(folder / LOCAL_PATHS_FILE, dump_yaml({name: getattr(args, name) for name in fields}))
 
 
 def check_same_recipe(args: Settings, recipe: Path) -> None:
-    """Refuse to resume a run under settings that would make it another run.
-
-    Args:
-        args: the settings of this launch.
-        recipe: the `recipe.yaml` that the run began with.
-
-    Raises:
-        UserError: naming each setting that differs, its old and its new value.
-    """
+    """Raise `UserError` naming each setting that would make a resumed run another than the one of `recipe.yaml`."""
     if not recipe.exists():
         return
     before, now = read_settings(recipe, type(args)), result_settings(args)

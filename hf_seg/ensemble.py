@@ -35,21 +35,9 @@ from hf_seg.inference.predict import Predictor
 from hf_seg.inference.vote import VoteAccumulator
 from hf_seg.labels import ID2LABEL, LABEL2ID
 from hf_seg.models import SegmentationNetwork
+from hf_seg.settings import packaged_folder
 
 IMAGES_PER_LOAD = 16  # with low_memory: running sums kept while a network is loaded, 33 MB each at 1024 pixels
-
-_CARD = """---
-{{ card_data }}
----
-
-Land-cover networks whose class probabilities are averaged; `ensemble.json` names them and their weights.
-
-    from hf_seg import EnsembleForSemanticSegmentation
-    ensemble = EnsembleForSemanticSegmentation.from_pretrained(THIS_REPOSITORY)
-    (result,) = ensemble.predict("scene.png")
-
-A member alone: `AutoModelForSemanticSegmentation.from_pretrained(THIS_REPOSITORY, subfolder="member_0")`.
-"""
 
 
 class Prediction(NamedTuple):
@@ -67,7 +55,7 @@ class EnsembleForSemanticSegmentation(
     library_name="hf_seg",
     pipeline_tag="image-segmentation",
     tags=["remote-sensing", "land-cover", "sar"],
-    model_card_template=_CARD,
+    model_card_template=(packaged_folder("model_cards") / "ensemble_alone.md").read_text(encoding="utf-8"),
 ):
     """Networks of the nine land-cover classes whose probabilities are averaged in float32; class 0 never wins.
 
@@ -77,7 +65,6 @@ class EnsembleForSemanticSegmentation(
         members: of `load_networks`; all in memory, or all on disk (`low_memory`).
 
     Attributes:
-        members: as given.
         networks: the networks, each with its stock model in `.model`; empty with `low_memory`.
         weights: the members' weights, scaled to a sum of 1.
         id2label, label2id: the nine classes.
@@ -131,13 +118,13 @@ class EnsembleForSemanticSegmentation(
             UserError: naming the member that was not found, is damaged, or is of other classes; or weights that do not
                 fit.
         """
-        names = [str(paths_or_ids)] if isinstance(paths_or_ids, str | Path) else [str(name) for name in paths_or_ids]
+        names = [paths_or_ids] if isinstance(paths_or_ids, str | Path) else [*paths_or_ids]
         weights = [1.0] * len(names) if weights is None else [float(weight) for weight in weights]
         if len(weights) != len(names):
             raise UserError(f"{len(weights)} weight(s) for {len(names)} member(s): give one for each, or none")
         members: list[LoadedNetwork] = []
         for name, weight in zip(names, weights, strict=True):
-            normalized_weights([LoadedNetwork(crop_size=0, origin=name, weight=weight)])  # wrong ones show at once
+            normalized_weights([LoadedNetwork(crop_size=0, origin=str(name), weight=weight)])  # fails at once
             found = load_networks(name, low_memory=low_memory)
             if low_memory:
                 for each in found:
@@ -186,10 +173,8 @@ class EnsembleForSemanticSegmentation(
     def save_pretrained(self, save_directory: str | Path, **kwargs: Any) -> str | None:
         """Write the ensemble to a folder; keyword arguments are the mixin's.
 
-        An ensemble that was in the folder is replaced, and other files stay.
-
-        Raises:
-            UserError: the folder contains a single model, or cannot be written.
+        An ensemble that was in the folder is replaced, and other files stay. It is a `UserError` if the folder contains
+        a single model, or cannot be written.
         """
         if Path(save_directory, "config.json").exists():  # the mixin would remove it
             raise UserError(f"{save_directory} contains a single model; save the ensemble to another folder")
@@ -198,20 +183,12 @@ class EnsembleForSemanticSegmentation(
     def _save_pretrained(self, save_directory: Path) -> None:
         # without ensemble.json no mixture of the old members and the new ones can be taken for an ensemble
         old = [path.name for path in save_directory.glob("member_*")]
-        with atomic_update(save_directory, first=[ENSEMBLE_FILE, *old], last=[ENSEMBLE_FILE]) as folder:
+        with atomic_update(save_directory, first=[ENSEMBLE_FILE, *old], last=ENSEMBLE_FILE) as folder:
             listed = []
             for index, member in enumerate(self.members):
-                place = folder / f"member_{index}"
-                _write_member(member, place)
-                listed.append(
-                    {
-                        "folder": place.name,
-                        "origin": member.name,
-                        "crop": member.crop_size,
-                        "weight": member.weight,
-                        "revision": member.revision,
-                    }
-                )
+                _write_member(member, folder / f"member_{index}")
+                known = {"origin": member.name, "crop": member.crop_size, "weight": member.weight}
+                listed.append({"folder": f"member_{index}", **known, "revision": member.revision})
             text = json.dumps({**ENSEMBLE_FORMAT, "members": listed}, indent=1)
             (folder / ENSEMBLE_FILE).write_text(text, encoding="utf-8")
 
@@ -294,8 +271,8 @@ def _write_member(member: LoadedNetwork, folder: Path) -> None:
         for pattern in MODEL_FILES:
             for file in member.folder.glob(pattern):
                 shutil.copyfile(file, folder / file.name)
-        return
-    if not isinstance(member.module, SegmentationNetwork):
+    elif isinstance(member.module, SegmentationNetwork):
+        member.module.model.save_pretrained(folder)
+        image_processor(member.crop_size, member.normalization).save_pretrained(folder)
+    else:
         raise UserError(f"{member.origin} is no SegFormer or UperNet, so it cannot be saved as part of an ensemble")
-    member.module.model.save_pretrained(folder)
-    image_processor(member.crop_size, member.normalization).save_pretrained(folder)

@@ -1,7 +1,7 @@
 """Files and folders that appear atomically, and their checksums.
 
 A file is written under a temporary name beside its place, flushed to the disk and renamed, so that neither a kill nor a
-power cut nor a full disk leaves half of it under its name.
+power cut nor a full disk leaves half of it under its name. What cannot be written or read is a `FileError`.
 """
 
 import hashlib
@@ -23,11 +23,7 @@ def temporary_path(path: Path) -> Path:
 
 @contextmanager
 def atomic_file(path: Path) -> Iterator[Path]:
-    """Yield a temporary path; what the block writes there replaces `path` if it ends without an error.
-
-    Raises:
-        FileError: it cannot be written.
-    """
+    """Yield a temporary path; what the block writes there replaces `path` if it ends without an error."""
     temporary = temporary_path(path)
     with file_errors(path, "cannot be written", DISK_HINT):
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -48,61 +44,45 @@ def write_atomic(path: Path, content: bytes | str) -> None:
 
 @contextmanager
 def atomic_folder(folder: Path) -> Iterator[Path]:
-    """Yield an empty temporary folder that replaces `folder` if the block ends without an error.
-
-    Raises:
-        FileError: something cannot be written.
-    """
-    temporary = temporary_path(folder)
-    with file_errors(folder, "cannot be written", DISK_HINT):
-        _empty(temporary)
-        try:
-            yield temporary
-            publish_folder(temporary, folder)
-        except BaseException:
-            shutil.rmtree(temporary, ignore_errors=True)
-            raise
-
-
-def publish_folder(temporary: Path, folder: Path) -> None:
-    """Flush a finished temporary folder and let it replace `folder`."""
-    for file in temporary.rglob("*"):
-        flush(file)
+    """Yield an empty temporary folder that replaces `folder` if the block ends without an error."""
     replaced = folder.with_name(f".replaced.{folder.name}")
-    remove(replaced)  # left by a run that was killed
-    if folder.exists():
-        os.replace(folder, replaced)
-    os.replace(temporary, folder)
-    flush(folder.parent)
-    remove(replaced)
+    with file_errors(folder, "cannot be written", DISK_HINT), _temporary_folder(temporary_path(folder)) as temporary:
+        yield temporary
+        _flush_all(temporary)
+        remove(replaced)  # left by a run that was killed
+        if folder.exists():
+            os.replace(folder, replaced)
+        os.replace(temporary, folder)
+        flush(folder.parent)
+        remove(replaced)
 
 
 @contextmanager
-def atomic_update(folder: Path, *, first: Iterable[str] = (), last: Iterable[str] = ()) -> Iterator[Path]:
+def atomic_update(folder: Path, *, first: Iterable[str] = (), last: str = "") -> Iterator[Path]:
     """Yield an empty temporary folder whose entries replace those of the same name in `folder`; other entries stay.
 
     Each entry is replaced atomically, but not all at once. So that no mixture of old and new entries is taken for
-    complete, the entries `first` are deleted before the others are replaced, and those `last` are written at the end.
-
-    Raises:
-        FileError: something cannot be written.
+    complete, the entries `first` are deleted before the others are replaced, and `last` is written at the end.
     """
-    temporary = folder / ".partial"
-    with file_errors(folder, "cannot be written", DISK_HINT):
-        _empty(temporary)
-        try:
-            yield temporary
-            for file in temporary.rglob("*"):
-                flush(file)
-            for name in first:
-                remove(folder / name)
-            last = [*last]
-            for entry in sorted(temporary.iterdir(), key=lambda entry: (entry.name in last, entry.name)):
-                if (folder / entry.name).is_dir():
-                    shutil.rmtree(folder / entry.name)
-                os.replace(entry, folder / entry.name)
-        finally:
-            shutil.rmtree(temporary, ignore_errors=True)
+    with file_errors(folder, "cannot be written", DISK_HINT), _temporary_folder(folder / ".partial") as temporary:
+        yield temporary
+        _flush_all(temporary)
+        for name in first:
+            remove(folder / name)
+        for entry in sorted(temporary.iterdir(), key=lambda entry: (entry.name == last, entry.name)):
+            if (folder / entry.name).is_dir():
+                shutil.rmtree(folder / entry.name)
+            os.replace(entry, folder / entry.name)
+
+
+@contextmanager
+def _temporary_folder(folder: Path) -> Iterator[Path]:
+    remove(folder)  # left by a run that was killed
+    folder.mkdir(parents=True)
+    try:
+        yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def remove(path: Path) -> None:
@@ -122,12 +102,12 @@ def flush(path: Path) -> None:
         os.close(descriptor)
 
 
+def _flush_all(folder: Path) -> None:
+    for file in folder.rglob("*"):
+        flush(file)
+
+
 def sha256_of(path: Path) -> str:
     """Return the sha256 of a file's bytes, in hexadecimal."""
     with file_errors(path, "cannot be read"), path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _empty(folder: Path) -> None:
-    remove(folder)  # left by a run that was killed
-    folder.mkdir(parents=True)

@@ -14,11 +14,12 @@ are the same.
 import argparse
 import dataclasses
 import difflib
+import operator
 import re
 import sys
 import types
 import typing
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, NoReturn, TypeVar, Union
@@ -28,6 +29,11 @@ import yaml
 from hf_seg.errors import UserError
 
 LOCAL_PATHS_FILE = "local_paths.yaml"
+_BOUNDS: dict[str, tuple[Callable[[Any, Any], bool], str]] = {
+    "above": (operator.gt, "more than"),
+    "low": (operator.ge, "at least"),
+    "high": (operator.le, "at most"),
+}
 
 Filled = TypeVar("Filled")
 
@@ -72,21 +78,14 @@ class Settings:
 
 
 def check_bounds(settings: Any) -> None:
-    """Check every field of a settings dataclass against the bounds declared beside it.
-
-    Raises:
-        UserError: naming the field, its value and its bounds.
-    """
+    """Raise `UserError` naming the first field of a settings dataclass outside the bounds declared beside it."""
     for field in dataclasses.fields(settings):
         value = getattr(settings, field.name)
-        bounds = {key: bound for key in ("above", "low", "high") if (bound := field.metadata.get(key)) is not None}
-        if value is None or not bounds:
-            continue
-        holds = {"above": value > bounds.get("above", 0), "low": value >= bounds.get("low", 0)}
-        holds["high"] = value <= bounds.get("high", 0)
-        if not all(holds[key] for key in bounds):
-            words = {"above": "more than", "low": "at least", "high": "at most"}
-            wanted = " and ".join(f"{words[key]} {bound:g}" for key, bound in bounds.items())
+        if value == []:
+            raise UserError(f"{field.name} must be one value or more; it is empty")
+        bounds = {key: field.metadata[key] for key in _BOUNDS if field.metadata.get(key) is not None}
+        if value is not None and not all(_BOUNDS[key][0](value, bound) for key, bound in bounds.items()):
+            wanted = " and ".join(f"{_BOUNDS[key][1]} {bound:g}" for key, bound in bounds.items())
             raise UserError(f"{field.name} must be {wanted}; it is {value!r}")
 
 
@@ -110,25 +109,15 @@ class Parser(argparse.ArgumentParser):
         return super().parse_known_args(words, namespace)
 
     def parse_args(self, args: Any = None, namespace: Any = None) -> Any:
-        """Parse a whole command line.
-
-        Raises:
-            UserError: an unknown flag, a missing or a wrong value.
-        """
+        """Parse a whole command line; raise `UserError` for an unknown flag, a missing or a wrong value."""
         found, unknown = self.parse_known_args(args, namespace)
         if unknown:
-            flags = [flag.lstrip("-") for action in self._all_actions() for flag in action.option_strings]
-            hint = nearest(unknown[0].partition("=")[0].lstrip("-"), flags).replace("mean '", "mean '--")
-            raise UserError(f"unknown setting {unknown[0]!r}{hint}")
+            groups = [each for each in self._actions if isinstance(each, argparse._SubParsersAction)]
+            parsers = [self, *(parser for group in groups for parser in group.choices.values())]
+            flags = [flag for parser in parsers for action in parser._actions for flag in action.option_strings]
+            key, known = unknown[0].partition("=")[0].lstrip("-"), [flag.lstrip("-") for flag in flags]
+            raise UserError(f"unknown setting {unknown[0]!r}{nearest(key, known, prefix='--')}")
         return found
-
-    def _all_actions(self) -> list[argparse.Action]:
-        """Return the actions of this parser and of its subcommands."""
-        actions = list(self._actions)
-        for action in self._actions:
-            if isinstance(action, argparse._SubParsersAction):
-                actions += [each for parser in action.choices.values() for each in parser._actions]
-        return actions
 
     def error(self, message: str) -> NoReturn:
         """Raise instead of printing all flags."""
@@ -157,8 +146,8 @@ class Parser(argparse.ArgumentParser):
 
 def filled(settings: type[Filled], namespace: argparse.Namespace) -> Filled:
     """Return a settings dataclass with what was given on a command line that has its flags (`add_settings`)."""
-    names = [field.name for field in dataclasses.fields(typing.cast(Any, settings))]
-    return settings(**{name: getattr(namespace, name) for name in names if hasattr(namespace, name)})
+    names = {field.name for field in dataclasses.fields(typing.cast(Any, settings))}
+    return settings(**{name: value for name, value in vars(namespace).items() if name in names})
 
 
 def _with_underscores(word: str) -> str:
@@ -173,7 +162,6 @@ def _shown(default: Any) -> str:
 
 
 def _how_to_parse(hint: Any) -> dict[str, Any]:
-    """Return what argparse needs to know of a field's type."""
     if typing.get_origin(hint) in (Union, types.UnionType):
         (hint,) = (option for option in typing.get_args(hint) if option is not type(None))
     if hint is bool:
@@ -195,15 +183,11 @@ Arguments = TypeVar("Arguments", bound=Settings)
 
 
 def parse_arguments(settings: type[Arguments], argv: Sequence[str] | None = None) -> Arguments:
-    """Read settings from `--config FILE` and the command line.
+    """Read settings from `--config FILE` and the command line, without the program's name (`sys.argv[1:]` if None).
 
     `--config toy/stage2_segformer.yaml` names one of the package's own files, if there is no such file here.
     Beside a `recipe.yaml` that a recipe has written, `local_paths.yaml` tells where its data lies on this machine, and
     is read with it.
-
-    Args:
-        settings: the recipe's dataclass.
-        argv: the command line without the program's name; `sys.argv[1:]` if None.
 
     Raises:
         UserError: unknown key (with the nearest known one), wrong type or value out of range, no such file.
@@ -213,17 +197,14 @@ def parse_arguments(settings: type[Arguments], argv: Sequence[str] | None = None
     parser.add_settings(settings)
     values = vars(parser.parse_args(argv))
     if values.get("config") is not None:
-        file = _find_config(values["config"])
+        file = Path(values["config"])
+        own = packaged_folder("recipes") / "configs" / file
+        if own.is_file() and not file.exists():
+            file = own
         local = file.with_name(LOCAL_PATHS_FILE)
         beside = read_settings(local, settings) if file.name == "recipe.yaml" and local.exists() else {}
         values = {**read_settings(file, settings), **beside, **values}
     return settings(**values)
-
-
-def _find_config(name: str) -> Path:
-    """Return the path of a settings file, or that of one in `recipes/configs`, where there is no such file."""
-    own = packaged_folder("recipes") / "configs" / name
-    return own if own.is_file() and not Path(name).exists() else Path(name)
 
 
 def packaged_folder(name: str) -> Path:
@@ -234,15 +215,14 @@ def packaged_folder(name: str) -> Path:
 
 def answer_help(settings: type[Settings], argv: Sequence[str] | None = None) -> None:
     """Print the help and exit where it is asked for; to be called before slow imports."""
-    words = sys.argv[1:] if argv is None else argv
-    if {"-h", "--help"} & {*words}:
-        parse_arguments(settings, words)
+    if {"-h", "--help"} & {*(sys.argv[1:] if argv is None else argv)}:
+        parse_arguments(settings, argv)
 
 
-def nearest(key: str, known: Iterable[str]) -> str:
+def nearest(key: str, known: Iterable[str], *, prefix: str = "") -> str:
     """Return `"; did you mean 'x'?"` for the known key most like `key`, or an empty string."""
     matches = difflib.get_close_matches(key.replace("-", "_"), known, n=1)
-    return f"; did you mean '{matches[0]}'?" if matches else ""
+    return f"; did you mean '{prefix}{matches[0]}'?" if matches else ""
 
 
 class StrictLoader(yaml.SafeLoader):
@@ -281,11 +261,9 @@ def read_settings(path: Path, settings: type[Settings]) -> dict[str, Any]:
     """
     try:
         values = yaml.load(path.read_text(encoding="utf-8"), StrictLoader)  # noqa: S506 (a SafeLoader)
-        values = {} if values is None else values  # an empty file
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: cannot be read as settings: {error}") from None
-    except (yaml.YAMLError, UserError) as error:
-        raise UserError(f"{path}: {' '.join(str(error).split())}") from None
+    except (OSError, ValueError, yaml.YAMLError) as error:
+        raise UserError(f"{path}: cannot be read as settings: {' '.join(str(error).split())}") from None
+    values = {} if values is None else values  # an empty file
     if not isinstance(values, dict):
         raise UserError(f"{path}: settings are lines of `key: value`; found a {type(values).__name__}")
     hints = typing.get_type_hints(settings)
@@ -302,13 +280,14 @@ def read_settings(path: Path, settings: type[Settings]) -> dict[str, Any]:
 
 
 def _has_type(value: Any, hint: Any) -> bool:
-    """Tell whether a value is of a type as a field declares it; whole numbers are floats too, booleans are not."""
-    if typing.get_origin(hint) in (Union, types.UnionType):
-        return any(_has_type(value, option) for option in typing.get_args(hint))
-    if typing.get_origin(hint) is Literal:
-        return value in typing.get_args(hint)
-    if typing.get_origin(hint) is list:
-        return isinstance(value, list) and all(_has_type(item, *typing.get_args(hint)) for item in value)
+    """Tell whether a value is of a field's type; whole numbers are floats too, booleans are not."""
+    kind, options = typing.get_origin(hint), typing.get_args(hint)
+    if kind in (Union, types.UnionType):
+        return any(_has_type(value, option) for option in options)
+    if kind is Literal:
+        return value in options
+    if kind is list:
+        return isinstance(value, list) and all(_has_type(item, options[0]) for item in value)
     if hint is float:
         return isinstance(value, int | float) and not isinstance(value, bool)
     return type(value) is hint

@@ -204,7 +204,7 @@ def test_tiles_without_labels_are_not_scored_silently(members: list[str], tmp_pa
 
 
 def test_no_member_is_refused() -> None:
-    with pytest.raises(UserError, match="model must be one folder or Hub id, or more"):
+    with pytest.raises(UserError, match="model must be one value or more; it is empty"):
         EnsembleArguments(model=[])
 
 

@@ -7,6 +7,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
+from hf_seg.arguments import OptimisationSettings
 from hf_seg.models import build_model
 from hf_seg.training.optimization import build_optimizer, build_schedule
 
@@ -14,10 +15,10 @@ TOYS = ("toy-segformer", "toy-convnextv2", "toy-swinv2")
 NORMS = (nn.LayerNorm, nn.BatchNorm2d)
 
 
-def build(name: str, **settings: float) -> tuple[PreTrainedModel, torch.optim.AdamW]:
+def build(name: str, **settings: Any) -> tuple[PreTrainedModel, torch.optim.AdamW]:
     model = build_model(name, crop_size=64, from_scratch=True)
     settings = {"learning_rate": 1e-3, "head_lr_multiplier": 10.0, "weight_decay": 0.01} | settings
-    return model, build_optimizer(model, **settings)
+    return model, build_optimizer(model, OptimisationSettings(**settings))
 
 
 def setting_of_each(model: PreTrainedModel, optimizer: torch.optim.Optimizer, setting: str) -> dict[str, float]:
@@ -85,9 +86,13 @@ def two_groups() -> torch.optim.AdamW:
     return torch.optim.AdamW(groups)
 
 
+def steps(total: int = 100, warmup: int = 20, power: float = 1.0) -> OptimisationSettings:
+    return OptimisationSettings(max_train_steps=total, warmup_steps=warmup, lr_power=power)
+
+
 def rates_at(step: int, *, total: int = 100, warmup: int = 20, power: float = 1.0) -> list[float]:
     optimizer = two_groups()
-    build_schedule(optimizer, max_train_steps=total, warmup_steps=warmup, power=power).step_update(step)
+    build_schedule(optimizer, steps(total, warmup, power)).step_update(step)
     return [group["lr"] for group in optimizer.param_groups]
 
 
@@ -118,7 +123,7 @@ def test_the_rate_never_rises_after_warm_up_nor_falls_before() -> None:
 
 def test_the_schedule_is_a_pure_function_of_the_step() -> None:
     optimizer = two_groups()
-    schedule = build_schedule(optimizer, max_train_steps=100, warmup_steps=20, power=0.9)
+    schedule = build_schedule(optimizer, steps(power=0.9))
     for step in (99, 3, 50, 50, 0, 20, 3):
         schedule.step_update(step)
         assert [group["lr"] for group in optimizer.param_groups] == rates_at(step, power=0.9)
@@ -126,9 +131,9 @@ def test_the_schedule_is_a_pure_function_of_the_step() -> None:
 
 def test_a_schedule_for_a_restored_optimizer_goes_on_from_the_step_alone() -> None:
     saved = two_groups()
-    build_schedule(saved, max_train_steps=100, warmup_steps=20, power=1.0).step_update(70)
+    build_schedule(saved, steps()).step_update(70)
     restored = two_groups()
-    schedule = build_schedule(restored, max_train_steps=100, warmup_steps=20, power=1.0)
+    schedule = build_schedule(restored, steps())
     restored.load_state_dict(saved.state_dict())
     schedule.step_update(71)
     assert [group["lr"] for group in restored.param_groups] == rates_at(71)

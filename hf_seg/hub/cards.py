@@ -4,39 +4,29 @@ A card is made from the files in its folder alone, so every figure in it was mea
 """
 
 import re
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jinja2
-import yaml
 from huggingface_hub import DatasetCard, DatasetCardData, EvalResult, ModelCard, ModelCardData
 
 from hf_seg.data.pseudo_label_dataset import CONFIDENCE_STEP
-from hf_seg.errors import UserError, file_errors
+from hf_seg.errors import UserError
 from hf_seg.files import write_atomic
-from hf_seg.hub.export import LAYOUTS, read_json, read_training_data
+from hf_seg.hub.export import read_record, read_training_data, without_paths
 from hf_seg.labels import CLASS_NAMES, IGNORE_INDEX, LABEL2ID, PALETTE
 from hf_seg.settings import packaged_folder
 
-_CAPTIONS = {
-    "curves": "Losses and validation mIoU over the steps",
-    "confusion_matrix": "Confusion matrix",
-    "panel": "Image, label and prediction of a few validation tiles",
-    "members": "IoU of the members and of the ensemble",
-    "uncertainty": "Entropy of the mean, label and prediction of the same tiles",
-}
 Provenance = dict[str, Any]  # as `read_provenance` returns it
 
 
-@dataclass(frozen=True)
-class _Scores:
+class _Column(NamedTuple):
     """One column of the table of results."""
 
     title: str
+    scores: dict[str, Any]  # as in `eval_results.json`
     data: Provenance  # of the tiles that were scored
-    values: dict[str, Any]  # as in `eval_results.json`
 
 
 def write_model_card(folder: Path) -> None:
@@ -49,7 +39,9 @@ def write_model_card(folder: Path) -> None:
     Raises:
         UserError: the folder contains no model, or a file in it is damaged.
     """
-    recipe = _read_recipe(folder)
+    recipe = read_record(folder / "recipe.yaml")
+    if not recipe:
+        raise UserError(f"{folder} has no recipe.yaml, which says how its model was made")
     if (folder / "ensemble.json").exists():
         template, header, facts = _describe_ensemble(folder, recipe)
     elif (folder / "config.json").exists():
@@ -58,7 +50,7 @@ def write_model_card(folder: Path) -> None:
         raise UserError(f"{folder} contains no model: neither config.json nor ensemble.json")
     facts |= {"name": folder.as_posix(), "title": header.model_name, "settings": recipe}
     facts["class_rows"] = [(index, name, bytes(PALETTE[index]).hex().upper()) for index, name in enumerate(CLASS_NAMES)]
-    facts["figures"] = list(_figures(folder))
+    facts["figures"] = [path.relative_to(folder) for path in folder.glob("figures/**/*.png")]
     loader = jinja2.FileSystemLoader(packaged_folder("model_cards"))
     environment = jinja2.Environment(loader=loader, undefined=jinja2.StrictUndefined)  # noqa: S701 (no HTML)
     body = re.sub(r"\n{3,}", "\n\n", environment.get_template(template).render(facts)).strip()
@@ -67,32 +59,31 @@ def write_model_card(folder: Path) -> None:
 
 def _describe_network(folder: Path, recipe: dict[str, Any]) -> tuple[str, ModelCardData, dict[str, Any]]:
     """Return template, header and facts of a single network; stage 1 has two, and data of two domains."""
-    config, stage = read_json(folder / "config.json"), 1 if "method" in recipe else 2
+    config, stage = read_record(folder / "config.json"), 1 if "method" in recipe else 2
     data = read_training_data(folder)
     has_student = (folder / "student" / "config.json").exists()
     columns = []
     for role, place in {"teacher": folder, "student": folder / "student"}.items() if has_student else [("", folder)]:
-        results = read_json(place / "eval_results.json")
+        results = read_record(place / "eval_results.json")
         domains = {"source": results, "target": results.get("target")} if stage == 1 else {"target": results}
         for domain, scores in domains.items():
             if scores:
                 title = ", ".join(filter(None, (role, domain if stage == 1 else "")))
-                columns.append(_Scores(title or "IoU", data[domain], scores))
+                columns.append(_Column(title or "IoU", scores, data[domain]))
 
     # What the weights come from, each with terms of its own
     name, labels = str(recipe["model_name_or_path"]), recipe.get("pseudo_labels")
     base_model = None if recipe["from_scratch"] else name
-    domains_used = {1: ["source", "target"] if recipe.get("method") == "dacs" else ["source"], 2: ["target"]}[stage]
-    datasets = [data[domain] for domain in domains_used]
+    used = {"dacs": ["source", "target"], "source_only": ["source"], None: ["target"]}[recipe.get("method")]
+    datasets = [data[domain] for domain in used]
     labels_id = labels and _hub_id(labels)
     other_terms = [each for each in (base_model and (_hub_id(base_model) or Path(base_model).name), labels_id) if each]
     moved = {"model_name_or_path": base_model, "pseudo_labels": labels}  # in the recipe by their last part, if local
 
-    losses = {"ce": "cross entropy", "rce": "reverse cross entropy", "lovasz": "Lovász-softmax"}
     encoder = config.get("backbone_config") or config
     header = _header(
         f"{_network_name(config)} for {'optical' if stage == 1 else 'SAR'} land cover",
-        [scores for scores in columns if not scores.title.startswith("student")],
+        [column for column in columns if not column.title.startswith("student")],
         ["optical" if stage == 1 else "sar", encoder["model_type"]],
         library_name="transformers",
         base_model=base_model and _hub_id(base_model),
@@ -105,28 +96,28 @@ def _describe_network(folder: Path, recipe: dict[str, Any]) -> tuple[str, ModelC
         "config": config,
         "encoder": encoder,
         "data": data,
-        "losses": [loss for key, loss in losses.items() if recipe.get(f"{key}_weight")],
+        "datasets": datasets,
+        "columns": columns,
         "pseudo_labels": labels and (labels_id or Path(labels).name),
         "local": {key: Path(value).name for key, value in moved.items() if value and _hub_id(value) is None},
-        "is_toy": name.startswith("toy-"),
-        "crop": read_json(folder / "preprocessor_config.json")["size"]["height"],
+        "other_terms": other_terms,
+        "is_free": header.license == "apache-2.0",
+        "crop": read_record(folder / "preprocessor_config.json")["size"]["height"],
     }
-    return f"{config['model_type']}.md", header, facts | _shared_facts(columns, datasets, other_terms)
+    return f"{config['model_type']}.md", header, facts
 
 
 def _describe_ensemble(folder: Path, recipe: dict[str, Any]) -> tuple[str, ModelCardData, dict[str, Any]]:
     """Return template, header and facts of an ensemble."""
-    members = [dict(member) for member in read_json(folder / "ensemble.json")["members"]]
+    members = without_paths(read_record(folder / "ensemble.json"))["members"]
     for member in members:
-        if member["revision"] is None:  # a folder: its path on this machine is not shared
-            member["origin"] = Path(member["origin"]).name
-        member["network"] = _network_name(read_json(folder / member["folder"] / "config.json"))
+        member["network"] = _network_name(read_record(folder / member["folder"] / "config.json"))
     data = read_training_data(folder)["target"]
-    results, columns = read_json(folder / "eval_results.json"), []
+    results, columns = read_record(folder / "eval_results.json"), []
     if results:
-        scores = [*zip((member["folder"] for member in members), results["members"], strict=True)]
-        columns = [_Scores(title, data, {**results, **own}) for title, own in scores]
-        columns.append(_Scores("ensemble", data, results))
+        scores = zip(members, results["members"], strict=True)
+        columns = [_Column(member["folder"], {**results, **own}, data) for member, own in scores]
+        columns.append(_Column("ensemble", results, data))
     image_kind = "SAR" if recipe["column"] == "sar" else "optical"
     header = _header(
         f"Ensemble of {len(members)} for {image_kind} land cover",
@@ -137,23 +128,23 @@ def _describe_ensemble(folder: Path, recipe: dict[str, Any]) -> tuple[str, Model
         license="other",
         license_name="terms-of-the-members",
     )
-    facts = {"members": members, "image_kind": image_kind, "data": data}
-    return "ensemble.md", header, facts | _shared_facts(columns, [data], [])
+    facts = {"members": members, "image_kind": image_kind, "data": data, "datasets": [data], "columns": columns}
+    return "ensemble.md", header, facts
 
 
-def _header(title: str, columns: list[_Scores], tags: list[str], *, split: str = "val", **more: Any) -> ModelCardData:
+def _header(title: str, columns: list[_Column], tags: list[str], *, split: str = "val", **more: Any) -> ModelCardData:
     """Return the card's metadata, by which the Hub shows the metrics."""
     results = [
         EvalResult(
             task_type="image-segmentation",
-            dataset_type=_dataset_type(scores.data),
-            dataset_name=scores.data["name"],
+            dataset_type=_dataset_type(column.data),
+            dataset_name=column.data["name"],
             dataset_split=split,
             metric_type=metric_type,
             metric_name=metric_name,
-            metric_value=scores.values[key],
+            metric_value=column.scores[key],
         )
-        for scores in columns
+        for column in columns
         for key, metric_type, metric_name in (
             ("mean_iou", "mean_iou", "mean IoU"),
             ("overall_accuracy", "accuracy", "overall accuracy"),
@@ -178,27 +169,11 @@ def _dataset_type(data: Provenance) -> str:
 
 
 def _license(datasets: Sequence[Provenance], other_terms: Sequence[str]) -> dict[str, Any]:
-    """Return the header's licence: Apache-2.0 where all that was learned from is, else the terms of the data.
-
-    Args:
-        datasets: what was learned from.
-        other_terms: pretrained networks and pseudo-labels that were used.
-    """
+    """Return the header's licence: Apache-2.0 where all that was learned from is, else the terms of the data."""
     is_free = all(data["synthetic"] and data["license"] == "Apache-2.0" for data in datasets)
     if is_free and not other_terms:
         return {"license": "apache-2.0"}
     return {"license": "other", "license_name": "terms-of-the-training-data"}
-
-
-def _shared_facts(columns: list[_Scores], datasets: Sequence[Provenance], other_terms: Sequence[str]) -> dict[str, Any]:
-    """Return what the sections that all cards share need."""
-    return {
-        "columns": [(scores.title, scores.values) for scores in columns],
-        "scored_on": "; ".join(dict.fromkeys(scores.data["name"] for scores in columns)),
-        "datasets": datasets,
-        "other_terms": other_terms,
-        "is_free": "license_name" not in _license(datasets, other_terms),
-    }
 
 
 def _hub_id(name: str) -> str | None:
@@ -213,43 +188,16 @@ def _network_name(config: dict[str, Any]) -> str:
     return " ".join(names.get(kind, kind) for kind in types if kind)
 
 
-def _figures(folder: Path) -> Iterator[tuple[str, str]]:
-    """Yield path and caption of the figures that a card shows, curves first, then domain by domain."""
-    found = [*folder.glob("figures/*.png"), *folder.glob("figures/*/*.png")]
-    known = [path for path in found if path.stem in _CAPTIONS]
-    for path in sorted(known, key=lambda path: (path.parent.as_posix(), [*_CAPTIONS].index(path.stem))):
-        domain = f" ({path.parent.name})" if path.parent.name in LAYOUTS else ""
-        yield path.relative_to(folder).as_posix(), _CAPTIONS[path.stem] + domain
-
-
-def _read_recipe(folder: Path) -> dict[str, Any]:
-    path = folder / "recipe.yaml"
-    if not path.exists():
-        raise UserError(f"{folder} has no recipe.yaml, which says how its model was made")
-    with file_errors(path, "cannot be read"):
-        content = path.read_bytes()
-    try:
-        return dict(yaml.safe_load(content))
-    except (yaml.YAMLError, TypeError, ValueError) as error:
-        raise UserError(f"{path} is damaged: {' '.join(str(error).split())}") from None
-
-
 def write_pseudo_label_card(folder: Path, summary: dict[str, Any]) -> None:
     """Write the README.md of a dataset of pseudo-labels, by whose header stock `load_dataset` finds the shards.
 
     Args:
         folder: of the dataset, with `training_data.json` where it exists.
         summary: what `manifest.json` says of models, settings and pixels.
-
-    Raises:
-        UserError: a file cannot be read or written.
     """
     data = read_training_data(folder)["target"]
     split = summary["settings"]["split"]
-    models = [dict(model) for model in summary["models"]]
-    for model in models:
-        if model["revision"] is None:  # a folder: its path on this machine is not shared
-            model["name"] = Path(model["name"]).name
+    models = without_paths(summary["models"])
     from_hub = [model["name"] for model in models if model["revision"] is not None]
     # datasets names its cache by the header alone: without the digest, new labels in an old place would not be read
     config: dict[str, Any] = {"config_name": "default", "description": f"labels {summary['labels_sha256']}"}

@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import yaml
 from transformers import PreTrainedModel, SegformerImageProcessor
 
 from hf_seg.errors import UserError, file_errors
@@ -12,7 +13,7 @@ from hf_seg.files import atomic_update, write_atomic
 from hf_seg.normalization import IMAGENET, Normalization
 
 TRAINING_DATA_FILE = "training_data.json"
-LAYOUTS = {"source": "OpenEarthMap", "target": "OpenEarthMap-SAR"}
+_LAYOUTS = {"source": "OpenEarthMap", "target": "OpenEarthMap-SAR"}
 _PROVENANCE_KEYS = ("name", "layout", "description", "license", "synthetic", "released", "labels")
 
 
@@ -45,8 +46,8 @@ def export_model(
 ) -> None:
     """Write weights (safetensors), config, processor, `recipe.yaml`, `eval_results.json` and `training_data.json`.
 
-    Everything is written to a temporary folder first, so a full disk or a kill does not damage an earlier model. While
-    the files are replaced there is no `config.json`, so no mixture of two models is taken for one.
+    Everything is written to a temporary folder first, so a full disk (`FileError`) or a kill does not damage an earlier
+    model. While the files are replaced there is no `config.json`, so no mixture of two models is taken for one.
 
     Args:
         model: a stock model.
@@ -54,12 +55,9 @@ def export_model(
         recipe: the resolved settings as YAML.
         results: from `evaluate_network`; None if the model was not scored.
         training_data: see `write_training_data`.
-
-    Raises:
-        FileError: the folder cannot be written.
     """
     # the scores of an earlier model are not those of this one
-    with atomic_update(folder, first=("config.json", "eval_results.json"), last=("config.json",)) as temporary:
+    with atomic_update(folder, first=("config.json", "eval_results.json"), last="config.json") as temporary:
         model.save_pretrained(temporary)
         image_processor(crop_size).save_pretrained(temporary)
         (temporary / "recipe.yaml").write_text(recipe, encoding="utf-8")
@@ -76,45 +74,43 @@ def write_training_data(folder: Path, provenance: Mapping[str, Mapping[str, Any]
         folder: of the model, the ensemble or the pseudo-labels.
         provenance: "source" and "target" for stage 1, "target" for everything else (an ensemble: the tiles that it was
             scored on); each as `read_provenance` returns it.
-
-    Raises:
-        FileError: the folder cannot be written.
     """
     kept = {domain: {key: found[key] for key in _PROVENANCE_KEYS} for domain, found in provenance.items()}
     write_atomic(folder / TRAINING_DATA_FILE, json.dumps(kept, indent=1))
 
 
 def read_training_data(folder: Path) -> dict[str, dict[str, Any]]:
-    """Read `training_data.json`.
-
-    Returns:
-        Provenance of "source" and "target"; where nothing was recorded, it names the layout alone.
-
-    Raises:
-        UserError: the file is damaged.
-    """
-    recorded = read_json(folder / TRAINING_DATA_FILE)
+    """Return the provenance of "source" and "target"; where nothing was recorded, it names the layout alone."""
+    recorded = read_record(folder / TRAINING_DATA_FILE)
     unknown = {"description": None, "license": None, "synthetic": False, "released": False, "labels": None}
     return {
         domain: {"name": f"data laid out as {layout}", "layout": layout, **unknown, **recorded.get(domain, {})}
-        for domain, layout in LAYOUTS.items()
+        for domain, layout in _LAYOUTS.items()
     }
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """Read a JSON object; an empty one if there is no such file.
-
-    Raises:
-        UserError: the file cannot be read, or is damaged.
-    """
+def read_record(path: Path) -> dict[str, Any]:
+    """Read a mapping from a JSON or YAML file, an empty one if there is no file; `UserError` if it is damaged."""
     if not path.exists():
         return {}
     with file_errors(path, "cannot be read"):
         content = path.read_bytes()
     try:
-        found = json.loads(content)
-    except ValueError as error:
-        raise UserError(f"{path} is damaged: {error}") from None
+        found = yaml.safe_load(content) if path.suffix == ".yaml" else json.loads(content)
+    except (ValueError, yaml.YAMLError) as error:
+        raise UserError(f"{path} is damaged: {' '.join(str(error).split())}") from None
     if not isinstance(found, dict):
-        raise UserError(f"{path} is damaged: it contains no JSON object")
+        raise UserError(f"{path} is damaged: it contains no mapping of keys to values")
     return found
+
+
+def without_paths(found: Any) -> Any:
+    """Shorten the path of each network that came from a local folder, and so has no revision, to its last part."""
+    if isinstance(found, list):
+        return [without_paths(each) for each in found]
+    if not isinstance(found, dict):
+        return found
+    portable = {key: without_paths(value) for key, value in found.items()}
+    if portable.get("revision", "") is None:
+        portable |= {key: Path(portable[key]).name for key in ("name", "origin") if key in portable}
+    return portable

@@ -13,13 +13,13 @@ from pathlib import Path
 from typing import Any
 
 from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, ModelCard, constants, get_token
-from huggingface_hub.utils import HFValidationError, validate_repo_id
+from huggingface_hub.utils import validate_repo_id
 
 from hf_seg.arguments import HubSettings
 from hf_seg.errors import UserError, file_errors
 from hf_seg.files import sha256_of
 from hf_seg.hub.cards import write_model_card
-from hf_seg.hub.export import TRAINING_DATA_FILE, read_json
+from hf_seg.hub.export import TRAINING_DATA_FILE, read_record, without_paths
 from hf_seg.inference.load import load_networks
 
 _WEIGHTS = ("config.json", "preprocessor_config.json", "model*.safetensors", "model.safetensors.index.json")
@@ -36,10 +36,8 @@ _SENT = {
 def publish(folder: Path, args: HubSettings) -> None:
     """Finish a recipe's output folder: write its card if it is a model's, and push it if that was asked for.
 
-    To be called by one process, after all others have finished.
-
-    Raises:
-        UserError: the push failed; the folder is as complete as without it.
+    To be called by one process, after all others have finished. If the push fails, which is a `UserError`, the folder
+    is as complete as without it.
     """
     if not (folder / "manifest.json").exists():
         write_model_card(folder)
@@ -48,11 +46,7 @@ def publish(folder: Path, args: HubSettings) -> None:
 
 
 def check_login(repository: str) -> None:
-    """Make sure that the Hub can be reached and that its client has a token that may write to a repository.
-
-    Raises:
-        UserError: what is missing, before hours of training show it.
-    """
+    """Raise `UserError` unless the Hub can be reached and its client has a token that may write to a repository."""
     if constants.HF_HUB_OFFLINE:
         raise UserError("a push needs the Hub, but HF_HUB_OFFLINE is set")
     if get_token() is None:
@@ -60,10 +54,10 @@ def check_login(repository: str) -> None:
     try:
         validate_repo_id(repository)
         account = HfApi().whoami()
-    except HFValidationError as error:
-        raise UserError(f"{repository} is not a valid name of a repository: {_one_line(error)}") from None
-    except Exception as error:  # network, login: of many kinds
-        raise UserError(f"the Hub cannot be reached, or does not accept the token ({_one_line(error)})") from None
+    except Exception as error:  # network, login, name: of many kinds
+        raise UserError(
+            f"the Hub cannot be reached, or does not accept the token or the name {repository} ({_one_line(error)})"
+        ) from None
     if account.get("auth", {}).get("accessToken", {}).get("role") == "read":
         raise UserError(f"the token of {account['name']} may only read; a push needs one that may write")
     names = [account["name"], *(each["name"] for each in account.get("orgs", []))]
@@ -72,11 +66,7 @@ def check_login(repository: str) -> None:
 
 
 def find_kind(folder: Path) -> str:
-    """Tell what a folder contains: "model", "ensemble" or "dataset".
-
-    Raises:
-        UserError: none of them, or a dataset that is not finished.
-    """
+    """Return "model", "ensemble" or "dataset"; `UserError` if a folder contains none, or an unfinished dataset."""
     if (folder / "inputs.json").exists() and not (folder / "manifest.json").exists():
         raise UserError(f"{folder} has no manifest.json yet: launch its recipe again to finish it")
     for kind, file in (("ensemble", "ensemble.json"), ("dataset", "manifest.json"), ("model", "config.json")):
@@ -105,17 +95,13 @@ def check_complete(folder: Path) -> dict[str, Path]:
         raise UserError(f"{files['README.md']} has no header, by which the Hub would know what it is")
     if missing := [link for link in re.findall(r"\]\((figures/[^)]+)\)", card) if link not in files]:
         raise UserError(f"{folder} is incomplete: its card shows {missing[0]}, which does not exist")
-    if kind == "dataset":
-        return _check_manifest(folder, files)
-    load_networks(folder)  # classes, crop, and every tensor
-    if (folder / "student").is_dir():
-        load_networks(folder, subfolder="student")
-    return files
+    if kind != "dataset":
+        load_networks(folder)  # classes, crop, and every tensor
+        if (folder / "student").is_dir():
+            load_networks(folder, subfolder="student")
+        return files
 
-
-def _check_manifest(folder: Path, files: Mapping[str, Path]) -> dict[str, Path]:
-    """Return the files that a dataset's manifest lists, and the manifest; each must have its checksum."""
-    listed = read_json(folder / "manifest.json").get("files")
+    listed = read_record(folder / "manifest.json").get("files")
     if not isinstance(listed, dict):
         raise UserError(f"{folder / 'manifest.json'} is damaged: it lists no files")
     for name, digest in listed.items():
@@ -140,11 +126,8 @@ def push(folder: Path, repository: str, private: bool = False, revision: str | N
     Raises:
         UserError: the folder is incomplete, or the push failed; how to try again.
     """
-    files = check_complete(folder)
-    place: dict[str, Any] = {
-        "repo_id": repository,
-        "repo_type": "dataset" if find_kind(folder) == "dataset" else "model",
-    }
+    files, kind = check_complete(folder), find_kind(folder)
+    place: dict[str, Any] = {"repo_id": repository, "repo_type": "dataset" if kind == "dataset" else "model"}
     api = HfApi()
     try:
         api.create_repo(**place, private=private or None, exist_ok=True)
@@ -154,26 +137,21 @@ def push(folder: Path, repository: str, private: bool = False, revision: str | N
             api.create_branch(**place, branch=revision, exist_ok=True)
         contents: dict[str, Any] = {**files, **_rewrite(files, repository, revision)}
         remote = api.list_repo_files(**place, revision=revision)
-        stale = [name for name in remote if name not in contents and any(_is_sent(name, kind) for kind in _SENT)]
+        stale = [name for name in remote if name not in contents and any(_is_sent(name, each) for each in _SENT)]
         # not `upload_folder`: it sends 250 files and more, or any number after a failure, in several commits
-        commit = api.create_commit(
-            **place,
-            operations=[
-                *(CommitOperationAdd(name, content) for name, content in contents.items()),
-                *(CommitOperationDelete(name) for name in stale),
-            ],
-            commit_message=_commit_message(folder),
-            revision=revision,
-        )
+        operations: list[Any] = [CommitOperationAdd(name, content) for name, content in contents.items()]
+        operations += [CommitOperationDelete(name) for name in stale]
+        message = _commit_message(folder, kind)
+        commit = api.create_commit(**place, operations=operations, commit_message=message, revision=revision)
     except Exception as error:  # network, login, name: of many kinds
         command = ["python", "scripts/push_to_hub.py", str(folder), repository]
         if private:
             command.append("--private")
         if revision is not None:
             command += ["--revision", revision]
+        reason, again = _one_line(error), shlex.join(command)
         raise UserError(
-            f"{folder} is complete and unchanged, but is not on the Hub ({_one_line(error)}); try again: "
-            f"{shlex.join(command)}"
+            f"{folder} is complete and unchanged, but is not on the Hub ({reason}); try again: {again}"
         ) from None
     return commit.commit_url
 
@@ -186,54 +164,37 @@ def _is_sent(name: str, kind: str) -> bool:
 def _rewrite(files: Mapping[str, Path], repository: str, revision: str | None) -> dict[str, bytes]:
     """Return the files that are sent with another content: local paths give way to the repository or a last part."""
     rewritten = {"README.md": _rename(_read_card(files["README.md"]), repository, revision).encode()}
-    for name in ("ensemble.json", "eval_results.json", "inputs.json", "manifest.json"):
+    for name in ("ensemble.json", "eval_results.json", "inputs.json", "manifest.json"):  # the checksums last
         if name in files:
-            found = read_json(files[name])
-            if (portable := _without_paths(found)) != found:
-                rewritten[name] = json.dumps(portable, indent=1).encode()
-    if "manifest.json" in files:
-        manifest = _without_paths(read_json(files["manifest.json"]))
-        checksums = {name: hashlib.sha256(content).hexdigest() for name, content in rewritten.items()}
-        manifest["files"] = {
-            name: checksums.get(name, digest) for name, digest in manifest["files"].items() if name in files
-        }
-        rewritten["manifest.json"] = json.dumps(manifest, indent=1).encode()
+            found = without_paths(read_record(files[name]))
+            if name == "manifest.json":
+                sent = {each: hashlib.sha256(content).hexdigest() for each, content in rewritten.items()}
+                listed = found["files"].items()
+                found["files"] = {each: sent.get(each, digest) for each, digest in listed if each in files}
+            rewritten[name] = json.dumps(found, indent=1).encode()
     return rewritten
 
 
 def _rename(card: str, repository: str, revision: str | None) -> str:
     """Write the repository into a card's code, where it names the folder."""
-    if (call := re.search(r'(model=|from_pretrained\(|load_dataset\()("[^"\n]+")', card)) is None:
+    calls = r"(model=|from_pretrained\(|load_dataset\()"
+    if (call := re.search(calls + r'("[^"\n]+")', card)) is None:
         return card  # written by the user
     argument, pinned = (f', revision="{revision}"', f"@{revision}") if revision else ("", "")
-    card = re.sub(
-        rf"(model=|from_pretrained\(|load_dataset\(){re.escape(call[2])}", rf'\1"{repository}"{argument}', card
-    )
+    card = re.sub(calls + re.escape(call[2]), rf'\1"{repository}"{argument}', card)
     return card.replace(call[2], f'"{repository}{pinned}"').replace("FOLDER_OR_HUB_ID", repository + pinned)
 
 
-def _without_paths(found: Any) -> Any:
-    """Shorten the path of each network that came from a local folder, and so has no revision, to its last part."""
-    if isinstance(found, list):
-        return [_without_paths(each) for each in found]
-    if not isinstance(found, dict):
-        return found
-    portable = {key: _without_paths(value) for key, value in found.items()}
-    if portable.get("revision", "") is None:
-        portable |= {key: Path(portable[key]).name for key in ("name", "origin") if key in portable}
-    return portable
-
-
-def _commit_message(folder: Path) -> str:
+def _commit_message(folder: Path, kind: str) -> str:
     """Return a commit message that says what this is: step and mIoU, as far as they are known."""
-    if manifest := read_json(folder / "manifest.json"):
+    if kind == "dataset":
+        manifest = read_record(folder / "manifest.json")
         return f"Pseudo-labels of {manifest['n_tiles']} tiles, {manifest['labels_sha256'][:12]}"
-    kind = "Ensemble" if (folder / "ensemble.json").exists() else "Model"
-    results = read_json(folder / "eval_results.json")
+    results = read_record(folder / "eval_results.json")
     if not results:
-        return f"{kind}, not scored"
+        return f"{kind.capitalize()}, not scored"
     step = f" of step {results['step']}" if "step" in results else ""
-    return f"{kind}{step}, mIoU {results['mean_iou']:.4f}"
+    return f"{kind.capitalize()}{step}, mIoU {results['mean_iou']:.4f}"
 
 
 def _read_card(path: Path) -> str:

@@ -4,6 +4,7 @@ A checkpoint is `<output_dir>/checkpoints/step_00001000/`: accelerate's state (w
 and `manifest.json` (progress, and the size of each file).
 """
 
+import contextlib
 import json
 import logging
 import signal
@@ -11,14 +12,13 @@ import sys
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from types import FrameType
-from typing import Any
 
 import torch
 from accelerate import Accelerator
 
 from hf_seg.arguments import RecipeArguments
 from hf_seg.errors import UserError, file_errors
-from hf_seg.files import DISK_HINT, publish_folder, remove, temporary_path
+from hf_seg.files import DISK_HINT, atomic_folder, remove, temporary_path
 from hf_seg.training.run_log import RunLog
 
 logger = logging.getLogger(__name__)
@@ -37,24 +37,20 @@ class Progress:
 def save_checkpoint(accelerator: Accelerator, output_dir: Path, progress: Progress, keep: int) -> Path:
     """Write a checkpoint on an optimizer-step boundary, then delete all but the newest `keep` and any of a later step.
 
-    To be called by every process.
-
-    Raises:
-        FileError: it cannot be written; earlier checkpoints stay.
+    To be called by every process. If it cannot be written, which is a `FileError`, earlier checkpoints stay.
     """
     place = output_dir / "checkpoints" / f"step_{progress.step:08d}"
-    temporary = temporary_path(place)
+    is_main = accelerator.is_main_process
     with file_errors(place, "cannot be written", DISK_HINT):
-        if accelerator.is_main_process:
-            remove(temporary)  # left by a run that was killed
-        accelerator.wait_for_everyone()
-        accelerator.save_state(str(temporary))
-        accelerator.wait_for_everyone()
-        if accelerator.is_main_process:
-            files = {str(f.relative_to(temporary)): f.stat().st_size for f in temporary.rglob("*") if f.is_file()}
-            manifest = {**asdict(progress), "num_processes": accelerator.num_processes, "files": files}
-            (temporary / "manifest.json").write_text(json.dumps(manifest, indent=1))
-            publish_folder(temporary, place)
+        with atomic_folder(place) if is_main else contextlib.nullcontext(temporary_path(place)) as temporary:
+            accelerator.wait_for_everyone()
+            accelerator.save_state(str(temporary))
+            accelerator.wait_for_everyone()
+            if is_main:
+                files = {str(f.relative_to(temporary)): f.stat().st_size for f in temporary.rglob("*") if f.is_file()}
+                manifest = {**asdict(progress), "num_processes": accelerator.num_processes, "files": files}
+                (temporary / "manifest.json").write_text(json.dumps(manifest, indent=1))
+        if is_main:
             complete = _complete_checkpoints(output_dir)
             newest = complete.index(place) + 1  # later ones are of a run that was resumed further back
             for old in complete[: max(newest - keep, 0)] + complete[newest:]:
@@ -63,30 +59,30 @@ def save_checkpoint(accelerator: Accelerator, output_dir: Path, progress: Progre
     return place
 
 
-def _read_manifest(folder: Path) -> dict[str, Any] | None:
-    """Return a checkpoint's manifest, or None if anything of the checkpoint is missing or cut short."""
+def _is_complete(folder: Path) -> bool:
+    """Tell whether every file of a checkpoint's manifest exists in full."""
     try:
-        manifest = json.loads((folder / "manifest.json").read_text())
-        is_complete = all((folder / name).stat().st_size == size for name, size in manifest["files"].items())
+        files = json.loads((folder / "manifest.json").read_text())["files"]
+        return all((folder / name).stat().st_size == size for name, size in files.items())
     except (OSError, ValueError, KeyError):
-        return None
-    return manifest if is_complete else None
+        return False
 
 
 def _complete_checkpoints(output_dir: Path) -> list[Path]:
     """Return the complete checkpoints, oldest first, and warn of the others."""
-    folders = sorted(output_dir.glob("checkpoints/step_*[0-9]"))
-    for folder in folders:
-        if _read_manifest(folder) is None:
+    complete = []
+    for folder in sorted(output_dir.glob("checkpoints/step_*[0-9]")):
+        if _is_complete(folder):
+            complete.append(folder)
+        else:
             logger.warning("%s is incomplete and is skipped", folder)
-    return [folder for folder in folders if _read_manifest(folder) is not None]
+    return complete
 
 
 def find_checkpoint(output_dir: Path, choice: str | None) -> Path | None:
     """Return the checkpoint to resume from, or None to begin at the beginning.
 
     Args:
-        output_dir: of the run.
         choice: None, "latest" (the newest complete one, if any) or a checkpoint folder.
 
     Raises:
@@ -104,36 +100,27 @@ def find_checkpoint(output_dir: Path, choice: str | None) -> Path | None:
         if not existing:
             logger.warning("no checkpoint in %s yet: starting from the beginning", output_dir)
         return existing[-1] if existing else None
-    if _read_manifest(Path(choice)) is None:
+    if not _is_complete(Path(choice)):
         others = ", ".join(str(folder) for folder in existing) or "none"
         raise UserError(f"--resume_from_checkpoint {choice} is no complete checkpoint; complete ones: {others}")
     return Path(choice)
 
 
 def load_checkpoint(accelerator: Accelerator, folder: Path) -> Progress:
-    """Restore weights, optimizer, scaler and RNGs in place, and return the progress.
-
-    Raises:
-        UserError: the weights do not fit the model.
-    """
+    """Restore weights, optimizer, scaler and RNGs in place; `UserError` if they do not fit the model."""
     try:
         accelerator.load_state(str(folder))
     except (RuntimeError, ValueError) as error:  # a size mismatch of a model, of an optimizer
         reason = " ".join(str(error).split())[:300]
         raise UserError(f"{folder} contains another model or optimizer than these settings build: {reason}") from None
-    manifest = json.loads((folder / "manifest.json").read_text())
-    if manifest["num_processes"] != accelerator.num_processes:
-        logger.warning(
-            "the checkpoint is of %d processes, now there are %d", manifest["num_processes"], accelerator.num_processes
-        )
+    manifest, now = json.loads((folder / "manifest.json").read_text()), accelerator.num_processes
+    if manifest["num_processes"] != now:
+        logger.warning("the checkpoint is of %d processes, now there are %d", manifest["num_processes"], now)
     return Progress(**{field.name: manifest[field.name] for field in fields(Progress)})
 
 
 class StopSignal:
-    """Turns Ctrl-C and SIGTERM into a question that the loop asks between two steps.
-
-    A second signal does what it would have done without us.
-    """
+    """Turns Ctrl-C and SIGTERM into a question that the loop asks between two steps; a second one acts at once."""
 
     def __init__(self, accelerator: Accelerator) -> None:
         self._accelerator = accelerator
@@ -166,8 +153,7 @@ def save_or_stop(
 
     To be called by every process.
     """
-    is_last = progress.step == args.max_train_steps
-    received = stop.received()
+    received, is_last = stop.received(), progress.step == args.max_train_steps
     is_due = args.checkpointing_steps > 0 and progress.step % args.checkpointing_steps == 0
     if not (received or is_last or is_due):
         return

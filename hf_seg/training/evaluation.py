@@ -27,11 +27,7 @@ PANEL_ROWS = 4
 def evaluate_network(
     network: nn.Module, images: LabelledImages, accelerator: Accelerator, args: RecipeArguments
 ) -> dict[str, Any]:
-    """Score a network in training (not wrapped for distributed training); it is put into eval mode and back.
-
-    Returns:
-        As `evaluate`.
-    """
+    """Score a network in training (unwrapped) as `evaluate` does; it is put into eval mode and back."""
     was_training = network.training
     results, _ = evaluate(trained_predictor(network, accelerator, args), images, accelerator)
     network.train(was_training)
@@ -60,7 +56,6 @@ def evaluate(
     """Score networks and their average in one pass over the images, shared among the processes.
 
     Args:
-        predictor: the networks.
         title: of the progress bar.
         on_prediction: called with (image_id, label map, label) of each image of this process.
 
@@ -103,7 +98,6 @@ def draw_results(
     """Draw the confusion matrix, and a panel of image | label | prediction on a few evenly spread images.
 
     Args:
-        results: of `evaluate`.
         folder: takes `confusion_matrix.png`, `panel.png` and, with the entropy in place of the image,
             `uncertainty.png`.
         titles: of the panel's columns.

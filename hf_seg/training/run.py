@@ -23,7 +23,7 @@ from hf_seg.training.run_log import check_tracker
 
 
 def start_accelerator(args: HubSettings, mixed_precision: str, **options: Any) -> Accelerator:
-    """Start the accelerator and the console's log, and make sure that the result can be pushed, if it is to be.
+    """Start the accelerator and the console's log.
 
     Raises:
         UserError: settings that do not fit this machine, or a Hub that would refuse the push.
@@ -61,12 +61,9 @@ def open_run(args: RecipeArguments) -> tuple[Accelerator, Path | None]:
 
 
 def finish_run(accelerator: Accelerator, args: RecipeArguments) -> None:
-    """Draw the curves of a run whose models are exported, end the tracker, write the card, and push if asked to.
+    """Draw the curves of a run whose models are exported, end the tracker, and `publish` the folder.
 
     To be called by every process, last of all.
-
-    Raises:
-        UserError: the push failed; the folder is as complete as without it.
     """
     output_dir = Path(args.output_dir)
     if accelerator.is_main_process:
@@ -84,15 +81,14 @@ def _require_login(args: HubSettings, accelerator: Accelerator) -> None:
         return
     for client in ("httpx", "httpx2"):  # of the Hub, by its version
         logging.getLogger(client).setLevel(logging.WARNING)  # or each request is a line
-    problem: list[str | None] = [None]
+    problems = [""]
     if accelerator.is_main_process:
         try:
             check_login(args.hub_model_id)
         except UserError as error:
-            problem = [str(error)]
-    broadcast_object_list(problem)
-    if problem[0] is not None:
-        raise UserError(problem[0])
+            problems = [str(error)]
+    if problem := broadcast_object_list(problems)[0]:
+        raise UserError(problem)
 
 
 def build_network(args: RecipeArguments, accelerator: Accelerator) -> SegmentationNetwork:
@@ -110,11 +106,5 @@ def build_network(args: RecipeArguments, accelerator: Accelerator) -> Segmentati
 
 def build_optimization(model: PreTrainedModel, args: RecipeArguments) -> tuple[torch.optim.AdamW, PolyLRScheduler]:
     """Build optimizer and schedule; the schedule is not for `accelerator.prepare`."""
-    optimizer = build_optimizer(
-        model,
-        learning_rate=args.learning_rate,
-        head_lr_multiplier=args.head_lr_multiplier,
-        weight_decay=args.weight_decay,
-    )
-    steps = {"max_train_steps": args.max_train_steps, "warmup_steps": args.warmup_steps}
-    return optimizer, build_schedule(optimizer, **steps, power=args.lr_power)
+    optimizer = build_optimizer(model, args)
+    return optimizer, build_schedule(optimizer, args)

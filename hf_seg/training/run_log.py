@@ -29,32 +29,21 @@ class RunLog:
 
     Args:
         accelerator: built with `log_with=args.report_to`.
-        step: optimizer steps done; what metrics.jsonl holds beyond it, from a run that was killed, is cut off.
+        step: optimizer steps done; what metrics.jsonl contains beyond it, from a run that was killed, is cut off.
     """
 
     def __init__(self, accelerator: Accelerator, args: RecipeArguments, step: int) -> None:
-        self.accelerator = accelerator
-        self.logging_steps = args.logging_steps
-        self.last_step = args.max_train_steps
-        self.path = Path(args.output_dir) / "metrics.jsonl"
-        self._sums: dict[str, Tensor] = {}
-        self._count = 0
-        self._images = 0
-        self._since = time.perf_counter()
+        run = Path(args.output_dir)
+        self.accelerator, self.args, self.path = accelerator, args, run / "metrics.jsonl"
+        self.restart_clock()
         if accelerator.is_main_process:
             kept = [line for line in read_metrics(self.path) if line["step"] <= step]
             write_atomic(self.path, "".join(json.dumps(line) + "\n" for line in kept))
         settings = {key: value for key, value in asdict(args).items() if isinstance(value, int | float | str)}
-        run = Path(args.output_dir)
         names = {"wandb": {"name": run.name, "dir": str(run)}, "trackio": {"name": run.name}}
         accelerator.init_trackers("hf_seg", config=settings, init_kwargs=names)
-        self.bar = tqdm(
-            total=args.max_train_steps,
-            initial=step,
-            unit="step",
-            smoothing=0.05,
-            disable=not accelerator.is_main_process,
-        )
+        is_hidden = not accelerator.is_main_process
+        self.bar = tqdm(total=args.max_train_steps, initial=step, unit="step", smoothing=0.05, disable=is_hidden)
 
     def add(self, losses: dict[str, Tensor], images: int) -> None:
         """Take note of one micro-batch: its losses, and its images over all processes."""
@@ -64,7 +53,7 @@ class RunLog:
         self._images += images
 
     def require_finite(self, loss: Tensor, step: int, image_ids: list[str]) -> None:
-        """Raise `UserError` naming step and images where the loss is not a number."""
+        """Raise `UserError` naming step and images where the loss is not finite."""
         if not math.isfinite(loss.item()):
             self.close()
             raise UserError(
@@ -75,11 +64,10 @@ class RunLog:
     def end_step(self, step: int, learning_rate: float) -> dict[str, float] | None:
         """Advance the bar; every `logging_steps` steps, and after the last, write the means since, and return them."""
         self.bar.update()
-        if step % self.logging_steps and step < self.last_step:
+        if step % self.args.logging_steps and step < self.args.max_train_steps:
             return None
-        means = {
-            name: float(self.accelerator.reduce(total / self._count, "mean")) for name, total in self._sums.items()
-        }
+        reduce = self.accelerator.reduce
+        means = {name: float(reduce(total / self._count, "mean")) for name, total in self._sums.items()}
         rate = self._images / (time.perf_counter() - self._since)
         self.bar.set_postfix(loss=f"{means['loss']:.3f}", lr=f"{learning_rate:.1e}", img_s=f"{rate:.1f}")
         record = {"step": step, **means, "learning_rate": learning_rate, "images_per_second": round(rate, 2)}
@@ -91,7 +79,8 @@ class RunLog:
 
     def restart_clock(self) -> None:
         """Begin a new average, e.g. after a validation."""
-        self._sums, self._count, self._images, self._since = {}, 0, 0, time.perf_counter()
+        self._sums: dict[str, Tensor] = {}
+        self._count, self._images, self._since = 0, 0, time.perf_counter()
 
     def write(self, record: dict[str, Any]) -> None:
         """Append one line to metrics.jsonl and send its numbers to the tracker."""

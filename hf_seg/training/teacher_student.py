@@ -55,15 +55,9 @@ def export_both(
         "source": read_provenance(args.source_dir, "OpenEarthMap"),
         "target": read_provenance(args.data_dir, "OpenEarthMap-SAR"),
     }
+    shared: dict[str, Any] = {"crop_size": args.crop_size, "recipe": dump_recipe(args), "training_data": training_data}
     for name, place in (("student", folder / "student"), ("teacher", folder)):
         results: dict[str, Any] | None = None
         if scores is not None:
             results = {**scores[name]["source"], "target": scores[name].get("target"), "step": step}
-        export_model(
-            networks[name].model,
-            place,
-            crop_size=args.crop_size,
-            recipe=dump_recipe(args),
-            results=results,
-            training_data=training_data,
-        )
+        export_model(networks[name].model, place, results=results, **shared)
