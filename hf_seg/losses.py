@@ -185,13 +185,6 @@ class _LovaszSoftmax(torch.autograd.Function):
         return grad_logits * grad_output, None, None
 
 
-# With the errors of a class in descending order, their coefficients are the steps of the Jaccard loss as the pixels
-# turn wrong one after the other. With `remaining` foreground pixels still right and `union`, both after the step, it is
-# 1 / union at a foreground pixel and remaining / (union (union - 1)) at a background pixel. This form has no
-# cancellation; the difference of neighbouring Jaccard values loses float32 digits with every further pixel. Both are
-# counted in integers, since float32 stops counting at 2^24.
-
-
 def _lovasz_on_cpu(probs: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
     """Compute the loss and its gradient from the pixels that have an influence.
 
@@ -206,43 +199,41 @@ def _lovasz_on_cpu(probs: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         Scalar loss, and its (C, N) gradient with respect to `probs`.
     """
     grad = torch.zeros_like(probs)
+    loss = probs.new_zeros(())
     label_of = labels.to(torch.int32).numpy()
     valid = label_of >= 0
-    present = np.flatnonzero(np.bincount(label_of[valid]))
-    loss = 0.0
-    for index in present.tolist():
+    present = np.flatnonzero(np.bincount(label_of[valid])).tolist()
+    for index in present:
         foreground = label_of == index
         errors = np.abs(foreground - probs[index].numpy())
+        smallest = errors[np.flatnonzero(foreground)].min()
         # Written so that NaN is kept, and the loss becomes NaN.
-        kept = np.flatnonzero(~(errors < errors[foreground].min()) & valid)
-        order = kept[_descending_order(errors[kept])]
-        is_foreground = foreground[order]
-        n_wrong = is_foreground.cumsum(dtype=np.int32)
-        remaining = n_wrong[-1] - n_wrong
-        union = remaining + np.arange(1, len(order) + 1, dtype=np.int32)
-        steps = remaining.astype(errors.dtype)
-        steps /= np.maximum(union - 1, 1).astype(errors.dtype)
-        steps[is_foreground] = 1
-        steps /= union.astype(errors.dtype) * len(present)
-        loss += float((errors[order] * steps).sum())
-        grad[index].numpy()[order] = np.negative(steps, out=steps, where=is_foreground)
-    return probs.new_tensor(loss), grad
+        kept = np.flatnonzero(~(errors < smallest) & valid)
+        order = _by_descending_error(kept, errors[kept])
+        is_foreground = torch.from_numpy(foreground[order])
+        steps = _jaccard_steps(is_foreground, probs.dtype).div_(len(present))
+        loss += (torch.from_numpy(errors[order]) * steps).sum()
+        grad[index].scatter_(0, torch.from_numpy(order), torch.where(is_foreground, -steps, steps))
+    return loss, grad
 
 
-def _descending_order(errors: np.ndarray) -> np.ndarray:
-    """Return the stable permutation that sorts float32 or float64 errors >= 0 in descending order."""
+def _by_descending_error(pixels: np.ndarray, errors: np.ndarray) -> np.ndarray:
+    """Sort ascending int64 pixel numbers by their float32 or float64 errors >= 0, the largest first; stable."""
     if errors.dtype != np.float32:
-        return np.argsort(-errors, kind="stable")
-    # The bits of a float32 >= 0 are ordered as its value. With the index below them the keys are unique, so that
-    # numpy's vectorised sort, which is not stable, has one result; it takes a tenth of the time of a stable argsort.
-    keys = (np.uint32(0x7FFFFFFF) - errors.view(np.uint32)).astype(np.uint64) << np.uint64(32)
-    keys |= np.arange(len(errors), dtype=np.uint64)
+        return pixels[np.argsort(-errors, kind="stable")]
+    # The bits of a float32 >= 0 are ordered as its value. With the pixel's number below them the keys are unique, so
+    # that numpy's vectorised sort, which is not stable, has one result; it takes a tenth of the time of a stable one.
+    keys = errors.view(np.uint32).astype(np.uint64)
+    np.subtract(np.uint64(0x7FFFFFFF), keys, out=keys)
+    keys <<= np.uint64(32)
+    keys |= pixels.view(np.uint64)
     keys.sort()
-    return keys.astype(np.uint32)
+    keys &= np.uint64(0xFFFFFFFF)
+    return keys.view(np.int64)
 
 
 def _lovasz_on_device(probs: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-    """Compute the same as `_lovasz_on_cpu` by sorting all pixels of all classes: the host never waits."""
+    """Compute the same as `_lovasz_on_cpu` by sorting all pixels of all classes, so that the host never waits."""
     grad = torch.empty_like(probs)
     loss, n_present = probs.new_zeros(()), labels.new_zeros(())
     ignored = labels < 0
@@ -251,17 +242,36 @@ def _lovasz_on_device(probs: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         # Ignored pixels come last: no foreground remains there, so their steps are 0 without any mask.
         errors = (foreground.to(probs.dtype) - class_probs).abs_().masked_fill_(ignored, -1)
         errors, order = errors.sort(descending=True, stable=True)
-        foreground = foreground[order]
-        remaining = foreground.sum() - foreground.cumsum(0)
-        union = remaining + torch.arange(1, len(remaining) + 1, device=remaining.device)
-        # With union = 1 the step is 1 or, class absent, 0.
-        background_step = remaining.to(probs.dtype) / (union - 1).clamp_(min=1)
-        steps = torch.where(foreground, 1, background_step) / union
+        is_foreground = foreground[order]
+        steps = _jaccard_steps(is_foreground, probs.dtype)
         loss += (errors * steps).sum()
-        grad[index].scatter_(0, order, torch.where(foreground, -steps, steps))
+        grad[index].scatter_(0, order, torch.where(is_foreground, -steps, steps))
         n_present += foreground.any()
     n_present.clamp_(min=1)
     return loss / n_present, grad.div_(n_present)
+
+
+def _jaccard_steps(foreground: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return the steps of a class's Jaccard loss as its pixels turn wrong one after the other.
+
+    With `remaining` foreground pixels still right and `union`, both after the step, a step is 1 / union at a foreground
+    pixel and remaining / (union (union - 1)) at a background pixel. This form has no cancellation; the difference of
+    neighbouring Jaccard values loses float32 digits with every further pixel.
+
+    Args:
+        foreground: (M,) bool, the pixels of the class, in descending order of the errors.
+        dtype: of the result.
+
+    Returns:
+        (M,), all 0 if the class is absent.
+    """
+    # Counted in integers, since float32 stops counting at 2^24.
+    wrong = foreground.cumsum(0, dtype=torch.int32)
+    remaining = wrong[-1:] - wrong
+    union = remaining + torch.arange(1, len(wrong) + 1, dtype=torch.int32, device=wrong.device)
+    # With union = 1 the step is 1 or, class absent, 0.
+    background_step = remaining.to(dtype) / (union - 1).clamp_(min=1)
+    return torch.where(foreground, 1, background_step) / union
 
 
 def _negative_log_likelihood(logits: Tensor, labels: Tensor, ignore_index: int) -> tuple[Tensor, Tensor]:
