@@ -13,6 +13,7 @@ all-weather land cover mapping".
 import math
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -40,14 +41,17 @@ def cross_entropy(
     Raises:
         ValueError: shapes that do not fit, or (on a CPU) a label that is neither a class nor `ignore_index`.
     """
-    nll, n_valid = _negative_log_likelihood(logits, labels, ignore_index)
-    if weights is not None:
-        nll = nll * _per_pixel(weights, labels)
-    return nll.sum() / n_valid.clamp(min=1)
+    nll, valid = _negative_log_likelihood(logits, labels, ignore_index)
+    return _mean_over_valid(nll, valid, weights)
 
 
 def reverse_cross_entropy(
-    logits: Tensor, labels: Tensor, *, epsilon: float = 1e-4, ignore_index: int = IGNORE_INDEX
+    logits: Tensor,
+    labels: Tensor,
+    *,
+    weights: Tensor | None = None,
+    epsilon: float = 1e-4,
+    ignore_index: int = IGNORE_INDEX,
 ) -> Tensor:
     """Cross entropy with prediction and label swapped (Wang et al. 2019; eq. 9).
 
@@ -56,20 +60,21 @@ def reverse_cross_entropy(
     Args:
         logits: (B, C, H, W).
         labels: (B, H, W) integer class ids.
+        weights: see `cross_entropy`.
         epsilon: label probability of the absent classes; keeps the log finite.
         ignore_index: label of the pixels without a class.
 
     Returns:
-        Scalar mean over valid pixels; 0 (with gradient) if there are none.
+        Scalar: the weighted sum over the valid pixels divided by their number; 0 (with gradient) if there are none.
 
     Raises:
         ValueError: as `cross_entropy`, or `epsilon` not positive.
     """
-    nll, n_valid = _negative_log_likelihood(logits, labels, ignore_index)
-    return _reverse_from_nll(nll, n_valid, epsilon)
+    nll, valid = _negative_log_likelihood(logits, labels, ignore_index)
+    return _mean_over_valid(_reverse_from_nll(nll, valid, epsilon), valid, weights)
 
 
-def lovasz_softmax(logits: Tensor, labels: Tensor, *, ignore_index: int = IGNORE_INDEX) -> Tensor:
+def lovasz_softmax(logits: Tensor, labels: Tensor, *, stride: int = 1, ignore_index: int = IGNORE_INDEX) -> Tensor:
     """Extend 1 - IoU to probabilities: the Lovász-softmax loss (Berman et al. 2018, eq. 8 and 9).
 
     The mean over the classes present in the labels of the whole batch. For a prediction of zeros and ones it equals the
@@ -81,15 +86,22 @@ def lovasz_softmax(logits: Tensor, labels: Tensor, *, ignore_index: int = IGNORE
     Args:
         logits: (B, C, H, W).
         labels: (B, H, W) integer class ids.
+        stride: use every `stride`-th row and column of pixels only. With more than 1 it is another loss, of an image
+            with fewer pixels, and faster in proportion; where the logits were upsampled by `stride`, neighbours tell
+            little more.
         ignore_index: label of the pixels without a class.
 
     Returns:
         Scalar; 0 (with gradient) if no pixel is valid.
 
     Raises:
-        ValueError: as `cross_entropy`.
+        ValueError: as `cross_entropy`, or `stride` less than 1.
     """
+    if stride < 1:
+        raise ValueError(f"the stride of the Lovász-softmax must be >= 1, got {stride}")
     labels = _checked_labels(logits, labels, ignore_index)
+    if stride > 1:
+        logits, labels = logits[..., ::stride, ::stride], labels[:, ::stride, ::stride]
     return _LovaszSoftmax.apply(_at_least_float32(logits), labels, ignore_index)
 
 
@@ -100,6 +112,8 @@ def noise_robust_loss(
     ce_weight: float = 1.0,
     rce_weight: float = 1.0,
     lovasz_weight: float = 1.0,
+    weights: Tensor | None = None,
+    lovasz_stride: int = 1,
     epsilon: float = 1e-4,
     ignore_index: int = IGNORE_INDEX,
 ) -> dict[str, Tensor]:
@@ -111,6 +125,8 @@ def noise_robust_loss(
         ce_weight: factor of `cross_entropy`; a term of weight 0 is not computed.
         rce_weight: factor of `reverse_cross_entropy`.
         lovasz_weight: factor of `lovasz_softmax`.
+        weights: weights of images or pixels in the two cross entropies, see `cross_entropy`; Lovász-softmax has none.
+        lovasz_stride: `stride` of `lovasz_softmax`; another loss if it is not 1.
         epsilon: see `reverse_cross_entropy`.
         ignore_index: label of the pixels without a class.
 
@@ -128,13 +144,13 @@ def noise_robust_loss(
     logits = _at_least_float32(logits)
     terms: dict[str, Tensor] = {}
     if ce_weight or rce_weight:
-        nll, n_valid = _negative_log_likelihood(logits, labels, ignore_index)
+        nll, valid = _negative_log_likelihood(logits, labels, ignore_index)
         if ce_weight:
-            terms["ce"] = nll.sum() / n_valid.clamp(min=1)
+            terms["ce"] = _mean_over_valid(nll, valid, weights)
         if rce_weight:
-            terms["rce"] = _reverse_from_nll(nll, n_valid, epsilon)
+            terms["rce"] = _mean_over_valid(_reverse_from_nll(nll, valid, epsilon), valid, weights)
     if lovasz_weight:
-        terms["lovasz"] = lovasz_softmax(logits, labels, ignore_index=ignore_index)
+        terms["lovasz"] = lovasz_softmax(logits, labels, stride=lovasz_stride, ignore_index=ignore_index)
     loss = torch.stack([factors[name] * term for name, term in terms.items()]).sum()
     return {"loss": loss} | {name: terms.get(name, torch.zeros_like(loss)).detach() for name in factors}
 
@@ -142,32 +158,24 @@ def noise_robust_loss(
 class _LovaszSoftmax(torch.autograd.Function):
     """Lovász-softmax with its gradient computed in the forward pass.
 
-    The loss is linear in the errors while their order lasts, so the gradient is known as soon as they are sorted. Going
-    class by class, only the gradient with respect to the logits is kept, 36 MiB per 1024 x 1024 x 9 image; automatic
-    differentiation would keep permutation, errors and steps of all classes.
+    The loss is linear in the errors while their order lasts, so the gradient is known as soon as they are sorted. Only
+    the gradient with respect to the logits is kept, 36 MiB per 1024 x 1024 x 9 image; automatic differentiation would
+    keep permutation, errors and steps of all classes.
     """
 
     @staticmethod
     def forward(ctx: Any, logits: Tensor, labels: Tensor, ignore_index: int) -> Tensor:
         """Sort each class's errors; (B, C, H, W) logits, (B, H, W) int64 labels -> scalar."""
-        ignored = (labels == ignore_index).flatten()
+        classes_first = logits.movedim(1, 0)
+        probs = classes_first.flatten(1).softmax(dim=0)  # (C, N)
         # -1 is nobody's class, also when ignore_index is one of 0..C-1.
-        labels = labels.flatten().masked_fill(ignored, -1)
-        probs = logits.softmax(dim=1)
-        grad_probs = torch.empty_like(probs)
-        loss, n_present = probs.new_zeros(()), labels.new_zeros(())
-        for index in range(logits.shape[1]):
-            foreground = labels == index
-            class_loss, class_grad = _lovasz_class(probs[:, index].flatten(), foreground, ignored)
-            grad_probs[:, index] = class_grad.view_as(grad_probs[:, index])
-            loss += class_loss
-            n_present += foreground.any()
-        n_present.clamp_(min=1)
+        labels = labels.flatten().masked_fill(labels.flatten() == ignore_index, -1)
+        loss, grad = (_lovasz_on_cpu if probs.device.type == "cpu" else _lovasz_on_device)(probs, labels)
         if ctx.needs_input_grad[0]:
             # Through the softmax: d/dz_k = p_k (g_k - sum_c p_c g_c).
-            inner = (probs * grad_probs).sum(dim=1, keepdim=True)
-            ctx.save_for_backward(grad_probs.sub_(inner).mul_(probs).div_(n_present))
-        return loss / n_present
+            grad = grad.sub_((probs * grad).sum(dim=0)).mul_(probs)
+            ctx.save_for_backward(grad.view_as(classes_first).movedim(0, 1).contiguous())
+        return loss
 
     @staticmethod
     @once_differentiable
@@ -177,66 +185,127 @@ class _LovaszSoftmax(torch.autograd.Function):
         return grad_logits * grad_output, None, None
 
 
-def _lovasz_class(probs: Tensor, foreground: Tensor, ignored: Tensor) -> tuple[Tensor, Tensor]:
-    """Compute one class's Lovász extension of 1 - IoU and its gradient; both 0 where the class is absent.
+def _lovasz_on_cpu(probs: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    """Compute the loss and its gradient from the pixels that have an influence.
 
-    With the errors in descending order, their coefficients are the steps of the Jaccard loss as the pixels turn wrong
-    one after the other. With `remaining` foreground pixels still right and `union`, both after the step, a step is
-    1 / union at a foreground pixel and remaining / (union (union - 1)) elsewhere. This form has no cancellation; the
-    difference of neighbouring Jaccard values loses float32 digits with every further pixel.
+    Absent classes are skipped. In a class, a background pixel has a step of 0 once all foreground pixels are wrong, so
+    those with an error below the smallest foreground error need no sorting.
 
     Args:
-        probs: (N,) probabilities of the class.
-        foreground: (N,) bool, the pixels of the class.
-        ignored: (N,) bool.
+        probs: (C, N) probabilities, float32 or float64.
+        labels: (N,) class ids, -1 where ignored.
 
     Returns:
-        Scalar loss, and its (N,) gradient with respect to `probs`.
+        Scalar loss, and its (C, N) gradient with respect to `probs`.
     """
-    # Ignored pixels come last: no foreground remains there, so their steps are 0 without any mask.
-    errors = (foreground.to(probs.dtype) - probs).abs_().masked_fill_(ignored, -1)
-    errors, order = errors.sort(descending=True, stable=True)
-    foreground = foreground[order]
-    remaining = foreground.sum() - foreground.cumsum(0)
-    union = remaining + torch.arange(1, len(remaining) + 1, device=remaining.device)
-    # Counted in integers, since float32 stops counting at 2^24. With union = 1 the step is 1 or, class absent, 0.
-    background_step = remaining.to(probs.dtype) / (union - 1).clamp_(min=1)
-    steps = torch.where(foreground, 1, background_step) / union
-    loss = (errors * steps).sum()
-    return loss, torch.empty_like(probs).scatter_(0, order, torch.where(foreground, -steps, steps))
+    grad = torch.zeros_like(probs)
+    loss = probs.new_zeros(())
+    label_of = labels.to(torch.int32).numpy()
+    valid = label_of >= 0
+    present = np.flatnonzero(np.bincount(label_of[valid])).tolist()
+    for index in present:
+        foreground = label_of == index
+        errors = np.abs(foreground - probs[index].numpy())
+        smallest = errors[np.flatnonzero(foreground)].min()
+        # Written so that NaN is kept, and the loss becomes NaN.
+        kept = np.flatnonzero(~(errors < smallest) & valid)
+        order = _by_descending_error(kept, errors[kept])
+        is_foreground = torch.from_numpy(foreground[order])
+        steps = _jaccard_steps(is_foreground, probs.dtype).div_(len(present))
+        loss += (torch.from_numpy(errors[order]) * steps).sum()
+        grad[index].scatter_(0, torch.from_numpy(order), torch.where(is_foreground, -steps, steps))
+    return loss, grad
+
+
+def _by_descending_error(pixels: np.ndarray, errors: np.ndarray) -> np.ndarray:
+    """Sort ascending int64 pixel numbers by their float32 or float64 errors >= 0, the largest first; stable."""
+    if errors.dtype != np.float32:
+        return pixels[np.argsort(-errors, kind="stable")]
+    # The bits of a float32 >= 0 are ordered as its value. With the pixel's number below them the keys are unique, so
+    # that numpy's vectorised sort, which is not stable, has one result; it takes a tenth of the time of a stable one.
+    keys = errors.view(np.uint32).astype(np.uint64)
+    np.subtract(np.uint64(0x7FFFFFFF), keys, out=keys)
+    keys <<= np.uint64(32)
+    keys |= pixels.view(np.uint64)
+    keys.sort()
+    keys &= np.uint64(0xFFFFFFFF)
+    return keys.view(np.int64)
+
+
+def _lovasz_on_device(probs: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    """Compute the same as `_lovasz_on_cpu` by sorting all pixels of all classes, so that the host never waits."""
+    grad = torch.empty_like(probs)
+    loss, n_present = probs.new_zeros(()), labels.new_zeros(())
+    ignored = labels < 0
+    for index, class_probs in enumerate(probs):
+        foreground = labels == index
+        # Ignored pixels come last: no foreground remains there, so their steps are 0 without any mask.
+        errors = (foreground.to(probs.dtype) - class_probs).abs_().masked_fill_(ignored, -1)
+        errors, order = errors.sort(descending=True, stable=True)
+        is_foreground = foreground[order]
+        steps = _jaccard_steps(is_foreground, probs.dtype)
+        loss += (errors * steps).sum()
+        grad[index].scatter_(0, order, torch.where(is_foreground, -steps, steps))
+        n_present += foreground.any()
+    n_present.clamp_(min=1)
+    return loss / n_present, grad.div_(n_present)
+
+
+def _jaccard_steps(foreground: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return the steps of a class's Jaccard loss as its pixels turn wrong one after the other.
+
+    With `remaining` foreground pixels still right and `union`, both after the step, a step is 1 / union at a foreground
+    pixel and remaining / (union (union - 1)) at a background pixel. This form has no cancellation; the difference of
+    neighbouring Jaccard values loses float32 digits with every further pixel.
+
+    Args:
+        foreground: (M,) bool, the pixels of the class, in descending order of the errors.
+        dtype: of the result.
+
+    Returns:
+        (M,), all 0 if the class is absent.
+    """
+    # Counted in integers, since float32 stops counting at 2^24.
+    wrong = foreground.cumsum(0, dtype=torch.int32)
+    remaining = wrong[-1:] - wrong
+    union = remaining + torch.arange(1, len(wrong) + 1, dtype=torch.int32, device=wrong.device)
+    # With union = 1 the step is 1 or, class absent, 0.
+    background_step = remaining.to(dtype) / (union - 1).clamp_(min=1)
+    return torch.where(foreground, 1, background_step) / union
 
 
 def _negative_log_likelihood(logits: Tensor, labels: Tensor, ignore_index: int) -> tuple[Tensor, Tensor]:
-    """Return -log p_y, (B, H, W), 0 at ignored pixels, and the number of valid pixels, a scalar tensor."""
+    """Return -log p_y, (B, H, W), 0 at ignored pixels, and which pixels are valid, (B, H, W) bool."""
     labels = _checked_labels(logits, labels, ignore_index)
     log_probs = F.log_softmax(_at_least_float32(logits), dim=1)
     nll = F.nll_loss(log_probs, labels, ignore_index=ignore_index, reduction="none")
-    return nll, (labels != ignore_index).sum()
+    return nll, labels != ignore_index
 
 
-def _reverse_from_nll(nll: Tensor, n_valid: Tensor, epsilon: float) -> Tensor:
-    """Average (1 - p_y)(-log eps) + p_y(-log(1 + eps)), given -log p_y, over the valid pixels."""
+def _reverse_from_nll(nll: Tensor, valid: Tensor, epsilon: float) -> Tensor:
+    """Return (1 - p_y)(-log eps) + p_y(-log(1 + eps)), given -log p_y, (B, H, W); 0 at ignored pixels."""
     if not epsilon > 0:
         raise ValueError(f"epsilon must be > 0, or the reverse cross entropy is infinite; got {epsilon}")
-    # 1 - p_y without cancellation. It is 0 at ignored pixels, so the sum needs no mask.
-    absent = -torch.expm1(-nll).sum() / n_valid.clamp(min=1)
-    # The same sum, ordered by 1 - p_y; the constant goes with the last valid pixel.
-    return absent * (math.log1p(epsilon) - math.log(epsilon)) - math.log1p(epsilon) * n_valid.clamp(max=1)
+    # 1 - p_y without cancellation. It is 0 at ignored pixels, only the constant needs the mask.
+    absent = -torch.expm1(-nll)
+    return absent * (math.log1p(epsilon) - math.log(epsilon)) - math.log1p(epsilon) * valid
+
+
+def _mean_over_valid(values: Tensor, valid: Tensor, weights: Tensor | None) -> Tensor:
+    """Weigh (B, H, W) values, 0 at ignored pixels, and divide their sum by the number of valid pixels."""
+    if weights is not None:
+        shaped = weights[:, None, None] if weights.ndim == 1 else weights  # one dimension: one weight per image
+        try:
+            values = values * shaped.expand_as(values)
+        except RuntimeError:
+            raise ValueError(
+                f"weights {tuple(weights.shape)} fit neither the images nor the pixels of labels {tuple(valid.shape)}"
+            ) from None
+    return values.sum() / valid.sum().clamp(min=1)
 
 
 def _at_least_float32(logits: Tensor) -> Tensor:
     return logits.to(torch.promote_types(logits.dtype, torch.float32))
-
-
-def _per_pixel(weights: Tensor, labels: Tensor) -> Tensor:
-    """Shape weights so that they broadcast to (B, H, W); one dimension means one weight per image."""
-    shaped = weights[:, None, None] if weights.ndim == 1 else weights
-    try:
-        return shaped.expand_as(labels)
-    except RuntimeError:
-        raise ValueError(
-            f"weights {tuple(weights.shape)} fit neither the images nor the pixels of labels {tuple(labels.shape)}"
-        ) from None
 
 
 def _checked_labels(logits: Tensor, labels: Tensor, ignore_index: int) -> Tensor:

@@ -14,6 +14,7 @@ from PIL import Image
 
 from hf_seg.data.dataloaders import AugmentedStream, PositionSampler, collate, index_at, seed_at, train_dataloader
 from hf_seg.data.open_earth_map import load_open_earth_map_sar
+from hf_seg.data.rare_classes import RareClassSampling, class_pixels
 from hf_seg.data.samples import LabelledImages, UnlabelledImages
 from hf_seg.data.transforms import optical_transform, sar_transform
 from hf_seg.errors import DatasetError
@@ -270,6 +271,123 @@ def test_a_damaged_file_raises_its_own_error_from_workers_too(oem_sar: Path, tmp
     assert type(caught.value) is DatasetError
     assert str(caught.value).startswith("TrainArea_003: cannot be read any more (cannot identify image file")
     assert "Traceback" not in str(caught.value) and "worker" not in str(caught.value)
+
+
+def bytes_of(rows: datasets.Dataset) -> list[int]:
+    return [2 * np.asarray(label).size for label in rows["label"]]  # SAR and label, a byte each
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+@pytest.mark.parametrize("n_cached", [0, 2, 6])
+def test_a_cache_of_any_size_changes_nothing(rows: datasets.Dataset, n_cached: int, num_workers: int) -> None:
+    plain, images = LabelledImages(rows, "sar"), LabelledImages(rows, "sar")
+    budget = sum(bytes_of(rows)[:n_cached]) / 2**30
+    assert images.cache(budget, progress=False) == budget
+    transform = sar_transform(32, jitter_prob=0.5, speckle_prob=0.5)
+    ours, theirs = (AugmentedStream(each, transform, 3) for each in (images, plain))
+    assert same(batches(ours, num_workers=num_workers), batches(theirs))
+
+
+def test_a_cached_image_is_not_read_again_and_the_budget_is_kept(
+    rows: datasets.Dataset, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    images = LabelledImages(rows, "sar")
+    read: list[int] = []
+    decode = images._read
+
+    def record(index: int) -> Any:
+        read.append(index)
+        return decode(index)
+
+    monkeypatch.setattr(images, "_read", record)
+    one_byte_short = sum(bytes_of(rows)[:3]) - 1
+    used = images.cache(one_byte_short / 2**30, progress=False)
+    assert used * 2**30 == sum(bytes_of(rows)[:2]) <= one_byte_short
+    read.clear()
+    assert [images[index].image_id for index in range(6)] == rows["image_id"][:]
+    assert read == [2, 3, 4, 5]
+    assert images.cache(0) == 0
+
+
+def test_writing_to_a_cached_sample_does_not_change_the_next_one(rows: datasets.Dataset) -> None:
+    images = LabelledImages(rows, "sar")
+    images.cache(1, progress=False)
+    sample = images[0]
+    before = sample.image.copy(), sample.label.copy()
+    sample.image[:], sample.label[:] = 0, 0
+    np.testing.assert_array_equal(images[0].image, before[0])
+    np.testing.assert_array_equal(images[0].label, before[1])
+
+
+def test_unlabelled_images_are_cached_too(rows: datasets.Dataset) -> None:
+    plain, images = UnlabelledImages(rows, "optical"), UnlabelledImages(rows, "optical")
+    assert images.cache(1, progress=False) == pytest.approx(2 * sum(bytes_of(rows)) / 2**30)  # RGB and a mask
+    for index in range(len(plain)):
+        for ours, theirs in zip(images[index], plain[index], strict=True):
+            np.testing.assert_array_equal(ours, theirs)
+
+
+def test_class_pixels_counts_each_class_of_each_image() -> None:
+    labels = np.array([[1, 1, 2], [0, 8, IGNORE_INDEX]], np.uint8), np.full((2, 3), 5, np.uint8)
+    counts = class_pixels(LabelledImages(tiles(*labels), "sar"), progress=False)
+    np.testing.assert_array_equal(counts, [[0, 2, 1, 0, 0, 0, 0, 0, 1], [0, 0, 0, 0, 0, 6, 0, 0, 0]])
+    with_background = LabelledImages(tiles(*labels), "sar", keep_background=True)
+    assert class_pixels(with_background, progress=False)[:, 0].tolist() == [1, 0]
+
+
+def test_rare_class_sampling_draws_a_class_by_frequency_and_then_one_of_its_images() -> None:
+    pixels = np.zeros((5, 9), int)
+    pixels[:, 3] = 70, 100, 100, 100, 95  # frequency 0.93
+    pixels[0, 2] = 30  # 0.06
+    pixels[4, 4] = 5  # 0.01
+    weights = np.exp((1 - np.array([0.06, 0.93, 0.01])) / 0.5)
+    expected = weights / weights.sum()
+    sampling = RareClassSampling(pixels, 0.5)
+    np.testing.assert_allclose(sampling.probabilities[[2, 3, 4]], expected)
+    assert sampling.probabilities[[0, 1, 5, 6, 7, 8]].sum() == 0
+    drawn = np.bincount([sampling.index_at(0, position) for position in range(20_000)], minlength=5) / 20_000
+    of_each = expected[1] / 5 + np.array([expected[0], 0, 0, 0, expected[2]])
+    np.testing.assert_allclose(drawn, of_each, atol=0.015)  # four standard deviations
+
+
+def test_the_rarest_class_dominates_at_a_low_temperature() -> None:
+    pixels = np.array([[0, 97, 0], [0, 0, 2], [0, 0, 1]])
+    assert RareClassSampling(pixels, 1e-3).probabilities.tolist() == [0, 0, 1]
+    assert RareClassSampling(pixels, 1e6).probabilities == pytest.approx([0, 0.5, 0.5])
+
+
+def test_an_image_with_too_few_pixels_of_a_class_is_not_drawn_for_it() -> None:
+    pixels = np.array([[90, 10], [99, 1], [100, 0]])
+    sampling = RareClassSampling(pixels, 0.01, min_fraction=0.05)
+    assert [each.tolist() for each in sampling.images_of] == [[0, 1, 2], [0]]
+    only_first = RareClassSampling(pixels, 0.01, min_fraction=0.2)
+    assert only_first.probabilities.tolist() == [1, 0]
+
+
+def test_rare_class_sampling_depends_on_seed_and_position_alone() -> None:
+    pixels = np.random.default_rng(0).integers(0, 100, (50, 9))
+    forward = [RareClassSampling(pixels, 0.1).index_at(3, position) for position in range(200)]
+    sampling = RareClassSampling(pixels, 0.1)
+    assert [sampling.index_at(3, position) for position in reversed(range(200))][::-1] == forward
+    assert [sampling.index_at(4, position) for position in range(200)] != forward
+
+
+def test_settings_and_labels_that_rare_class_sampling_cannot_use_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"temperature .* must be > 0; it is 0"):
+        RareClassSampling(np.ones((2, 9)), 0)
+    with pytest.raises(DatasetError, match="none of the 2 images has a class"):
+        RareClassSampling(np.zeros((2, 9)), 0.1)
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_a_stream_with_rare_class_sampling_has_the_drawn_images(rows: datasets.Dataset, num_workers: int) -> None:
+    images = LabelledImages(rows, "sar")
+    sampling = RareClassSampling(class_pixels(images, progress=False), 0.01)
+    stream = AugmentedStream(images, sar_transform(32), 3, sampling=sampling)
+    ids = [image_id for batch in batches(stream, num_workers=num_workers) for image_id in batch["image_id"]]
+    assert ids == [images.image_ids[sampling.index_at(3, position)] for position in range(20)]
+    again = batches(AugmentedStream(images, sar_transform(32), 3, sampling=sampling), start=6)
+    assert same(batches(stream, num_workers=num_workers)[3:], again)
 
 
 def test_images_are_unchanged_and_have_their_ids(rows: datasets.Dataset) -> None:

@@ -10,7 +10,14 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from hf_seg.labels import IGNORE_INDEX, NUM_LABELS
-from hf_seg.losses import cross_entropy, lovasz_softmax, noise_robust_loss, reverse_cross_entropy
+from hf_seg.losses import (
+    _lovasz_on_cpu,
+    _lovasz_on_device,
+    cross_entropy,
+    lovasz_softmax,
+    noise_robust_loss,
+    reverse_cross_entropy,
+)
 
 
 def sum_of_losses(logits: Tensor, labels: Tensor) -> Tensor:
@@ -115,6 +122,94 @@ def test_lovasz_and_its_gradient_are_the_textbooks(seed: int, ignored: float) ->
     loss, expected = lovasz_softmax(logits, labels), textbook_lovasz(logits, labels)
     torch.testing.assert_close(loss, expected)
     torch.testing.assert_close(gradient(loss, logits), gradient(expected, logits))
+
+
+def lovasz_of_all_pixels(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    """Lovász-softmax and its gradient with a stable sort of all pixels of all classes, ignored ones last."""
+    probs = logits.detach().to(torch.promote_types(logits.dtype, torch.float32)).softmax(1)
+    grad = torch.zeros_like(probs)
+    ignored = (labels == IGNORE_INDEX).flatten()
+    loss, present = probs.new_zeros(()), labels[labels != IGNORE_INDEX].unique().tolist()
+    for index in present:
+        foreground = (labels == index).flatten()
+        errors = (foreground.to(probs.dtype) - probs[:, index].flatten()).abs().masked_fill(ignored, -1)
+        errors, order = errors.sort(descending=True, stable=True)
+        foreground = foreground[order]
+        remaining = foreground.sum() - foreground.cumsum(0)
+        union = remaining + torch.arange(1, len(remaining) + 1)
+        steps = torch.where(foreground, 1, remaining.to(probs.dtype) / (union - 1).clamp(min=1)) / union
+        loss += (errors * steps).sum()
+        class_grad = torch.empty_like(errors).scatter_(0, order, torch.where(foreground, -steps, steps))
+        grad[:, index] = class_grad.view_as(labels)
+    n_present = max(len(present), 1)
+    grad = probs * (grad - (probs * grad).sum(1, keepdim=True)) / n_present
+    return loss / n_present, grad.to(logits.dtype)
+
+
+def lovasz_cases() -> dict[str, tuple[Tensor, Tensor]]:
+    logits, labels = random_batch(size=64)
+    logits = logits.detach()
+    right = F.one_hot(labels.masked_fill(labels == IGNORE_INDEX, 0), NUM_LABELS).movedim(-1, 1).float()
+    values = {
+        "random": logits,
+        "nearly uniform": 0.01 * logits,
+        "all equal": 0 * logits,
+        "few distinct values": logits.round(),
+        "two distinct values": logits.sign(),
+        "learned": logits + 8 * right,
+        "saturated": 1e3 * logits,
+        "saturated and right": 1e3 * right,
+        "saturated and wrong": 1e3 * right.roll(1, 1),
+        "float64": logits.double(),
+        "float64 with few values": logits.double().round(),
+        "float16": logits.half(),
+        "bfloat16": logits.bfloat16(),
+    }
+    ignored = torch.full_like(labels, IGNORE_INDEX)
+    corner = torch.zeros_like(labels, dtype=torch.bool)
+    corner[0, 0, 0] = True
+    others = {
+        "all ignored": ignored,
+        "none ignored": labels.masked_fill(labels == IGNORE_INDEX, 0),
+        "one class": torch.full_like(labels, 3),
+        "one class and ignored": labels.masked_fill(labels != IGNORE_INDEX, 3),
+        "one valid pixel": ignored.masked_fill(corner, 3),
+        "a class of one pixel": labels.masked_fill(labels == 1, 2).masked_fill(corner, 1),
+    }
+    return {name: (each, labels) for name, each in values.items()} | {
+        name: (logits, each) for name, each in others.items()
+    }
+
+
+@pytest.mark.parametrize("case", lovasz_cases())
+def test_lovasz_without_the_pixels_of_no_influence_is_that_of_all_pixels(case: str) -> None:
+    values, labels = lovasz_cases()[case]
+    logits = values.requires_grad_()
+    loss, (expected, slope) = lovasz_softmax(logits, labels), lovasz_of_all_pixels(logits, labels)
+    assert loss.dtype == expected.dtype
+    torch.testing.assert_close(loss, expected, rtol=1e-6, atol=1e-7)
+    actual = gradient(loss, logits)
+    tolerance = 1e-6 if logits.dtype in (torch.float32, torch.float64) else torch.finfo(logits.dtype).eps
+    assert (actual - slope).abs().max() <= tolerance * slope.abs().max()
+
+
+def test_lovasz_on_another_device_is_that_on_a_cpu() -> None:
+    for logits, labels in lovasz_cases().values():
+        probs = logits.float().movedim(1, 0).flatten(1).softmax(0)
+        ids = labels.flatten().masked_fill(labels.flatten() == IGNORE_INDEX, -1)
+        loss, slope = _lovasz_on_device(probs, ids)
+        expected, expected_slope = _lovasz_on_cpu(probs, ids)
+        torch.testing.assert_close(loss, expected, rtol=1e-6, atol=1e-7)
+        torch.testing.assert_close(slope, expected_slope, rtol=1e-6, atol=1e-9)
+
+
+@pytest.mark.parametrize("where", ["foreground", "background"])
+def test_lovasz_of_not_a_number_is_not_a_number(where: str) -> None:
+    logits, labels = random_batch()
+    logits = logits.detach()
+    y, x = (labels[0] != IGNORE_INDEX).nonzero()[0]
+    logits[0, labels[0, y, x] if where == "foreground" else 0, y, x] = math.nan
+    assert lovasz_softmax(logits, labels).isnan()
 
 
 def test_lovasz_gradient_is_the_slope_of_the_loss() -> None:
@@ -288,6 +383,44 @@ def test_noise_robust_loss_is_the_weighted_sum_of_its_terms() -> None:
     torch.testing.assert_close({name: losses[name] for name in alone}, {k: v.detach() for k, v in alone.items()})
     torch.testing.assert_close(losses["loss"], expected)
     torch.testing.assert_close(gradient(losses["loss"], logits), gradient(expected, logits))
+
+
+def test_pixel_weights_multiply_the_cross_entropies_and_not_lovasz() -> None:
+    logits, labels = random_batch(dtype=torch.float64)
+    weights = torch.rand(labels.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    weights[0] = 0
+    losses = noise_robust_loss(logits, labels, rce_weight=0.5, weights=weights, epsilon=1e-2)
+    valid = labels != IGNORE_INDEX
+    log_probs = logits.log_softmax(1).movedim(1, -1)[valid]
+    one_hot = F.one_hot(labels[valid], NUM_LABELS).double()
+    ce = -(weights[valid] * (one_hot * log_probs).sum(1)).sum() / valid.sum()
+    rce = -(weights[valid] * (log_probs.exp() * (one_hot + 1e-2).log()).sum(1)).sum() / valid.sum()
+    lovasz = lovasz_softmax(logits, labels)
+    expected = {"ce": ce.detach(), "rce": rce.detach(), "lovasz": lovasz.detach()}
+    torch.testing.assert_close({name: losses[name] for name in expected}, expected)
+    torch.testing.assert_close(gradient(losses["loss"], logits), gradient(ce + 0.5 * rce + lovasz, logits))
+    torch.testing.assert_close(reverse_cross_entropy(logits, labels, weights=weights, epsilon=1e-2), rce)
+
+
+def test_weights_of_one_change_nothing() -> None:
+    logits, labels = random_batch()
+    plain = noise_robust_loss(logits, labels)
+    for weights in (torch.ones(2), torch.ones(labels.shape)):
+        weighted = noise_robust_loss(logits, labels, weights=weights)
+        assert all(torch.equal(weighted[name], plain[name]) for name in plain)
+
+
+def test_lovasz_stride_is_the_loss_of_every_so_many_pixels() -> None:
+    logits, labels = random_batch(size=13)
+    fewer = logits[:, :, ::4, ::4], labels[:, ::4, ::4]
+    loss, expected = lovasz_softmax(logits, labels, stride=4), lovasz_softmax(*fewer)
+    assert torch.equal(loss, expected) and not torch.isclose(loss, lovasz_softmax(logits, labels))
+    assert torch.equal(gradient(loss, logits), gradient(expected, logits))
+    losses = noise_robust_loss(logits, labels, lovasz_stride=4)
+    assert torch.equal(losses["lovasz"], expected)
+    assert torch.equal(losses["ce"], noise_robust_loss(logits, labels)["ce"])
+    with pytest.raises(ValueError, match=r"stride .* must be >= 1, got 0"):
+        lovasz_softmax(logits, labels, stride=0)
 
 
 @pytest.mark.parametrize("term", ["ce", "rce", "lovasz"])

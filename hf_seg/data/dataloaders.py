@@ -5,6 +5,7 @@ there. So a checkpoint saves only how many samples were seen.
 """
 
 import random
+import sys
 from collections.abc import Iterator
 from functools import lru_cache
 from typing import Any
@@ -14,6 +15,7 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
 
+from hf_seg.data.rare_classes import RareClassSampling
 from hf_seg.data.samples import LabelledImages, Sample, UnlabelledImages
 from hf_seg.errors import UserError
 from hf_seg.normalization import to_pixel_values
@@ -46,19 +48,32 @@ class AugmentedStream(Dataset[dict[str, Any]]):
         samples: what to draw from.
         transform: an albumentations pipeline of image and mask.
         seed: with the position, fixes image and augmentation.
+        sampling: draws the images by class; None draws a fresh permutation of all images in every epoch.
     """
 
-    def __init__(self, samples: LabelledImages | UnlabelledImages, transform: A.Compose, seed: int) -> None:
+    def __init__(
+        self,
+        samples: LabelledImages | UnlabelledImages,
+        transform: A.Compose,
+        seed: int,
+        *,
+        sampling: RareClassSampling | None = None,
+    ) -> None:
         self.samples = samples
         self.transform = transform
         self.seed = seed
+        self.sampling = sampling
 
     def __getitem__(self, position: int) -> dict[str, Any]:
         """Return `{image_id, pixel_values (3, H, W) float32}` and `labels (H, W) int64` or `valid_mask (H, W) bool`.
 
         Padding is `IGNORE_INDEX` in `labels` and False in `valid_mask`.
         """
-        sample = self.samples[index_at(self.seed, position, len(self.samples))]
+        if self.sampling is None:
+            index = index_at(self.seed, position, len(self.samples))
+        else:
+            index = self.sampling.index_at(self.seed, position)
+        sample = self.samples[index]
         seed = seed_at(self.seed, position)
         # One generator for all transforms; `set_random_seed` would give each one its own, with the same numbers.
         self.transform.set_random_state(np.random.default_rng(seed), random.Random(seed))  # noqa: S311 (not for secrets)
@@ -136,6 +151,8 @@ def train_dataloader(
         batch_sampler=PositionSampler(start, stop, batch_size, process_index, num_processes),
         collate_fn=collate,
         num_workers=num_workers,
+        # Forked workers share the cached images; others, the default from Python 3.14 on, would each get a copy.
+        multiprocessing_context="fork" if num_workers and sys.platform == "linux" else None,
         pin_memory=torch.cuda.is_available(),
         generator=torch.Generator(),  # else every new iterator draws from the global generator that dropout uses
         persistent_workers=False,

@@ -1,11 +1,13 @@
 """Decoded images with their labels, before any transform: labels are joined and masked here, once."""
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import NamedTuple
+from typing import Generic, NamedTuple, TypeVar
 
 import datasets
 import numpy as np
+from tqdm import tqdm
 
 from hf_seg.data.nodata import outside_swath
 from hf_seg.errors import DatasetError
@@ -28,6 +30,61 @@ class UnlabelledSample(NamedTuple):
     valid_mask: np.ndarray  # (H, W) bool, False on nodata: zero in every band
 
 
+AnySample = TypeVar("AnySample", Sample, UnlabelledSample)
+
+
+class CachedImages(ABC, Generic[AnySample]):
+    """Random access to samples, of which the first ones can be kept in memory.
+
+    Args:
+        image_ids: names of the images.
+    """
+
+    def __init__(self, image_ids: list[str]) -> None:
+        self.image_ids = image_ids
+        self._cached: list[AnySample] = []
+
+    @abstractmethod
+    def _read(self, index: int) -> AnySample:
+        """Decode one sample."""
+
+    def __len__(self) -> int:
+        return len(self.image_ids)
+
+    def __getitem__(self, index: int) -> AnySample:
+        if 0 <= index < len(self._cached):
+            image_id, image, target = self._cached[index]
+            return type(self._cached[index])(image_id, image.copy(), target.copy())  # whoever gets it may write to it
+        return self._read(index)
+
+    def cache(self, budget_gib: float, *, progress: bool = True) -> float:
+        """Decode the first images into memory; those beyond the budget are decoded at each access, as without it.
+
+        To be called before the workers of a loader start: forked workers (Linux) share the memory of this process.
+        Every process of a data-parallel training has its own.
+
+        Args:
+            budget_gib: memory of the decoded images and labels in GiB.
+            progress: show a progress bar.
+
+        Returns:
+            GiB used, at most `budget_gib`.
+
+        Raises:
+            DatasetError: an image cannot be read.
+        """
+        self._cached, used = [], 0
+        if budget_gib > 0:
+            for index in tqdm(range(len(self)), desc="cache", unit="tile", leave=False, disable=not progress):
+                sample = self._read(index)
+                needed = sample[1].nbytes + sample[2].nbytes
+                if used + needed > budget_gib * 2**30:
+                    break
+                self._cached.append(sample)
+                used += needed
+        return used / 2**30
+
+
 @contextmanager
 def _read_errors(image_id: str) -> Iterator[None]:
     """Name the image when PIL cannot read a file that has changed since it was checked."""
@@ -43,7 +100,7 @@ def _has_image(rows: datasets.Dataset, column: str) -> list[bool]:
     return list(undecoded[:][column].is_valid().to_pylist())
 
 
-class LabelledImages:
+class LabelledImages(CachedImages[Sample]):
     """Random access to one image column and its labels; class 0 becomes `IGNORE_INDEX` here, once.
 
     Args:
@@ -67,11 +124,11 @@ class LabelledImages:
         keep_background: bool = False,
         mask_nodata: bool = False,
     ) -> None:
+        super().__init__(rows["image_id"][:])
         self.column = column
         self.pseudo_labels = pseudo_labels
         self.keep_background = keep_background
         self.mask_nodata = mask_nodata
-        self.image_ids: list[str] = rows["image_id"][:]
         if pseudo_labels is None:
             kind = "label"
             self.rows = rows.select_columns([column, "label"])
@@ -89,10 +146,7 @@ class LabelledImages:
                 "without validation"
             )
 
-    def __len__(self) -> int:
-        return len(self.image_ids)
-
-    def __getitem__(self, index: int) -> Sample:
+    def _read(self, index: int) -> Sample:
         image_id = self.image_ids[index]
         with _read_errors(image_id):
             row = self.rows[index]
@@ -113,7 +167,7 @@ class LabelledImages:
         return Sample(image_id, image, label)
 
 
-class UnlabelledImages:
+class UnlabelledImages(CachedImages[UnlabelledSample]):
     """Random access to one image column without labels.
 
     Args:
@@ -125,18 +179,15 @@ class UnlabelledImages:
     """
 
     def __init__(self, rows: datasets.Dataset, column: str) -> None:
+        super().__init__(rows["image_id"][:])
         self.rows = rows.select_columns([column])
         self.column = column
-        self.image_ids: list[str] = rows["image_id"][:]
         present = _has_image(rows, column)
         if not all(present):
             first = self.image_ids[present.index(False)]
             raise DatasetError(f"{present.count(False)} of {len(present)} tiles have no {column} image, first {first}")
 
-    def __len__(self) -> int:
-        return len(self.image_ids)
-
-    def __getitem__(self, index: int) -> UnlabelledSample:
+    def _read(self, index: int) -> UnlabelledSample:
         with _read_errors(self.image_ids[index]):
             image = np.array(self.rows[index][self.column])
         valid_mask = np.atleast_3d(image).max(axis=2) > 0
