@@ -225,7 +225,7 @@ def _prove_loaded(name: str, model: nn.Module, *, lost: Sequence[str], new: Sequ
             f"{name}: {len(lost)} of {total} tensors are not among its weights, e.g. {lost[0]}; "
             "it is damaged or another model than its config.json says"
         )
-    prefixes = ", ".join(sorted({key.partition(".")[0] for key in new}))
+    prefixes = ", ".join(sorted({key.partition(".")[0] for key in new})) or "none"
     logger.info("%s: %d tensors loaded, %d new (%s), %d unused", name, total - len(new), len(new), prefixes, unused)
 
 

@@ -21,6 +21,7 @@ from hf_seg.normalization import IMAGENET, Normalization
 
 _PREFIX = "timm/"
 _STRIDES = (4, 8, 16, 32)  # of UperNet's four levels
+_HEAD_ARGUMENTS = {"in_chans", "num_classes", "global_pool", "drop_rate"}  # do not change the features of RGB images
 
 
 class TimmEncoder(NamedTuple):
@@ -154,8 +155,8 @@ def _read_config(folder: Path) -> dict[str, Any] | None:
 def _in_folder(name: str, folder: Path, config: dict[str, Any]) -> TimmEncoder:
     architecture = str(config.get("architecture"))
     require_timm_architecture(name, architecture)
-    if config.get("model_args"):
-        raise UserError(f"{name}: models with their own model_args, {config['model_args']}, are not supported")
+    if other := set(config.get("model_args") or {}) - _HEAD_ARGUMENTS:
+        raise UserError(f"{name}/config.json has model_args that transformers cannot keep: {', '.join(sorted(other))}")
     try:
         published = config["pretrained_cfg"]
         mean, std = (tuple(map(float, published[key])) for key in ("mean", "std"))

@@ -91,14 +91,15 @@ def _statistics(features: Tensor) -> tuple[Tensor, Tensor] | None:
     n_processes = distributed.get_world_size() if distributed.is_available() and distributed.is_initialized() else 1
     if n_processes * features.numel() // features.shape[1] == 1:
         return None
-    axes = [0, *range(2, features.ndim)]
+
+    def mean_over_all(values: Tensor) -> Tensor:
+        mean = values.mean([0, *range(2, values.ndim)], keepdim=True)
+        if n_processes > 1:  # each has as many values
+            distributed.all_reduce(mean)
+            mean /= n_processes
+        return mean
+
     features = features.float()
-    mean = features.mean(axes, keepdim=True)
-    variance = (features - mean).square_().mean(axes)  # torch.var_mean takes four times as long on a CPU
-    mean = mean.flatten()
-    if n_processes > 1:  # each has as many values, so the moments of all are the means of the moments
-        moments = torch.stack([mean, variance + mean.square()])
-        distributed.all_reduce(moments)
-        mean, mean_square = moments / n_processes
-        variance = (mean_square - mean.square()).clamp(min=0)
-    return mean, variance
+    mean = mean_over_all(features)
+    variance = mean_over_all((features - mean).square_())  # torch.var takes four times as long on a CPU
+    return mean.flatten(), variance.flatten()
