@@ -17,8 +17,10 @@ from hf_seg.errors import UserError
 from hf_seg.files import sha256_of
 from hf_seg.models import build_model, normalization_of
 from hf_seg.normalization import Normalization
-from scripts import convert_pretrained
-from scripts.convert_pretrained import PACKAGES, Package, main
+
+sys.path.append(str(Path(__file__).parents[1] / "scripts"))
+import convert_pretrained
+from convert_pretrained import PACKAGES, Package, main
 
 LITE0 = "tf_efficientnet_lite0"
 
