@@ -4,7 +4,8 @@
     network = SegmentationNetwork(model)                         # what the loops train
     logits, auxiliary_logits = network(pixel_values)
 
-UperNet takes ConvNeXtV2 or SwinV2 as encoder. Whatever is saved opens with `AutoModelForSemanticSegmentation`.
+UperNet takes ConvNeXtV2, SwinV2 or an encoder of timm. Whatever is saved opens with
+`AutoModelForSemanticSegmentation`.
 """
 
 import functools
@@ -30,6 +31,8 @@ from transformers import (
 
 from hf_seg.errors import UserError
 from hf_seg.labels import ID2LABEL, IGNORE_INDEX, LABEL2ID
+from hf_seg.normalization import IMAGENET, Normalization
+from hf_seg.timm_encoder import find_timm_encoder, load_timm_weights, require_timm_architecture, timm_backbone_config
 
 logger = logging.getLogger(__name__)
 
@@ -73,62 +76,99 @@ def _presets() -> dict[str, PretrainedConfig]:
     return presets
 
 
-PRESETS = tuple(_presets())
-# UperNet's decoder and auxiliary head are 512 and 256 wide (METHOD); that is far too slow for a toy.
-_HEAD_WIDTHS = {"toy-convnextv2": (64, 32), "toy-swinv2": (64, 32)}
+_TIMM_PRESETS = {"toy-efficientnet-lite0": "timm/tf_efficientnet_lite0"}
+PRESETS = (*_presets(), *_TIMM_PRESETS)
+_HEAD_WIDTH = 512  # UperNet's decoder (METHOD); that is far too slow for a toy
+_TOY_HEAD_WIDTHS = {"toy-convnextv2": 64, "toy-swinv2": 64, "toy-efficientnet-lite0": 64}
 
 
-def build_model(model_name_or_path: str, *, crop_size: int, from_scratch: bool = False) -> PreTrainedModel:
+def build_model(
+    model_name_or_path: str, *, crop_size: int, from_scratch: bool = False, head_width: int | None = None
+) -> PreTrainedModel:
     """Build a stock segmentation model of the nine land-cover classes.
 
     Args:
-        model_name_or_path: Hub id or folder of an encoder (SegFormer's MiT, ConvNeXtV2, SwinV2) or of a complete
-            SegFormer or UperNet; with `from_scratch` also one of `PRESETS`.
+        model_name_or_path: Hub id or folder of an encoder (SegFormer's MiT, ConvNeXtV2, SwinV2, or one of timm, see
+            `find_timm_encoder`) or of a complete SegFormer or UperNet; with `from_scratch` also one of `PRESETS`.
         crop_size: training crop and inference window in pixels. SwinV2 fixes its windows and shifts by it.
         from_scratch: random weights (drawn from torch's global generator) instead of pretrained ones.
+        head_width: channels of the decoder that UperNet adds to an encoder; its auxiliary head has half as many.
+            None: 512, or 64 for a toy.
 
     Returns:
-        `SegformerForSemanticSegmentation` or `UperNetForSemanticSegmentation`.
+        `SegformerForSemanticSegmentation` or `UperNetForSemanticSegmentation`; `normalization_of` tells its input's.
 
     Raises:
         UserError: no such model here or on the Hub, an architecture that is not supported, or weights that do not
             fill the encoder.
     """
-    config = _find_config(model_name_or_path, from_scratch)
-    encoder = getattr(config, "backbone_config", None) or config
-    kind = " on ".join(dict.fromkeys((config.model_type, encoder.model_type)))
-    if kind not in ("segformer", "convnextv2", "swinv2", "upernet on convnextv2", "upernet on swinv2"):
-        kinds = "SegFormer, ConvNeXtV2, SwinV2, and UperNet on the latter two"
-        raise UserError(f"{model_name_or_path} is a {kind}; supported are {kinds}")
+    name = model_name_or_path
+    if name in PRESETS and name.startswith("toy-") and not from_scratch:
+        raise UserError(f"{name} is a size without pretrained weights; add --from_scratch true")
+    timm_encoder = find_timm_encoder(_TIMM_PRESETS.get(name, name), from_scratch=from_scratch)
+    config = timm_backbone_config(timm_encoder) if timm_encoder else _find_config(name, from_scratch)
+    require_supported(name, config, bare_timm=timm_encoder is not None)
+    is_encoder = config.model_type in ("convnextv2", "swinv2", "timm_backbone")
+    if head_width is not None and not is_encoder:
+        raise UserError(f"head_width is for UperNet on an encoder; {name} is a whole {config.model_type}")
+    if is_encoder:
+        config = _upernet_config(config, head_width or _TOY_HEAD_WIDTHS.get(name, _HEAD_WIDTH))
+    if timm_encoder:
+        config.update(
+            {"image_mean": [*timm_encoder.normalization.mean], "image_std": [*timm_encoder.normalization.std]}
+        )
+    encoder = getattr(config, "backbone_config", config)
     if encoder.model_type == "swinv2":
         encoder.image_size = crop_size
-    is_bare_encoder = config.model_type in ("convnextv2", "swinv2")
-    if is_bare_encoder:
-        config = _upernet_config(config, *_HEAD_WIDTHS.get(model_name_or_path, (512, 256)))
     stock, ignore = {
         "segformer": (SegformerForSemanticSegmentation, "semantic_loss_ignore_index"),
         "upernet": (UperNetForSemanticSegmentation, "loss_ignore_index"),
     }[config.model_type]
     config.update({"id2label": ID2LABEL, "label2id": LABEL2ID, ignore: IGNORE_INDEX})
-    if from_scratch:
-        model = stock(config)
-    elif is_bare_encoder:
-        model = stock(config)
-        backbone = type(model.backbone)
-        model.backbone = load_weights(
-            backbone, model_name_or_path, config.backbone_config, may_be_new=("hidden_states_norms",)
-        )
+    if not from_scratch and not is_encoder:
+        model = load_weights(stock, name, config, may_be_new=("decode_head", "auxiliary_head"))
     else:
-        model = load_weights(stock, model_name_or_path, config, may_be_new=("decode_head", "auxiliary_head"))
+        model = stock(config)
+    if not from_scratch and timm_encoder:
+        lost, unused = load_timm_weights(model.backbone._backbone, timm_encoder)
+        _prove_loaded(name, model.backbone, lost=lost, unused=unused)
+    elif not from_scratch and is_encoder:
+        model.backbone = load_weights(type(model.backbone), name, encoder, may_be_new=("hidden_states_norms",))
     _assert_windows(model, crop_size)
     return model
 
 
+def normalization_of(model: PreTrainedModel) -> Normalization:
+    """Return the normalisation of a stock model's input: that of its encoder's pretraining.
+
+    It is in the config of UperNet on an encoder of timm; all others take ImageNet's.
+    """
+    mean, std = getattr(model.config, "image_mean", None), getattr(model.config, "image_std", None)
+    return Normalization(tuple(mean), tuple(std)) if mean and std else IMAGENET
+
+
+def require_supported(name: str, config: PretrainedConfig, *, bare_timm: bool = False) -> None:
+    """Raise `UserError` unless a model is of an architecture that this project trains.
+
+    Args:
+        name: of the model.
+        config: of an encoder or a whole model.
+        bare_timm: it may be an encoder of timm without a head.
+    """
+    encoder = getattr(config, "backbone_config", None) or config
+    kind = " on ".join(dict.fromkeys((config.model_type, encoder.model_type)))
+    supported = ["segformer", "convnextv2", "swinv2", "upernet on convnextv2", "upernet on swinv2"]
+    supported.append("upernet on timm_backbone")
+    if kind not in supported and not bare_timm:
+        kinds = "SegFormer, ConvNeXtV2, SwinV2, encoders of timm, and UperNet on the latter three"
+        raise UserError(f"{name} is a {kind}; supported are {kinds}")
+    if encoder.model_type == "timm_backbone":
+        require_timm_architecture(name, encoder.backbone)
+
+
 def _find_config(name: str, from_scratch: bool) -> PretrainedConfig:
-    if from_scratch and name in PRESETS:
-        return _presets()[name]
-    if name in PRESETS and name.startswith("toy-"):
-        raise UserError(f"{name} is a size without pretrained weights; add --from_scratch true")
+    if from_scratch and name in (presets := _presets()):
+        return presets[name]
     try:
         return AutoConfig.from_pretrained(name)
     except (OSError, ValueError) as error:
@@ -140,14 +180,16 @@ def _find_config(name: str, from_scratch: bool) -> PretrainedConfig:
         ) from None
 
 
-def _upernet_config(encoder: PretrainedConfig, width: int, auxiliary_width: int) -> UperNetConfig:
+def _upernet_config(encoder: PretrainedConfig, width: int) -> UperNetConfig:
     # a classifier's thousands of label names have no place in the saved config
-    encoder.update({"out_features": _STAGES, "id2label": ID2LABEL, "label2id": LABEL2ID})
+    encoder.update({"id2label": ID2LABEL, "label2id": LABEL2ID})
+    if encoder.model_type != "timm_backbone":  # whose levels are chosen already
+        encoder.update({"out_features": _STAGES})
     return UperNetConfig(
         backbone_config=encoder,
         hidden_size=width,
-        auxiliary_channels=auxiliary_width,
-        auxiliary_in_channels=None,  # those of stage 3
+        auxiliary_channels=width // 2,
+        auxiliary_in_channels=None,  # those of the third level
         auxiliary_loss_weight=0.4,
     )
 
@@ -166,17 +208,25 @@ def load_weights(cls: Any, name: str, config: PretrainedConfig, may_be_new: Coll
     except (OSError, SafetensorError) as error:
         raise UserError(f"{name}: no complete weights in safetensors format ({str(error).splitlines()[0]})") from None
     random = {*report["missing_keys"], *(key for key, *_ in report["mismatched_keys"])}
-    lost = sorted(key for key in random if not key.startswith(tuple(may_be_new)))
+    new = [key for key in random if key.startswith(tuple(may_be_new))]
+    _prove_loaded(name, model, lost=sorted(random - {*new}), new=new, unused=len(report["unexpected_keys"]))
+    return model
+
+
+def _prove_loaded(name: str, model: nn.Module, *, lost: Sequence[str], new: Sequence[str] = (), unused: int) -> None:
+    """Report how many tensors of a model were loaded.
+
+    Raises:
+        UserError: some are not among its weights, so they would start at random.
+    """
+    total = len(model.state_dict())
     if lost:
         raise UserError(
-            f"{name}: {len(lost)} of {len(model.state_dict())} tensors are not among its weights, e.g. {lost[0]}; "
+            f"{name}: {len(lost)} of {total} tensors are not among its weights, e.g. {lost[0]}; "
             "it is damaged or another model than its config.json says"
         )
-    loaded, unused = len(model.state_dict()) - len(random), len(report["unexpected_keys"])
-    logger.info(
-        "%s: %d tensors loaded, %d new (%s), %d unused", name, loaded, len(random), ", ".join(may_be_new), unused
-    )
-    return model
+    prefixes = ", ".join(sorted({key.partition(".")[0] for key in new})) or "none"
+    logger.info("%s: %d tensors loaded, %d new (%s), %d unused", name, total - len(new), len(new), prefixes, unused)
 
 
 def _assert_windows(model: PreTrainedModel, crop_size: int) -> None:
@@ -205,11 +255,15 @@ class SegmentationNetwork(nn.Module):
 
     Stock UperNet computes its auxiliary logits and drops them when no labels are given, which breaks distributed
     training. The stock model stays what it is, in `.model`, and is what gets saved.
+
+    Attributes:
+        normalization: of its input.
     """
 
     def __init__(self, model: PreTrainedModel) -> None:
         super().__init__()
         self.model = model
+        self.normalization = normalization_of(model)
 
     def forward(self, pixel_values: Tensor) -> SegmentationLogits:
         """Map (B, 3, H, W) to logits of the same height and width."""
@@ -224,11 +278,16 @@ class SegmentationNetwork(nn.Module):
         return SegmentationLogits(_resize(self.model(pixel_values=pixel_values).logits, size), None)
 
     def enable_gradient_checkpointing(self) -> None:
-        """Recompute the encoder's activations in the backward pass; works for all three encoders."""
+        """Recompute the encoder's activations in the backward pass; works for all encoders.
+
+        BatchNorm in an encoder of timm then updates its running statistics twice a step, by the same batch.
+        """
         encoder: Any = getattr(self.model, "backbone", self.model)
         if encoder.config.model_type == "convnextv2":  # transformers has no switch for it
             for stage in encoder.encoder.stages:
                 stage.forward = functools.partial(_checkpoint_in_training, stage, stage.forward)
+        elif encoder.config.model_type == "timm_backbone":
+            encoder._backbone.set_grad_checkpointing(True)
         else:
             # renamed in 5.23; the old name goes in 6
             enable = getattr(encoder, "activation_checkpointing_enable", encoder.gradient_checkpointing_enable)
@@ -248,3 +307,13 @@ def encoder_and_heads(model: PreTrainedModel) -> tuple[nn.Module, list[nn.Module
     parts = dict(model.named_children())
     encoder = parts.pop("backbone" if isinstance(model, UperNetForSemanticSegmentation) else "segformer")
     return encoder, list(parts.values())
+
+
+def synchronize_batch_norm(network: nn.Module) -> nn.Module:
+    """Let BatchNorm take its statistics over all processes (CUDA only); call before the optimizer is built.
+
+    Torch's own function would drop the activations that many encoders of timm fuse into their BatchNorm.
+    """
+    from timm.layers import convert_sync_batchnorm  # slow
+
+    return convert_sync_batchnorm(network)

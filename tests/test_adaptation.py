@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
+from torch import Tensor, distributed, multiprocessing, nn
 
 from hf_seg.adaptation.class_mix import mix_domains, sample_class_mask
 from hf_seg.adaptation.mean_teacher import MeanTeacher
@@ -14,7 +14,7 @@ from hf_seg.adaptation.pseudo_labels import CollapseWatch, describe_pseudo_label
 from hf_seg.adaptation.strong_augmentation import strong_augment
 from hf_seg.labels import BACKGROUND, CLASS_NAMES, IGNORE_INDEX, NUM_LABELS
 from hf_seg.losses import cross_entropy
-from hf_seg.normalization import to_pixel_values
+from hf_seg.normalization import Normalization, to_image, to_pixel_values
 
 
 def seeded(seed: int = 0) -> torch.Generator:
@@ -213,6 +213,78 @@ def test_teacher_never_drops_out_nor_learns_nor_changes_its_student() -> None:
     assert student.norm.weight.tolist() == [1.0] * 3
 
 
+def batch_normalised(norm: nn.BatchNorm2d, pixel_values: Tensor) -> Tensor:
+    return nn.functional.batch_norm(pixel_values, None, None, norm.weight, norm.bias, True, 0.0, norm.eps)
+
+
+@pytest.mark.parametrize("momentum", [0.1, None, 1.0])
+def test_a_teacher_labels_by_the_statistics_of_its_batch_without_dropout(momentum: float | None) -> None:
+    student = student_at(2.0)
+    student.norm.momentum = momentum
+    teacher, pixel_values = MeanTeacher(student), 3 * torch.randn(4, 3, 8, 8, generator=seeded()) + 5
+    torch.testing.assert_close(teacher(pixel_values), batch_normalised(student.norm, pixel_values))
+    assert torch.equal(teacher(pixel_values), teacher(pixel_values))
+
+
+def test_a_teachers_buffers_are_those_of_its_student() -> None:
+    teacher = MeanTeacher(student_at(2.0))
+    before = {key: value.clone() for key, value in teacher.state_dict().items()}
+    buffers = [id(buffer) for buffer in teacher.buffers()]
+    teacher(torch.randn(4, 3, 8, 8, generator=seeded()))
+    assert [id(buffer) for buffer in teacher.buffers()] == buffers
+    assert all(torch.equal(value, before[key]) for key, value in teacher.state_dict().items())
+    with pytest.raises(RuntimeError):
+        teacher(torch.randn(4, 5, 8, 8))  # of other channels
+    assert [id(buffer) for buffer in teacher.buffers()] == buffers
+    assert not teacher.model.norm._forward_pre_hooks
+
+
+def test_the_model_that_is_exported_uses_running_statistics() -> None:
+    pixel_values = torch.randn(4, 3, 8, 8, generator=seeded())
+    student = student_at(2.0)
+    teacher, expected = MeanTeacher(student), student.eval()(pixel_values)
+    teacher(pixel_values)
+    assert torch.equal(teacher.model(pixel_values), expected)
+    assert torch.equal(MeanTeacher(student, batch_norm="running")(pixel_values), expected)
+    assert not torch.allclose(teacher(pixel_values), expected)
+    with pytest.raises(ValueError, match="batch_norm must be 'batch' or 'running'; it is 'eval'"):
+        MeanTeacher(student, batch_norm="eval")  # type: ignore[arg-type]
+
+
+def test_half_precision_has_the_statistics_of_single_precision() -> None:
+    student = student_at(2.0)
+    pixel_values = (torch.randn(4, 3, 8, 8, generator=seeded()) + 100).bfloat16()
+    expected = batch_normalised(student.norm, pixel_values.float())
+    torch.testing.assert_close(MeanTeacher(student)(pixel_values).float(), expected, rtol=0.01, atol=0.01)
+
+
+def test_one_value_per_channel_is_normalised_by_running_statistics() -> None:
+    """E.g. UperNet's 1 x 1 pooling of a single image, which has no variance."""
+    student = student_at(2.0)
+    teacher, pixel_values = MeanTeacher(student), torch.randn(1, 3, 1, 1, generator=seeded())
+    assert torch.equal(teacher(pixel_values), student.eval()(pixel_values))
+
+
+def label_half(rank: int, folder: Path) -> None:
+    """Let one of two processes label its half of a batch."""
+    distributed.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
+    batch = torch.randn(4, 3, 8, 8, generator=seeded()) + 5
+    teacher = MeanTeacher(student_at(2.0))
+    logits = teacher(batch.chunk(2)[rank])
+    single = teacher(batch[rank : rank + 1, :, :1, :1])  # two values per channel, one in each process
+    save_file({"logits": logits, "single": single}, folder / f"{rank}.safetensors")
+    distributed.destroy_process_group()
+
+
+def test_two_processes_label_as_one(tmp_path: Path) -> None:
+    multiprocessing.spawn(label_half, (tmp_path,), nprocs=2)
+    halves = [load_file(tmp_path / f"{rank}.safetensors") for rank in range(2)]
+    batch, norm = torch.randn(4, 3, 8, 8, generator=seeded()) + 5, student_at(2.0).norm
+    torch.testing.assert_close(torch.cat([half["logits"] for half in halves]), batch_normalised(norm, batch))
+    single = batch_normalised(norm, batch[:2, :, :1, :1])
+    torch.testing.assert_close(torch.cat([half["single"] for half in halves]), single)
+
+
 def picture(size: int = 24) -> Tensor:
     """(3, H, W) normalised random colours with a black corner."""
     levels = torch.randint(1, 256, (size, size, 3), generator=seeded(), dtype=torch.uint8)
@@ -258,3 +330,13 @@ def test_jitter_stays_within_its_span() -> None:
     mean, std = torch.tensor([0.485, 0.456, 0.406]), torch.tensor([0.229, 0.224, 0.225])
     factors = (out[:, :, 0, 0] * std + mean) / (100 / 255)
     assert factors.min() > 0.8 - 1e-4 and factors.max() < 1.2 + 1e-4 and factors.std() > 0.08
+
+
+def test_strong_augmentation_of_another_normalisation_is_the_same_picture() -> None:
+    half = Normalization((0.5, 0.5, 0.5), (0.25, 0.5, 0.75))
+    levels = to_image(picture())
+    for seed in range(5):
+        images = [to_pixel_values(levels, each)[None] for each in (Normalization(), half)]
+        ours = strong_augment(images[0], [seeded(seed)], jitter_prob=1, blur_prob=1)[0]
+        theirs = strong_augment(images[1], [seeded(seed)], jitter_prob=1, blur_prob=1, normalization=half)[0]
+        torch.testing.assert_close(half.invert(theirs), Normalization().invert(ours), rtol=0, atol=0.01)

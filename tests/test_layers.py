@@ -13,7 +13,7 @@ LEAVES = sorted([*PROJECT.glob("recipes/*.py"), *PROJECT.glob("scripts/*.py")])
 RANKS = (
     "errors labels",
     "files settings normalization",
-    "arguments losses metrics adaptation",
+    "arguments losses metrics adaptation timm_encoder",
     "data models land_cover_iou report",
     "inference",
     "hub synthetic",
@@ -82,5 +82,8 @@ def test_no_script_shadows_a_package() -> None:
 def test_nothing_is_unpickled_and_no_remote_code_runs() -> None:
     for path in [*MODULES, *LEAVES]:
         source = path.read_text(encoding="utf-8")
+        if path.name == "convert_pretrained.py":  # tensors only, of files whose checksum is recorded
+            assert source.count("torch.load") == source.count("weights_only=True") == 1
+            source = source.replace("torch.load", "")
         assert "pickle" not in imports_of(path) and "torch.load" not in source, path
         assert "trust_remote_code" not in source, path

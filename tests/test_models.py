@@ -1,14 +1,18 @@
 """Stock models: built, loaded with proof, saved for anyone, and logits where the labels are."""
 
 import copy
+import json
+import logging
 from pathlib import Path
 from typing import Any
 
 import pytest
+import timm
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import (
+    AutoImageProcessor,
     AutoModelForSemanticSegmentation,
     ConvNextV2ForImageClassification,
     ConvNextV2Model,
@@ -22,13 +26,26 @@ from transformers import (
     ViTConfig,
 )
 
+from hf_seg.adaptation.mean_teacher import MeanTeacher
+from hf_seg.ensemble import EnsembleForSemanticSegmentation
 from hf_seg.errors import UserError
-from hf_seg.hub.export import image_processor
-from hf_seg.inference.load import load_networks
+from hf_seg.hub.export import export_model, image_processor
+from hf_seg.inference.load import load_networks, use_network
+from hf_seg.inference.predict import Predictor
 from hf_seg.labels import ID2LABEL, IGNORE_INDEX, LABEL2ID, NUM_LABELS
-from hf_seg.models import PRESETS, SegmentationNetwork, build_model, encoder_and_heads
+from hf_seg.models import (
+    PRESETS,
+    SegmentationNetwork,
+    build_model,
+    encoder_and_heads,
+    normalization_of,
+    synchronize_batch_norm,
+)
+from hf_seg.normalization import IMAGENET, Normalization, to_pixel_values
 
 TOYS = ("toy-segformer", "toy-convnextv2", "toy-swinv2")
+TIMM_TOY = "toy-efficientnet-lite0"
+ALL_TOYS = (*TOYS, TIMM_TOY)
 CLASSIFIERS = dict(
     zip(
         TOYS,
@@ -68,7 +85,7 @@ def edit_weights(folder: Path, tensors: dict[str, Tensor]) -> None:
 # --- building -------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", TOYS)
+@pytest.mark.parametrize("name", ALL_TOYS)
 @pytest.mark.parametrize("size", [(64, 64), (96, 72), (65, 47)])
 def test_logits_have_the_size_of_the_input(name: str, size: tuple[int, int]) -> None:
     network = SegmentationNetwork(build_toy(name)).train()
@@ -83,7 +100,7 @@ def test_logits_have_the_size_of_the_input(name: str, size: tuple[int, int]) -> 
     assert outputs.auxiliary_logits is None
 
 
-@pytest.mark.parametrize("name", TOYS)
+@pytest.mark.parametrize("name", ALL_TOYS)
 def test_every_parameter_gets_a_gradient_in_training(name: str) -> None:
     network = SegmentationNetwork(build_toy(name)).train()
     for module in network.modules():  # stochastic depth would skip a branch
@@ -95,7 +112,7 @@ def test_every_parameter_gets_a_gradient_in_training(name: str) -> None:
     assert without == []
 
 
-@pytest.mark.parametrize("name", TOYS)
+@pytest.mark.parametrize("name", ALL_TOYS)
 def test_weights_from_scratch_follow_the_global_seed(name: str) -> None:
     first, again = build_toy(name).state_dict(), build_toy(name).state_dict()
     other = build_model(name, crop_size=64, from_scratch=True).state_dict()
@@ -103,7 +120,7 @@ def test_weights_from_scratch_follow_the_global_seed(name: str) -> None:
     assert any(not torch.equal(first[key], other[key]) for key in first)
 
 
-@pytest.mark.parametrize("name", TOYS)
+@pytest.mark.parametrize("name", ALL_TOYS)
 def test_the_config_says_what_the_classes_are(name: str) -> None:
     config = build_toy(name).config
     assert (config.id2label, config.label2id, config.num_labels) == (ID2LABEL, LABEL2ID, NUM_LABELS)
@@ -138,7 +155,7 @@ def test_upernets_heads_are_as_wide_as_the_method_says() -> None:
 # --- what is saved --------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", TOYS)
+@pytest.mark.parametrize("name", ALL_TOYS)
 def test_a_saved_model_opens_with_stock_transformers_and_gives_the_same_bits(name: str, tmp_path: Path) -> None:
     model = build_toy(name).eval()
     network = SegmentationNetwork(model)
@@ -154,7 +171,7 @@ def test_a_saved_model_opens_with_stock_transformers_and_gives_the_same_bits(nam
     assert torch.equal(ours, theirs)
 
 
-@pytest.mark.parametrize("name", TOYS)
+@pytest.mark.parametrize("name", ALL_TOYS)
 def test_the_auxiliary_logits_are_those_behind_the_stock_models_loss(name: str) -> None:
     if name == "toy-segformer":
         assert SegmentationNetwork(build_toy(name)).train()(images()).auxiliary_logits is None
@@ -169,7 +186,7 @@ def test_the_auxiliary_logits_are_those_behind_the_stock_models_loss(name: str) 
     torch.testing.assert_close(ours, expected)
 
 
-@pytest.mark.parametrize("name", TOYS)
+@pytest.mark.parametrize("name", ALL_TOYS)
 def test_a_finished_model_loads_with_every_tensor_and_its_crop_size(name: str, tmp_path: Path) -> None:
     model = build_toy(name)
     model.save_pretrained(tmp_path)
@@ -182,7 +199,7 @@ def test_a_finished_model_loads_with_every_tensor_and_its_crop_size(name: str, t
     assert all(torch.equal(tensor, model.state_dict()[key]) for key, tensor in loaded.state_dict().items())
 
 
-@pytest.mark.parametrize("name", TOYS)
+@pytest.mark.parametrize("name", ALL_TOYS)
 def test_a_finished_model_continues_training_as_it_was(name: str, tmp_path: Path) -> None:
     model = build_toy(name)
     model.save_pretrained(tmp_path)
@@ -293,6 +310,205 @@ def test_a_head_of_other_classes_starts_anew_and_the_rest_is_kept(tmp_path: Path
     assert loaded.state_dict()["decode_head.classifier.weight"].std() > 0
 
 
+# --- encoders of timm -----------------------------------------------------------------------------------------------
+
+
+def save_timm_encoder(folder: Path, architecture: str = "tf_efficientnet_lite0") -> dict[str, Tensor]:
+    """Save a classifier of timm with weights of its own seed, as it would come from the Hub, and return its tensors."""
+    torch.manual_seed(42)
+    model: Any = timm.create_model(architecture)
+    for buffer in model.buffers():  # running statistics that no fresh model has
+        buffer.copy_(torch.rand(buffer.shape) + 2)
+    timm.models.save_for_hf(model, str(folder), safe_serialization=True)
+    return load_file(folder / "model.safetensors")
+
+
+def timm_features(model: Any) -> nn.Module:
+    return model.backbone._backbone
+
+
+@pytest.mark.parametrize("architecture", ["tf_efficientnet_lite0", "test_convnext2", "test_resnet"])
+def test_a_timm_encoder_arrives_bit_for_bit(architecture: str, tmp_path: Path) -> None:
+    save_timm_encoder(tmp_path, architecture)
+    torch.manual_seed(0)
+    model = build_model(str(tmp_path), crop_size=64, head_width=16)
+    reference: Any = timm.create_model(f"local-dir:{tmp_path}", pretrained=True)
+    with torch.no_grad():
+        expected = reference.eval().forward_intermediates(images(), intermediates_only=True)
+        found = timm_features(model.eval())(images())
+    assert [features.shape[-1] for features in found] == [16, 8, 4, 2]
+    for features in found:
+        assert any(torch.equal(features, each) for each in expected if each.shape == features.shape)
+
+
+def test_all_tensors_of_a_timm_encoder_are_reported(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    saved = save_timm_encoder(tmp_path)
+    with caplog.at_level(logging.INFO, "hf_seg.models"):
+        model = build_model(str(tmp_path), crop_size=64, head_width=16)
+    state = timm_features(model).state_dict()
+    assert all(torch.equal(tensor, saved[key]) for key, tensor in state.items())
+    unused = len(saved) - len(state)
+    assert caplog.messages == [f"{tmp_path}: {len(state)} tensors loaded, 0 new (none), {unused} unused"]
+    assert {key.partition(".")[0] for key in saved.keys() - state.keys()} == {"conv_head", "bn2", "classifier"}
+
+
+def test_a_timm_encoder_that_lacks_a_tensor_is_refused(tmp_path: Path) -> None:
+    tensors = save_timm_encoder(tmp_path)
+    lost = "blocks.6.0.bn3.running_var"
+    edit_weights(tmp_path, {key: tensor for key, tensor in tensors.items() if key != lost})
+    with pytest.raises(UserError, match=f"^{tmp_path}: 1 of .* tensors are not among its weights, e.g. {lost}"):
+        build_model(str(tmp_path), crop_size=64)
+    edit_weights(tmp_path, {**tensors, lost: torch.ones(3)})
+    with pytest.raises(UserError, match=r"1 of .* tensors are not among its weights"):
+        build_model(str(tmp_path), crop_size=64)
+    (tmp_path / "model.safetensors").unlink()
+    with pytest.raises(UserError, match=f"^{tmp_path}: no complete weights in safetensors format"):
+        build_model(str(tmp_path), crop_size=64)
+    build_model(str(tmp_path), crop_size=64, from_scratch=True)
+
+
+def test_weights_without_the_counters_of_batch_norm_are_complete(tmp_path: Path) -> None:
+    tensors = save_timm_encoder(tmp_path)
+    edit_weights(tmp_path, {key: tensor for key, tensor in tensors.items() if "num_batches_tracked" not in key})
+    state = timm_features(build_model(str(tmp_path), crop_size=64)).state_dict()
+    assert all(torch.equal(state[key], tensors[key]) for key in state if "num_batches_tracked" not in key)
+
+
+def test_normalisation_is_that_of_the_encoder_and_survives_saving(tmp_path: Path) -> None:
+    encoder, export = tmp_path / "encoder", tmp_path / "export"
+    save_timm_encoder(encoder)
+    config = json.loads((encoder / "config.json").read_text())
+    config["pretrained_cfg"] |= {"mean": [0.1, 0.2, 0.3], "std": [0.4, 0.5, 0.6]}
+    (encoder / "config.json").write_text(json.dumps(config))
+    expected = Normalization((0.1, 0.2, 0.3), (0.4, 0.5, 0.6))
+    for from_scratch in (True, False):
+        model = build_model(str(encoder), crop_size=64, from_scratch=from_scratch, head_width=16)
+        assert SegmentationNetwork(model).normalization == expected
+    assert use_network(model, crop_size=64).normalization == expected
+    assert use_network(SegmentationNetwork(model), crop_size=64).normalization == expected
+
+    export_model(model, export, crop_size=64, recipe="", results=None)
+    assert json.loads((export / "preprocessor_config.json").read_text())["image_mean"] == [0.1, 0.2, 0.3]
+    assert load_networks(export)[0].normalization == expected
+    assert normalization_of(build_model(str(export), crop_size=64)) == expected
+    assert normalization_of(AutoModelForSemanticSegmentation.from_pretrained(export)) == expected
+
+    assert normalization_of(build_toy(TIMM_TOY)) == Normalization((0.5,) * 3, (0.5,) * 3)
+    for name in TOYS:
+        assert normalization_of(build_toy(name)) == IMAGENET
+
+
+def test_a_network_on_a_timm_encoder_predicts_as_stock_transformers_and_in_an_ensemble(tmp_path: Path) -> None:
+    model = build_toy(TIMM_TOY).eval()
+    export_model(model, tmp_path / "timm", crop_size=64, recipe="", results=None)
+    export_model(build_toy("toy-segformer"), tmp_path / "segformer", crop_size=64, recipe="", results=None)
+    image = torch.randint(0, 256, (64, 64, 3), generator=torch.Generator().manual_seed(4), dtype=torch.uint8)
+    processor = AutoImageProcessor.from_pretrained(tmp_path / "timm")
+    stock = AutoModelForSemanticSegmentation.from_pretrained(tmp_path / "timm").eval()
+    with torch.no_grad():
+        expected = stock(**processor(image.numpy(), return_tensors="pt")).logits
+        ours = SegmentationNetwork(model).eval()(to_pixel_values(image.numpy(), normalization_of(model))[None]).logits
+    assert torch.equal(ours, expected)
+
+    EnsembleForSemanticSegmentation.from_members([tmp_path / "timm", tmp_path / "segformer"]).save_pretrained(
+        tmp_path / "ensemble"
+    )
+    networks = load_networks(tmp_path / "ensemble")
+    assert [each.normalization for each in networks] == [normalization_of(model), IMAGENET]
+    accumulator = Predictor(networks[:1], device=torch.device("cpu")).predict(image.numpy())
+    expected[:, 0] = -torch.inf
+    assert torch.equal(torch.as_tensor(accumulator.label_map()).long(), expected.argmax(1)[0])
+
+
+def test_head_width_is_for_encoders(tmp_path: Path) -> None:
+    model: Any = build_model("timm/test_resnet", crop_size=64, from_scratch=True, head_width=24)
+    assert model.decode_head.classifier.in_channels == 24
+    assert model.auxiliary_head.classifier.in_channels == 12
+    assert model.auxiliary_head.convs[0].conv.in_channels == model.backbone.channels[2]
+    toy: Any = build_toy(TIMM_TOY)
+    assert (toy.decode_head.classifier.in_channels, toy.auxiliary_head.convs[0].conv.in_channels) == (64, 112)
+    with torch.device("meta"):
+        wide: Any = build_model("timm/tf_efficientnet_lite0", crop_size=64, from_scratch=True)
+    assert wide.decode_head.classifier.in_channels == 512
+    with pytest.raises(UserError, match="head_width is for UperNet on an encoder; toy-segformer is a whole segformer"):
+        build_model("toy-segformer", crop_size=64, from_scratch=True, head_width=24)
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("timm/tf_efficientnet_lite9", "timm .* has no architecture 'tf_efficientnet_lite9'"),
+        ("timm/tf_efficientnet_lite0.in99k", r"Invalid pretrained tag \(in99k\)"),
+        ("timm/test_vit", "UperNet needs levels of strides 4, 8, 16 and 32 as NCHW; test_vit has 16 as NCHW"),
+        ("timm/swin_tiny_patch4_window7_224", "has 4, 8, 16, 32 as NHWC"),
+    ],
+)
+def test_an_unsuitable_timm_encoder_is_refused(name: str, message: str) -> None:
+    with pytest.raises(UserError, match=f"^{name}: .*{message}"):
+        build_model(name, crop_size=64, from_scratch=True)
+
+
+def test_weights_on_the_hub_are_read_as_a_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    requests = []
+
+    def snapshot_download(repository: str, **options: Any) -> str:
+        requests.append((repository, options["allow_patterns"]))
+        return str(tmp_path)
+
+    saved = save_timm_encoder(tmp_path)
+    monkeypatch.setattr("hf_seg.timm_encoder.snapshot_download", snapshot_download)
+    model = build_model("timm/tf_efficientnet_lite0", crop_size=64, head_width=16)
+    assert requests == [("timm/tf_efficientnet_lite0.in1k", ["config.json", "model.safetensors"])]
+    assert torch.equal(timm_features(model).state_dict()["conv_stem.weight"], saved["conv_stem.weight"])
+
+
+def test_weights_on_the_hub_that_cannot_be_fetched_say_how_to_fix_it() -> None:
+    with pytest.raises(
+        UserError,
+        match=r"'timm/test_resnet' was not found .*hf download timm/test_resnet.r160_in1k.*--from_scratch true",
+    ) as error:
+        build_model("timm/test_resnet", crop_size=64)
+    assert "\n" not in str(error.value)
+
+
+def test_a_timm_folder_must_be_one_that_transformers_can_build_again(tmp_path: Path) -> None:
+    save_timm_encoder(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    for change, message in (
+        ({"architecture": "lite99"}, "has no architecture 'lite99'"),
+        ({"model_args": {"act_layer": "gelu"}}, "model_args that transformers cannot keep: act_layer"),
+        ({"pretrained_cfg": {}}, "does not give mean and std"),
+        ({"pretrained_cfg": {"mean": [0.5], "std": [0.5]}}, "takes images of 1 bands"),
+    ):
+        (tmp_path / "config.json").write_text(json.dumps({**config, **change}))
+        with pytest.raises(UserError, match=f"{tmp_path}.*{message}"):
+            build_model(str(tmp_path), crop_size=64)
+
+
+def test_a_finished_model_on_an_unknown_timm_architecture_is_refused(tmp_path: Path) -> None:
+    model: Any = build_toy(TIMM_TOY)
+    export_model(model, tmp_path, crop_size=64, recipe="", results=None)
+    config = (tmp_path / "config.json").read_text()
+    (tmp_path / "config.json").write_text(config.replace("tf_efficientnet_lite0", "tf_efficientnet_lite9"))
+    with pytest.raises(UserError, match="has no architecture 'tf_efficientnet_lite9'"):
+        load_networks(tmp_path)
+    with pytest.raises(UserError, match="has no architecture 'tf_efficientnet_lite9'"):
+        build_model(str(tmp_path), crop_size=64)
+
+
+def test_synchronised_batch_norm_keeps_the_activations() -> None:
+    """Torch's own conversion drops those that timm fuses into its BatchNorm."""
+    network = SegmentationNetwork(build_toy(TIMM_TOY)).eval()
+    with torch.no_grad():
+        expected = network(images()).logits
+        converted = synchronize_batch_norm(copy.deepcopy(network))
+        assert torch.equal(converted(images()).logits, expected)
+        dropped = nn.SyncBatchNorm.convert_sync_batchnorm(copy.deepcopy(network))
+        assert not torch.allclose(dropped(images()).logits, expected)
+    assert not any(isinstance(module, nn.BatchNorm2d) for module in converted.modules())
+    assert converted.state_dict().keys() == network.state_dict().keys()
+
+
 # --- names ----------------------------------------------------------------------------------------------------------
 
 
@@ -302,11 +518,11 @@ def test_an_unknown_name_says_how_to_fix_it() -> None:
     ) as error:
         build_model("nvidia/mit-b9", crop_size=64)
     assert "\n" not in str(error.value)
-    with pytest.raises(UserError, match=r"sizes known without a download: nvidia/mit-b0, .*toy-swinv2"):
+    with pytest.raises(UserError, match=r"sizes known without a download: nvidia/mit-b0, .*toy-efficientnet-lite0"):
         build_model("nvidia/mit-b9", crop_size=64, from_scratch=True)
 
 
-@pytest.mark.parametrize("name", TOYS)
+@pytest.mark.parametrize("name", ALL_TOYS)
 def test_a_toy_has_no_pretrained_weights(name: str) -> None:
     with pytest.raises(UserError, match=f"{name} is a size without pretrained weights; add --from_scratch true"):
         build_model(name, crop_size=64)
@@ -323,7 +539,9 @@ def test_a_toy_has_no_pretrained_weights(name: str) -> None:
 )
 def test_another_architecture_is_refused_by_name(config: Any, kind: str, from_scratch: bool, tmp_path: Path) -> None:
     config.save_pretrained(tmp_path)
-    with pytest.raises(UserError, match=f"{tmp_path} is a {kind}; supported are SegFormer, ConvNeXtV2, SwinV2"):
+    with pytest.raises(
+        UserError, match=f"{tmp_path} is a {kind}; supported are SegFormer, ConvNeXtV2, SwinV2, encoders"
+    ):
         build_model(str(tmp_path), crop_size=64, from_scratch=from_scratch)
 
 
@@ -392,7 +610,8 @@ def test_a_saved_swin_keeps_its_crop_and_can_be_given_another(tmp_path: Path) ->
 
 def gradients_and_passes(network: SegmentationNetwork) -> tuple[dict[str, Tensor], int, int]:
     """Gradients of a fixed loss, how often the first block ran, and the bytes kept for the backward pass."""
-    layer = next(module for module in network.modules() if isinstance(module, nn.Linear))  # in the first block
+    in_block = [m for m in network.modules() if isinstance(m, nn.Linear) or getattr(m, "groups", 1) > 1]
+    layer = in_block[0]  # a layer of the first block
     passes: list[str] = []
     kept: list[int] = []
 
@@ -410,7 +629,7 @@ def gradients_and_passes(network: SegmentationNetwork) -> tuple[dict[str, Tensor
     return {key: p.grad for key, p in network.named_parameters() if p.grad is not None}, len(passes), sum(kept)
 
 
-@pytest.mark.parametrize("name", TOYS)
+@pytest.mark.parametrize("name", ALL_TOYS)
 def test_gradient_checkpointing_recomputes_and_changes_no_gradient(name: str) -> None:
     plain, frugal = (SegmentationNetwork(build_toy(name)).train() for _ in range(2))
     frugal.enable_gradient_checkpointing()
@@ -423,7 +642,7 @@ def test_gradient_checkpointing_recomputes_and_changes_no_gradient(name: str) ->
         torch.testing.assert_close(gradient, expected[key], rtol=0, atol=0, msg=key)
 
 
-@pytest.mark.parametrize("name", TOYS)
+@pytest.mark.parametrize("name", ALL_TOYS)
 def test_gradient_checkpointing_leaves_saved_models_and_copies_alone(name: str, tmp_path: Path) -> None:
     network = SegmentationNetwork(build_toy(name))
     network.enable_gradient_checkpointing()
@@ -440,7 +659,7 @@ def test_gradient_checkpointing_leaves_saved_models_and_copies_alone(name: str, 
         assert torch.equal(ours, SegmentationNetwork(stock).eval()(images()).logits)
 
 
-@pytest.mark.parametrize("name", TOYS)
+@pytest.mark.parametrize("name", ALL_TOYS)
 def test_encoder_and_heads_share_out_the_model(name: str) -> None:
     model = build_toy(name)
     encoder, heads = encoder_and_heads(model)
@@ -449,3 +668,22 @@ def test_encoder_and_heads_share_out_the_model(name: str) -> None:
     assert {id(p) for head in heads for p in head.parameters()} == {
         id(parameter) for key, parameter in model.named_parameters() if "_head." in key
     }
+
+
+# --- a teacher's BatchNorm ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ALL_TOYS)
+def test_a_teacher_of_a_real_network_labels_as_its_batch_norms_in_train_mode(name: str) -> None:
+    student, pixel_values = SegmentationNetwork(build_toy(name)), images()
+    for _ in range(3):  # running statistics that differ from those of the batch
+        student.train()(pixel_values + 3)
+    teacher, reference = MeanTeacher(student), copy.deepcopy(student).eval()
+    for module in reference.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.train()
+    expected = reference(pixel_values)
+    found = teacher(pixel_values)
+    assert found.auxiliary_logits is None
+    torch.testing.assert_close(found.logits, expected.logits.detach(), rtol=1e-3, atol=1e-4)
+    assert torch.isfinite(teacher(pixel_values[:1]).logits).all()

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torchvision.transforms.v2 import functional as F
 
-from hf_seg.normalization import IMAGE_MEAN, IMAGE_STD
+from hf_seg.normalization import IMAGENET, Normalization
 
 JITTER = 0.2  # brightness, contrast and saturation times 1 +- this; hue +- this share of the circle
 BLUR_SIGMA = (0.15, 1.15)  # pixels
@@ -14,19 +14,26 @@ _BLUR_SIDE = 2 * math.ceil(4 * BLUR_SIGMA[1]) + 1
 
 
 def strong_augment(
-    pixel_values: Tensor, generators: list[torch.Generator], *, jitter_prob: float = 0.5, blur_prob: float = 0.5
+    pixel_values: Tensor,
+    generators: list[torch.Generator],
+    *,
+    jitter_prob: float = 0.5,
+    blur_prob: float = 0.5,
+    normalization: Normalization = IMAGENET,
 ) -> Tensor:
     """Jitter the colours of each image and blur it, each with its own probability.
 
     Args:
-        pixel_values: (B, 3, H, W) ImageNet-normalised RGB.
+        pixel_values: (B, 3, H, W) normalised RGB.
         generators: B generators of the CPU, the only source of randomness, so that the augmentation of an image does
             not depend on the others in the batch.
+        jitter_prob, blur_prob: of each image.
+        normalization: of `pixel_values`.
 
     Returns:
         (B, 3, H, W), a new tensor. Nodata, black in all bands, stays black.
     """
-    mean, std = (pixel_values.new_tensor(values).view(3, 1, 1) for values in (IMAGE_MEAN, IMAGE_STD))
+    mean, std = (pixel_values.new_tensor(values).view(3, 1, 1) for values in (normalization.mean, normalization.std))
     augmented = []
     for normalised, generator in zip(pixel_values, generators, strict=True):
         draws = torch.rand(7, generator=generator).tolist()  # always seven, whether they are used or not

@@ -10,6 +10,7 @@ from transformers import PreTrainedModel, SegformerImageProcessor
 
 from hf_seg.errors import UserError, file_errors
 from hf_seg.files import atomic_update, write_atomic
+from hf_seg.models import normalization_of
 from hf_seg.normalization import IMAGENET, Normalization
 
 TRAINING_DATA_FILE = "training_data.json"
@@ -59,7 +60,7 @@ def export_model(
     # the scores of an earlier model are not those of this one
     with atomic_update(folder, first=("config.json", "eval_results.json"), last="config.json") as temporary:
         model.save_pretrained(temporary)
-        image_processor(crop_size).save_pretrained(temporary)
+        image_processor(crop_size, normalization_of(model)).save_pretrained(temporary)
         (temporary / "recipe.yaml").write_text(recipe, encoding="utf-8")
         if results is not None:
             (temporary / "eval_results.json").write_text(json.dumps(results, indent=1), encoding="utf-8")

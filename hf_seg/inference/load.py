@@ -30,7 +30,7 @@ from transformers import (
 from hf_seg.errors import UserError
 from hf_seg.files import sha256_of
 from hf_seg.labels import BACKGROUND, ID2LABEL
-from hf_seg.models import SegmentationNetwork, load_weights
+from hf_seg.models import SegmentationNetwork, load_weights, require_supported
 from hf_seg.normalization import IMAGENET, Normalization
 
 ENSEMBLE_FILE = "ensemble.json"
@@ -125,8 +125,8 @@ def use_network(module: nn.Module, *, crop_size: int | None = None) -> LoadedNet
     """Describe a network in memory.
 
     Args:
-        module: a stock model that came from a folder or the Hub brings its crop size and normalisation; any other
-            module gets ours.
+        module: a stock model that came from a folder or the Hub brings its crop size and normalisation; one that
+            was built has the normalisation of its encoder, any other module ImageNet's.
         crop_size: replaces that of the model.
 
     Raises:
@@ -138,7 +138,8 @@ def use_network(module: nn.Module, *, crop_size: int | None = None) -> LoadedNet
         module = SegmentationNetwork(module)  # stock UperNet would also compute its auxiliary head
     if described is None and crop_size is None:
         raise UserError("this network does not tell the crop that it was trained at: pass window=..., in pixels")
-    crop, normalization = described or (0, IMAGENET)
+    of_encoder = module.normalization if isinstance(module, SegmentationNetwork) else IMAGENET
+    crop, normalization = described or (0, of_encoder)
     return LoadedNetwork(crop_size=crop_size or crop, normalization=normalization, module=module)
 
 
@@ -226,6 +227,7 @@ def _open_model(folder: Path, name: str) -> SegmentationNetwork:
         raise UserError(f"{name}: config.json cannot be read ({str(error).splitlines()[0]})") from None
     if config.model_type not in ("segformer", "upernet") or config.id2label != ID2LABEL:
         raise UserError(f"{name} is no segmentation model of the {len(ID2LABEL)} land-cover classes")
+    require_supported(name, config)
     stock = SegformerForSemanticSegmentation if config.model_type == "segformer" else UperNetForSemanticSegmentation
     return SegmentationNetwork(load_weights(stock, str(folder), config, may_be_new=()))
 
