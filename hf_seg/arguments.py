@@ -44,6 +44,7 @@ class ModelSettings(Settings):
     model_name_or_path: str = setting("nvidia/mit-b5", "encoder or whole model: Hub id, folder or preset", path=True)
     from_scratch: bool = setting(False, "random weights at the size of the named encoder or preset; no download")
     crop_size: int = setting(896, "training crop and inference window in pixels; a multiple of 32", low=32)
+    head_width: int | None = setting(None, "channels of UperNet's decoder; default: 512, or 64 for a toy", low=8)
     gradient_checkpointing: bool = setting(False, "recompute activations: less memory, slower", free=True)
 
     def __post_init__(self) -> None:
@@ -59,6 +60,9 @@ class AugmentationSettings(Settings):
     max_scale: float = setting(2.0, "largest zoom of a crop", above=0, high=1e6)
     max_class_share: float = setting(0.75, "redraw crops with a class above this share (10 tries)", above=0, high=1)
     jitter_prob: float = setting(0.5, "probability of radiometric jitter", low=0, high=1)
+    rare_class_temperature: float = setting(
+        0.0, "draw tiles by class, rare ones more often (DAFormer's T); 0: every tile equally often", low=0
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -103,6 +107,7 @@ class RunSettings(Settings):
         "tensorboard", "tracker; metrics.jsonl is written in any case", free=True
     )
     dataloader_num_workers: int = setting(4, "processes per training process that read and augment", low=0, free=True)
+    cache_gib: float = setting(0.0, "memory for decoded training tiles, in GiB per process; 0: none", low=0, free=True)
 
 
 @dataclass(kw_only=True)
@@ -118,15 +123,23 @@ class Stage2Arguments(RecipeArguments):
 
     pseudo_labels: str | None = setting(None, "folder or Hub id of labels; default: the official ones", path=True)
     mask_nodata: bool = setting(True, "ignore pixels outside the SAR swath (zeros connected with the tile's border)")
+    confidence_weights: bool = setting(False, "weigh each pixel's CE and RCE by its pseudo-label's confidence")
+    jitter_gain: float = setting(0.2, "SAR jitter: the amplitude is multiplied by exp(U(-this, this))", low=0, high=2)
     speckle_prob: float = setting(0.0, "probability of extra multiplicative speckle", low=0, high=1)
     ce_weight: float = setting(1.0, "weight of cross entropy", low=0)
     rce_weight: float = setting(1.0, "weight of reverse cross entropy", low=0)
     lovasz_weight: float = setting(1.0, "weight of Lovász-softmax", low=0)
+    lovasz_stride: int = setting(1, "Lovász-softmax of every n-th row and column; above 1 it is another loss", low=1)
     rce_epsilon: float = setting(1e-4, "probability of an absent class in reverse cross entropy", above=0, high=1)
     auxiliary_weight: float = setting(0.4, "weight of UperNet's auxiliary head in the loss", low=0)
+    ema_decay: float = setting(
+        0.0, "score and export a moving average of the weights with this decay; 0: the last weights", low=0, high=1
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        has_confidence = self.pseudo_labels is not None or not self.confidence_weights
+        self.require("confidence_weights", has_confidence, "false without --pseudo_labels")
         self.require("ce_weight", self.ce_weight + self.rce_weight + self.lovasz_weight > 0, "above 0 if no other is")
 
 
@@ -148,6 +161,10 @@ class Stage1Arguments(RecipeArguments):
     raa_max_scale: float = setting(0.35, "weakest downsampling", above=0, high=1)
     raa_max_upscale: float = setting(1.0, "largest zoom after it, cropped back to size; 1: none", low=1)
     ema_decay: float = setting(0.999, "weight of the teacher's past in each update, after its warm-up", low=0, high=1)
+    teacher_batch_norm: Literal["batch", "running"] = setting(
+        "batch",
+        "the teacher's BatchNorm while it labels: statistics of the target batch, or the student's running ones",
+    )
     confidence_threshold: float = setting(0.968, "a pixel above this counts towards its image's weight", low=0, high=1)
     strong_jitter_prob: float = setting(0.5, "probability of colour jitter of a mixed image", low=0, high=1)
     strong_blur_prob: float = setting(0.5, "probability of Gaussian blur of a mixed image", low=0, high=1)

@@ -35,7 +35,7 @@ from hf_seg.adaptation.class_mix import mix_domains, sample_class_mask
 from hf_seg.adaptation.mean_teacher import MeanTeacher
 from hf_seg.adaptation.pseudo_labels import CollapseWatch, describe_pseudo_labels, weigh_pseudo_labels
 from hf_seg.adaptation.strong_augmentation import strong_augment
-from hf_seg.data.dataloaders import AugmentedStream, seed_at, stream_seed, train_dataloader
+from hf_seg.data.dataloaders import seed_at, stream_seed
 from hf_seg.data.open_earth_map import load_open_earth_map, load_open_earth_map_sar
 from hf_seg.data.samples import LabelledImages, UnlabelledImages
 from hf_seg.data.scan import scan_open_earth_map_sar
@@ -44,10 +44,11 @@ from hf_seg.errors import one_line_errors
 from hf_seg.labels import CLASS_NAMES
 from hf_seg.losses import cross_entropy
 from hf_seg.models import SegmentationLogits
+from hf_seg.normalization import Normalization
 from hf_seg.report.panels import plot_mix_panel
 from hf_seg.training.checkpoints import Progress, StopSignal, load_checkpoint, save_or_stop
 from hf_seg.training.evaluation import draw_results, trained_predictor
-from hf_seg.training.run import build_network, build_optimization, finish_run, open_run
+from hf_seg.training.run import build_network, build_optimization, finish_run, load_stream, open_run
 from hf_seg.training.run_log import RunLog
 from hf_seg.training.teacher_student import evaluate_both, export_both, mean_ious
 
@@ -65,7 +66,7 @@ def main(argv: list[str] | None = None) -> None:
     set_seed(args.seed)
     student = build_network(args, accelerator)
     optimizer, schedule = build_optimization(student.model, args)
-    teacher = MeanTeacher(student, args.ema_decay)  # before the student is wrapped
+    teacher = MeanTeacher(student, args.ema_decay, batch_norm=args.teacher_batch_norm)  # before the student is wrapped
     student, optimizer = accelerator.prepare(student, optimizer)
     teacher = accelerator.prepare_model(teacher, evaluation_mode=True)
     networks = {"student": accelerator.unwrap_model(student), "teacher": teacher.model}
@@ -73,10 +74,11 @@ def main(argv: list[str] | None = None) -> None:
     progress = Progress() if checkpoint is None else load_checkpoint(accelerator, checkpoint)
 
     uses_target = args.method == "dacs"
-    source_loader = load_stream(source_images, SOURCE_STREAM, progress, args, accelerator)
+    how = (progress, args, accelerator, networks["student"].normalization)
+    source_loader = load_domain(source_images, SOURCE_STREAM, *how)
     target_loader: Any = itertools.repeat({})
     if uses_target:
-        target_loader = load_stream(target_images, TARGET_STREAM, progress, args, accelerator)
+        target_loader = load_domain(target_images, TARGET_STREAM, *how)
     to_device = partial(send_to_device, device=accelerator.device, non_blocking=True)
     mix_seed, batch_size = stream_seed(args.seed, MIX_STREAM), args.per_device_train_batch_size
     images_per_pass = batch_size * accelerator.num_processes
@@ -120,6 +122,7 @@ def main(argv: list[str] | None = None) -> None:
                 mixed["pixel_values"] = strong_augment(
                     mixed["pixel_values"],
                     generators,
+                    normalization=networks["student"].normalization,
                     jitter_prob=args.strong_jitter_prob,
                     blur_prob=args.strong_blur_prob,
                 )
@@ -158,7 +161,7 @@ def main(argv: list[str] | None = None) -> None:
         is_panel_due = uses_target and args.panel_steps > 0 and progress.step % args.panel_steps == 0
         if is_panel_due and accelerator.is_main_process:
             path = output_dir / "figures" / "mixes" / f"step_{progress.step:08d}.png"
-            plot_mix_panel(path, source, target, class_masks, mixed, outputs.logits.argmax(1), weights)
+            plot_mix_panel(path, source, target, class_masks, mixed, outputs.logits.argmax(1), weights, *how[-1:])
 
         # Validate (all ranks), keep the best
         is_last = progress.step == args.max_train_steps
@@ -210,12 +213,13 @@ def load_images(
     return source, target, val
 
 
-def load_stream(
+def load_domain(
     images: LabelledImages | UnlabelledImages,
     stream: int,
     progress: Progress,
     args: Stage1Arguments,
     accelerator: Accelerator,
+    normalization: Normalization,
 ) -> Any:
     """Load what is left of a stream: the source augmented, the target as the teacher sees it, only cut and turned."""
     is_source = stream == SOURCE_STREAM
@@ -227,16 +231,7 @@ def load_stream(
         resolution_alignment=alignment if is_source else None,
         jitter_prob=args.jitter_prob if is_source else 0.0,
     )
-    images_per_step = args.per_device_train_batch_size * accelerator.num_processes * args.gradient_accumulation_steps
-    return train_dataloader(
-        AugmentedStream(images, transform, stream_seed(args.seed, stream)),
-        start=progress.samples_seen,
-        stop=progress.samples_seen + (args.max_train_steps - progress.step) * images_per_step,
-        batch_size=args.per_device_train_batch_size,
-        process_index=accelerator.process_index,
-        num_processes=accelerator.num_processes,
-        num_workers=args.dataloader_num_workers,
-    )
+    return load_stream(images, transform, stream_seed(args.seed, stream), progress, args, accelerator, normalization)
 
 
 def segmentation_loss(

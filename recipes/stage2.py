@@ -4,7 +4,8 @@
         --config recipes/configs/stage2/segformer_b5.yaml --data_dir data/dfc25_track1 --output_dir runs/stage2_b5
 
 Without `--pseudo_labels` the labels are the official pseudo-labels of OpenEarthMap-SAR. A stopped or killed run resumes
-with `--resume_from_checkpoint latest`. Every setting: `python recipes/stage2.py --help`.
+with `--resume_from_checkpoint latest`. With `--ema_decay` the root of the output folder is a moving average of the
+weights, `student/` the last ones. Every setting: `python recipes/stage2.py --help`.
 
 Several processes share each global batch and average gradients. Equal to one process are cross entropy and reverse
 cross entropy, where all processes see as many labelled pixels. Lovász-softmax sees the local batch only, and so does
@@ -21,10 +22,10 @@ from pathlib import Path
 from typing import Any
 
 from accelerate import Accelerator
-from accelerate.utils import set_seed
-from torch import Tensor, nn
+from accelerate.utils import broadcast, send_to_device, set_seed
+from torch import Tensor
 
-from hf_seg.data.dataloaders import AugmentedStream, train_dataloader
+from hf_seg.adaptation.mean_teacher import MeanTeacher
 from hf_seg.data.open_earth_map import load_open_earth_map_sar
 from hf_seg.data.provenance import read_provenance
 from hf_seg.data.pseudo_label_dataset import load_pseudo_labels
@@ -33,10 +34,10 @@ from hf_seg.data.transforms import sar_transform
 from hf_seg.errors import one_line_errors
 from hf_seg.hub.export import export_model
 from hf_seg.losses import noise_robust_loss
-from hf_seg.models import SegmentationLogits
+from hf_seg.models import SegmentationLogits, SegmentationNetwork
 from hf_seg.training.checkpoints import Progress, StopSignal, load_checkpoint, save_or_stop
 from hf_seg.training.evaluation import draw_results, evaluate_network, trained_predictor
-from hf_seg.training.run import build_network, build_optimization, finish_run, open_run
+from hf_seg.training.run import build_network, build_optimization, finish_run, load_stream, open_run
 from hf_seg.training.run_log import RunLog
 
 
@@ -51,7 +52,12 @@ def main(argv: list[str] | None = None) -> None:
     set_seed(args.seed)
     network = build_network(args, accelerator)
     optimizer, schedule = build_optimization(network.model, args)
+    average = MeanTeacher(network, args.ema_decay) if args.ema_decay else None  # before the network is wrapped
     network, optimizer = accelerator.prepare(network, optimizer)
+    student = exported = accelerator.unwrap_model(network)
+    if average is not None:
+        average = accelerator.prepare_model(average, evaluation_mode=True)
+        exported = average.model
     set_seed(args.seed, device_specific=True)  # dropout differs between processes
     progress = Progress() if checkpoint is None else load_checkpoint(accelerator, checkpoint)
 
@@ -60,19 +66,11 @@ def main(argv: list[str] | None = None) -> None:
         scale_range=(args.min_scale, args.max_scale),
         max_class_share=args.max_class_share,
         jitter_prob=args.jitter_prob,
+        jitter_gain=args.jitter_gain,
         speckle_prob=args.speckle_prob,
     )
+    loader = load_stream(train_images, transform, args.seed, progress, args, accelerator, student.normalization)
     images_per_pass = args.per_device_train_batch_size * accelerator.num_processes
-    images_left = (args.max_train_steps - progress.step) * images_per_pass * args.gradient_accumulation_steps
-    loader = train_dataloader(
-        AugmentedStream(train_images, transform, args.seed),
-        start=progress.samples_seen,
-        stop=progress.samples_seen + images_left,
-        batch_size=args.per_device_train_batch_size,
-        process_index=accelerator.process_index,
-        num_processes=accelerator.num_processes,
-        num_workers=args.dataloader_num_workers,
-    )
     accelerator.print(
         f"steps {progress.step} to {args.max_train_steps}: {images_per_pass * args.gradient_accumulation_steps} of "
         f"{len(train_images)} images a step on {accelerator.num_processes} process(es), {accelerator.device}"
@@ -87,8 +85,9 @@ def main(argv: list[str] | None = None) -> None:
         # Learn one micro-batch
         schedule.step_update(progress.step)
         with accelerator.accumulate(network):
-            outputs = network(batch["pixel_values"].to(accelerator.device, non_blocking=True))
-            losses = training_loss(outputs, batch["labels"].to(accelerator.device, non_blocking=True), args)
+            batch = send_to_device(batch, accelerator.device, non_blocking=True)
+            outputs = network(batch["pixel_values"])
+            losses = training_loss(outputs, batch["labels"], args, weights=batch.get("weights"))
             log.require_finite(losses["loss"], progress.step + 1, batch["image_id"])
             accelerator.backward(losses["loss"])
             if accelerator.sync_gradients and args.max_grad_norm:
@@ -100,6 +99,12 @@ def main(argv: list[str] | None = None) -> None:
         if not accelerator.sync_gradients:
             continue
 
+        # The average follows (its BatchNorm statistics are those of the first process)
+        if average is not None:
+            average.update(student)
+            if accelerator.num_processes > 1:
+                broadcast(list(average.model.buffers()))
+
         # Log the step
         progress.step += 1
         log.end_step(progress.step, learning_rate=optimizer.param_groups[0]["lr"])
@@ -108,11 +113,11 @@ def main(argv: list[str] | None = None) -> None:
         is_last = progress.step == args.max_train_steps
         results = None
         if val_images is not None and (is_last or progress.step % args.eval_steps == 0):
-            results = evaluate(network, val_images, accelerator, args)
+            results = evaluate(exported, val_images, accelerator, args)
             log.write({"step": progress.step, **results})
             if progress.best_score is None or results["mean_iou"] > progress.best_score:
                 progress.best_score = results["mean_iou"]
-                export(network, output_dir / "best", results, args, progress.step, accelerator)
+                export(exported, student, output_dir / "best", results, args, progress.step, accelerator)
             log.restart_clock()
 
         # Checkpoint; a signal stops here
@@ -122,10 +127,10 @@ def main(argv: list[str] | None = None) -> None:
 
     # Export the last network, its results and figures
     if results is None and val_images is not None:  # resumed after the last step
-        results = evaluate(network, val_images, accelerator, args)
-    export(network, output_dir, results, args, progress.step, accelerator)
+        results = evaluate(exported, val_images, accelerator, args)
+    export(exported, student, output_dir, results, args, progress.step, accelerator)
     if results is not None and val_images is not None and accelerator.is_main_process:
-        predictor = trained_predictor(accelerator.unwrap_model(network), accelerator, args)
+        predictor = trained_predictor(exported, accelerator, args)
         draw_results(predictor, val_images, results, output_dir / "figures")
     finish_run(accelerator, args)
 
@@ -133,7 +138,12 @@ def main(argv: list[str] | None = None) -> None:
 def load_images(args: Stage2Arguments, accelerator: Accelerator) -> tuple[LabelledImages, LabelledImages | None]:
     """Load SAR training images with their noisy labels, and validation images with their manual ones."""
     with accelerator.main_process_first():  # the first process checks and indexes the files, the others find the index
-        pseudo_labels = None if args.pseudo_labels is None else load_pseudo_labels(args.pseudo_labels)
+        columns = ["image_id", "pseudo_label"]
+        if args.confidence_weights:
+            columns.append("confidence")
+        pseudo_labels = None if args.pseudo_labels is None else load_pseudo_labels(args.pseudo_labels, columns)
+        has_confidence = not args.confidence_weights or "confidence" in pseudo_labels.column_names
+        args.require("confidence_weights", has_confidence, "false, since the pseudo-labels have no confidence")
         train_rows = load_open_earth_map_sar(args.data_dir, "train")
         val_rows = load_open_earth_map_sar(args.data_dir, "val") if args.eval_steps else None
     train_images = LabelledImages(
@@ -146,41 +156,60 @@ def load_images(args: Stage2Arguments, accelerator: Accelerator) -> tuple[Labell
     return train_images, None if val_rows is None else LabelledImages(val_rows, "sar")
 
 
-def training_loss(outputs: SegmentationLogits, labels: Tensor, args: Stage2Arguments) -> dict[str, Tensor]:
+def training_loss(
+    outputs: SegmentationLogits, labels: Tensor, args: Stage2Arguments, *, weights: Tensor | None = None
+) -> dict[str, Tensor]:
     """Return the terms of the loss and their sum `loss`, the auxiliary head's included."""
-    weights = {"ce_weight": args.ce_weight, "rce_weight": args.rce_weight, "lovasz_weight": args.lovasz_weight}
-    losses = noise_robust_loss(outputs.logits, labels, **weights, epsilon=args.rce_epsilon)
+    settings: dict[str, Any] = {
+        "ce_weight": args.ce_weight,
+        "rce_weight": args.rce_weight,
+        "lovasz_weight": args.lovasz_weight,
+        "lovasz_stride": args.lovasz_stride,
+        "epsilon": args.rce_epsilon,
+        "weights": weights,
+    }
+    losses = noise_robust_loss(outputs.logits, labels, **settings)
     if outputs.auxiliary_logits is not None:
-        auxiliary = noise_robust_loss(outputs.auxiliary_logits, labels, **weights, epsilon=args.rce_epsilon)
+        auxiliary = noise_robust_loss(outputs.auxiliary_logits, labels, **settings)
         losses["loss"] = losses["loss"] + args.auxiliary_weight * auxiliary["loss"]
     return losses
 
 
 def evaluate(
-    network: nn.Module, images: LabelledImages, accelerator: Accelerator, args: Stage2Arguments
+    network: SegmentationNetwork, images: LabelledImages, accelerator: Accelerator, args: Stage2Arguments
 ) -> dict[str, Any]:
     """Score the network on whole validation tiles."""
-    results = evaluate_network(accelerator.unwrap_model(network), images, accelerator, args)
+    results = evaluate_network(network, images, accelerator, args)
     accelerator.print(f"\nmIoU {results['mean_iou']:.4f}, overall accuracy {results['overall_accuracy']:.4f}")
     return results
 
 
 def export(
-    network: nn.Module,
+    network: SegmentationNetwork,
+    student: SegmentationNetwork,
     folder: Path,
     results: dict[str, Any] | None,
     args: Stage2Arguments,
     step: int,
     accelerator: Accelerator,
 ) -> None:
-    """Write model, recipe and results to a folder; to be called by every process."""
-    if accelerator.is_main_process:
+    """Write model, recipe and results to a folder, and an averaged model's student to `student/`, unscored.
+
+    To be called by every process.
+    """
+    if not accelerator.is_main_process:
+        return
+    results = None if results is None else {**results, "step": step}
+    places = [(network, folder, results)]
+    if student is not network:
+        places.insert(0, (student, folder / "student", None))
+    for each, place, scores in places:
         export_model(
-            accelerator.unwrap_model(network).model,
-            folder,
+            each.model,
+            place,
             crop_size=args.crop_size,
             recipe=dump_recipe(args),
-            results=None if results is None else {**results, "step": step},
+            results=scores,
             training_data={"target": read_provenance(args.data_dir, "OpenEarthMap-SAR")},
         )
 

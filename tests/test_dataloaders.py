@@ -437,7 +437,7 @@ def test_pseudo_labels_are_joined_by_image_id_in_any_order() -> None:
     official = [np.full((4, 4), 8, np.uint8)] * 3
     images = LabelledImages(tiles(*official), "sar", pseudo_labels=pseudo_labels_of(**labels))
     for number in range(3):
-        image_id, image, label = images[number]
+        image_id, image, label, _ = images[number]
         assert image_id == f"TrainArea_{number:03d}"
         assert (image == number).all()
         assert (label == number + 1).all()

@@ -90,7 +90,7 @@ def test_scores_are_of_the_predictors_maps(
     )
     assert results["n_images"] == len(found) == 3
     counts = ConfusionMatrix()
-    for image_id, image, label in tiles:
+    for image_id, image, label, _ in tiles:
         assert np.array_equal(found[image_id], predictor.predict(image).label_map())
         assert not np.array_equal(found[image_id], predictor_of(network).predict(image).label_map())
         counts.update(found[image_id], label)

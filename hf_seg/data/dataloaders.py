@@ -18,7 +18,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 from hf_seg.data.rare_classes import RareClassSampling
 from hf_seg.data.samples import LabelledImages, Sample, UnlabelledImages
 from hf_seg.errors import UserError
-from hf_seg.normalization import to_pixel_values
+from hf_seg.normalization import IMAGENET, Normalization, to_pixel_values
 
 
 def stream_seed(seed: int, stream: int) -> int:
@@ -49,6 +49,7 @@ class AugmentedStream(Dataset[dict[str, Any]]):
         transform: an albumentations pipeline of image and mask.
         seed: with the position, fixes image and augmentation.
         sampling: draws the images by class; None draws a fresh permutation of all images in every epoch.
+        normalization: of the network's input.
     """
 
     def __init__(
@@ -58,16 +59,19 @@ class AugmentedStream(Dataset[dict[str, Any]]):
         seed: int,
         *,
         sampling: RareClassSampling | None = None,
+        normalization: Normalization = IMAGENET,
     ) -> None:
         self.samples = samples
         self.transform = transform
         self.seed = seed
         self.sampling = sampling
+        self.normalization = normalization
 
     def __getitem__(self, position: int) -> dict[str, Any]:
         """Return `{image_id, pixel_values (3, H, W) float32}` and `labels (H, W) int64` or `valid_mask (H, W) bool`.
 
-        Padding is `IGNORE_INDEX` in `labels` and False in `valid_mask`.
+        Padding is `IGNORE_INDEX` in `labels` and False in `valid_mask`. Labels that have a confidence come with
+        `weights` (H, W) float32, 0..1.
         """
         if self.sampling is None:
             index = index_at(self.seed, position, len(self.samples))
@@ -78,12 +82,16 @@ class AugmentedStream(Dataset[dict[str, Any]]):
         # One generator for all transforms; `set_random_seed` would give each one its own, with the same numbers.
         self.transform.set_random_state(np.random.default_rng(seed), random.Random(seed))  # noqa: S311 (not for secrets)
         if isinstance(sample, Sample):
-            augmented = self.transform(image=sample.image, mask=sample.label)
+            more = {} if sample.confidence is None else {"masks": [sample.confidence]}
+            augmented = self.transform(image=sample.image, mask=sample.label, **more)
             target = {"labels": torch.from_numpy(augmented["mask"].astype(np.int64))}
+            if more:
+                target["weights"] = torch.from_numpy(augmented["masks"][0].astype(np.float32) / 255)
         else:  # not under "mask", by whose classes a crop is redrawn; padding comes back nonzero
             augmented = self.transform(image=sample.image, masks=[(~sample.valid_mask).astype(np.uint8)])
             target = {"valid_mask": torch.from_numpy(augmented["masks"][0] == 0)}
-        return {"image_id": sample.image_id, "pixel_values": to_pixel_values(augmented["image"]), **target}
+        pixel_values = to_pixel_values(augmented["image"], self.normalization)
+        return {"image_id": sample.image_id, "pixel_values": pixel_values, **target}
 
     def __getitems__(self, positions: list[int]) -> list[dict[str, Any]] | UserError:
         """Return a batch of samples for a DataLoader, or the first `UserError`.

@@ -20,6 +20,7 @@ class Sample(NamedTuple):
     image_id: str
     image: np.ndarray  # (H, W) or (H, W, 3) uint8
     label: np.ndarray  # (H, W) uint8 class ids, IGNORE_INDEX where there is none
+    confidence: np.ndarray | None = None  # (H, W) uint8 of the label, 255 = 1.0
 
 
 class UnlabelledSample(NamedTuple):
@@ -53,8 +54,8 @@ class CachedImages(ABC, Generic[AnySample]):
 
     def __getitem__(self, index: int) -> AnySample:
         if 0 <= index < len(self._cached):
-            image_id, image, target = self._cached[index]
-            return type(self._cached[index])(image_id, image.copy(), target.copy())  # whoever gets it may write to it
+            sample = self._cached[index]  # copied, since a transform may write to it
+            return type(sample)(*(value.copy() if isinstance(value, np.ndarray) else value for value in sample))
         return self._read(index)
 
     def cache(self, budget_gib: float, *, progress: bool = True) -> float:
@@ -77,7 +78,7 @@ class CachedImages(ABC, Generic[AnySample]):
         if budget_gib > 0:
             for index in tqdm(range(len(self)), desc="cache", unit="tile", leave=False, disable=not progress):
                 sample = self._read(index)
-                needed = sample[1].nbytes + sample[2].nbytes
+                needed = sum(value.nbytes for value in sample if isinstance(value, np.ndarray))
                 if used + needed > budget_gib * 2**30:
                     break
                 self._cached.append(sample)
@@ -106,7 +107,8 @@ class LabelledImages(CachedImages[Sample]):
     Args:
         rows: a dataset of `hf_seg.data.open_earth_map`.
         column: its image column: "sar", "optical" or "image".
-        pseudo_labels: rows `{image_id, pseudo_label}` that replace the label column, joined by `image_id`.
+        pseudo_labels: rows `{image_id, pseudo_label}` that replace the label column, joined by `image_id`; their
+            `confidence` comes with each sample, if there is one.
         keep_background: keep class 0 as a class.
         mask_nodata: ignore pixels outside the SAR swath (`outside_swath`); for column "sar" only.
 
@@ -148,13 +150,18 @@ class LabelledImages(CachedImages[Sample]):
 
     def _read(self, index: int) -> Sample:
         image_id = self.image_ids[index]
+        confidence = None
         with _read_errors(image_id):
             row = self.rows[index]
             if self.pseudo_labels is None:
                 label = np.array(row["label"])  # a copy: PIL's memory is read-only
             else:
-                label = np.array(self.pseudo_labels[self._row_of[image_id]]["pseudo_label"])
+                labelled = self.pseudo_labels[self._row_of[image_id]]
+                label = np.array(labelled["pseudo_label"])
+                confidence = np.array(labelled["confidence"]) if "confidence" in labelled else None
             image = np.array(row[self.column])
+        if confidence is not None and confidence.shape != label.shape:
+            raise DatasetError(f"{image_id}: the confidence is {confidence.shape} and the label {label.shape} pixels")
         if image.shape[:2] != label.shape:
             raise DatasetError(f"{image_id}: the image is {image.shape[:2]} and the label {label.shape} pixels")
         if (wrong := label[(label >= NUM_LABELS) & (label != IGNORE_INDEX)]).size:
@@ -164,7 +171,7 @@ class LabelledImages(CachedImages[Sample]):
             label[label == BACKGROUND] = IGNORE_INDEX
         if self.mask_nodata:
             label[outside_swath(image)] = IGNORE_INDEX
-        return Sample(image_id, image, label)
+        return Sample(image_id, image, label, confidence)
 
 
 class UnlabelledImages(CachedImages[UnlabelledSample]):

@@ -174,13 +174,14 @@ def sar_transform(
     scale_range: tuple[float, float] = (0.5, 2.0),
     max_class_share: float = 1.0,
     jitter_prob: float = 0.5,
+    jitter_gain: float = 0.2,
     speckle_prob: float = 0.0,
 ) -> A.Compose:
     """Augment SAR for training: scaled crop, the eight flips and rotations, gain and gamma, speckle.
 
     Flips and rotations move the look direction, so the network learns layover and shadow from every side.
     """
-    radiometry = [SARJitter(p=jitter_prob), SARSpeckle(p=speckle_prob)]
+    radiometry = [SARJitter(jitter_gain, p=jitter_prob), SARSpeckle(p=speckle_prob)]
     return A.Compose([RandomScaledCrop(crop_size, scale_range, max_class_share), A.D4(p=1), *radiometry])
 
 

@@ -63,7 +63,8 @@ def _describe_network(folder: Path, recipe: dict[str, Any]) -> tuple[str, ModelC
     data = read_training_data(folder)
     has_student = (folder / "student" / "config.json").exists()
     columns = []
-    for role, place in {"teacher": folder, "student": folder / "student"}.items() if has_student else [("", folder)]:
+    is_pair = has_student and stage == 1
+    for role, place in {"teacher": folder, "student": folder / "student"}.items() if is_pair else [("", folder)]:
         results = read_record(place / "eval_results.json")
         domains = {"source": results, "target": results.get("target")} if stage == 1 else {"target": results}
         for domain, scores in domains.items():

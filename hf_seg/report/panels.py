@@ -10,7 +10,7 @@ from torch import Tensor
 
 from hf_seg.labels import BACKGROUND, IGNORE_INDEX
 from hf_seg.metrics import ConfusionMatrix
-from hf_seg.normalization import to_image
+from hf_seg.normalization import IMAGENET, Normalization, to_image
 from hf_seg.report.style import DPI, class_legend, colorize, percent, save_figure, show_image
 
 
@@ -59,6 +59,7 @@ def plot_mix_panel(
     mixed: dict[str, Any],
     predictions: Tensor,
     weights: Tensor,
+    normalization: Normalization = IMAGENET,
     *,
     rows: int = 2,
 ) -> None:
@@ -69,6 +70,7 @@ def plot_mix_panel(
         class_masks: (B, H, W) bool, True where the source is pasted.
         predictions: (B, H, W) class ids on the mixed images.
         weights: (B,) weight (lambda) of each target image.
+        normalization: of `pixel_values`.
         rows: images to draw, at most.
     """
     rows = min(rows, len(weights))
@@ -76,12 +78,12 @@ def plot_mix_panel(
     ids: set[int] = set()
     for i, axes in enumerate(figure.subplots(rows, 6, squeeze=False)):
         pasted, labels = class_masks[i].cpu().numpy()[..., None], mixed["labels"][i].cpu().numpy()
-        source_image = to_image(source["pixel_values"][i])
+        source_image = to_image(source["pixel_values"][i], normalization)
         cells = {
             f"source \N{MIDDLE DOT} {source['image_id'][i]}": source_image,
-            f"target \N{MIDDLE DOT} {target['image_id'][i]}": to_image(target["pixel_values"][i]),
+            f"target \N{MIDDLE DOT} {target['image_id'][i]}": to_image(target["pixel_values"][i], normalization),
             "pasted pixels": np.where(pasted, source_image, source_image // 4),
-            "mixed and augmented": to_image(mixed["pixel_values"][i]),
+            "mixed and augmented": to_image(mixed["pixel_values"][i], normalization),
             f"labels \N{MIDDLE DOT} target's weight {float(weights[i]):.3f}": colorize(labels),
             "student": colorize(predictions[i].cpu().numpy()),
         }

@@ -69,7 +69,7 @@ def evaluate(
     counts = [ConfusionMatrix() for _ in range(1 + len(predictor.networks))]
     mine = range(accelerator.process_index, len(images), accelerator.num_processes)
     for index in tqdm(mine, desc=title, unit="tile", leave=False, disable=not accelerator.is_main_process):
-        image_id, image, label = images[index]
+        image_id, image, label, _ = images[index]
         accumulator = predictor.predict(image)
         label_map = accumulator.label_map().cpu().numpy()
         counts[0].update(label_map, label)
@@ -105,7 +105,7 @@ def draw_results(
     plot_confusion_matrix(results, folder / "confusion_matrix.png")
     panel, entropies = [], []
     for index in np.unique(np.linspace(0, len(images) - 1, PANEL_ROWS).round().astype(int)).tolist():
-        image_id, image, label = images[index]
+        image_id, image, label, _ = images[index]
         accumulator = predictor.predict(image)
         label_map = accumulator.label_map().cpu().numpy()
         panel.append((image_id, image, label, label_map))

@@ -4,20 +4,24 @@ import logging
 from pathlib import Path
 from typing import Any
 
+import albumentations as A
 import torch
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
 from timm.scheduler import PolyLRScheduler
-from torch import nn
 from transformers import PreTrainedModel, UperNetForSemanticSegmentation
 from transformers.utils.logging import disable_progress_bar
 
 from hf_seg.arguments import HubSettings, RecipeArguments, check_same_recipe
+from hf_seg.data.dataloaders import AugmentedStream, StreamLoader, train_dataloader
+from hf_seg.data.rare_classes import RareClassSampling, class_pixels
+from hf_seg.data.samples import LabelledImages, UnlabelledImages
 from hf_seg.errors import UserError
 from hf_seg.hub.push import check_login, publish
-from hf_seg.models import SegmentationNetwork, build_model
+from hf_seg.models import SegmentationNetwork, build_model, synchronize_batch_norm
+from hf_seg.normalization import Normalization
 from hf_seg.report.plots import plot_curves
-from hf_seg.training.checkpoints import find_checkpoint
+from hf_seg.training.checkpoints import Progress, find_checkpoint
 from hf_seg.training.optimization import build_optimizer, build_schedule
 from hf_seg.training.run_log import check_tracker
 
@@ -93,15 +97,54 @@ def _require_login(args: HubSettings, accelerator: Accelerator) -> None:
 
 def build_network(args: RecipeArguments, accelerator: Accelerator) -> SegmentationNetwork:
     """Build the network that is trained, ready for several processes."""
-    model = build_model(args.model_name_or_path, crop_size=args.crop_size, from_scratch=args.from_scratch)
+    model = build_model(
+        args.model_name_or_path,
+        crop_size=args.crop_size,
+        from_scratch=args.from_scratch,
+        head_width=args.head_width,
+    )
     network = SegmentationNetwork(model)
     if args.gradient_checkpointing:
         network.enable_gradient_checkpointing()
     if accelerator.num_processes > 1 and accelerator.device.type == "cuda":
-        return nn.SyncBatchNorm.convert_sync_batchnorm(network)
+        return synchronize_batch_norm(network)
     if isinstance(model, UperNetForSemanticSegmentation):  # BatchNorm of its 1 x 1 pooling branch
         args.require("per_device_train_batch_size", args.per_device_train_batch_size > 1, "at least 2 for UperNet")
     return network
+
+
+def load_stream(
+    images: LabelledImages | UnlabelledImages,
+    transform: A.Compose,
+    seed: int,
+    progress: Progress,
+    args: RecipeArguments,
+    accelerator: Accelerator,
+    normalization: Normalization,
+) -> StreamLoader:
+    """Load this process's part of what is left of a training stream; tiles are cached as far as the budget goes.
+
+    Args:
+        images: labelled ones are drawn by class if `args.rare_class_temperature` is not 0.
+        transform: augmentation.
+        seed: of the order and the augmentation.
+        normalization: of the network's input.
+    """
+    show_progress = accelerator.is_main_process
+    images.cache(args.cache_gib, progress=show_progress)
+    sampling = None
+    if args.rare_class_temperature and isinstance(images, LabelledImages):
+        sampling = RareClassSampling(class_pixels(images, progress=show_progress), args.rare_class_temperature)
+    images_per_step = args.per_device_train_batch_size * accelerator.num_processes * args.gradient_accumulation_steps
+    return train_dataloader(
+        AugmentedStream(images, transform, seed, sampling=sampling, normalization=normalization),
+        start=progress.samples_seen,
+        stop=progress.samples_seen + (args.max_train_steps - progress.step) * images_per_step,
+        batch_size=args.per_device_train_batch_size,
+        process_index=accelerator.process_index,
+        num_processes=accelerator.num_processes,
+        num_workers=args.dataloader_num_workers,
+    )
 
 
 def build_optimization(model: PreTrainedModel, args: RecipeArguments) -> tuple[torch.optim.AdamW, PolyLRScheduler]:
