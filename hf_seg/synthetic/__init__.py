@@ -50,7 +50,7 @@ from hf_seg.settings import check_bounds, setting
 from hf_seg.synthetic.ground import Ground, make_ground
 from hf_seg.synthetic.noise import corrupt_labels
 from hf_seg.synthetic.optical import SOURCE_CAMERA, TARGET_CAMERA, render_optical
-from hf_seg.synthetic.parcels import REGIONS, Region
+from hf_seg.synthetic.parcels import MOSAIC, REGIONS, Region
 from hf_seg.synthetic.sar import render_sar
 
 SOURCE_FOLDER, TARGET_FOLDER, EXTRA_FOLDER = "OpenEarthMap_wo_xBD", "dfc25_track1", "dfc25_track1_extra"
@@ -89,7 +89,7 @@ class Scene:
     @property
     def region(self) -> Region:
         """Return the region; each kind cycles through all of them, so that class frequencies are stable."""
-        return REGIONS[self.index % len(REGIONS)]
+        return MOSAIC if self.kind == "scene" else REGIONS[self.index % len(REGIONS)]
 
     @property
     def name(self) -> str:
@@ -185,7 +185,7 @@ def _write_tiff(path: Path, image: np.ndarray, scene: Scene, gsd: float) -> None
     of a real place.
     """
     bands = np.atleast_3d(image.T).T  # (H, W) -> (1, H, W)
-    region = REGIONS.index(scene.region)
+    region = scene.index % len(REGIONS)
     east = 420_000 + 10_000 * region + scene.index * scene.size
     north = 5_100_000 + 20_000 * region - 10_000 * KINDS.index(scene.kind)
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -41,9 +41,12 @@ class Ground:
         """Remove the margin of an (H, W) or (H, W, 3) image."""
         return np.ascontiguousarray(image[MARGIN:-MARGIN, MARGIN:-MARGIN])
 
-    def draw_axis(self, rng: np.random.Generator) -> np.ndarray:
-        """Choose `u` or `v` for each lot at random, e.g. for the direction of its furrows: (H, W) metres."""
-        return np.where(rng.random(int(self.parcel.max()) + 1)[self.parcel] < 0.5, self.u, self.v)
+    def draw_stripes(self, rng: np.random.Generator, shortest: float, longest: float) -> np.ndarray:
+        """Return (H, W): a sine wave per lot, e.g. its furrows, with its own direction and period in metres."""
+        n_parcels = int(self.parcel.max()) + 1
+        period = rng.uniform(shortest, longest, n_parcels)[self.parcel] / (2 * np.pi)
+        axis = np.where(rng.random(n_parcels)[self.parcel] < 0.5, self.u, self.v)
+        return np.sin(axis / period)
 
 
 def make_ground(rng: np.random.Generator, size: int, region: Region, gsd: float) -> Ground:

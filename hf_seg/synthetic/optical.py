@@ -97,11 +97,10 @@ def _paint(rng: np.random.Generator, ground: Ground, dryness: float) -> np.ndarr
     fill(label == TREE, grass, 0.0, np.zeros_like(fine))  # below the crowns; its random draws keep the seed's bytes
     fill(label == DEVELOPED, PAVINGS, 0.12, 0.05 * fine + 0.08 * mid)
     fill(label == BARE, SOILS, 0.08, 0.05 * fine + 0.12 * mid)
-    period = rng.uniform(1.6, 5, n_parcels)[ground.parcel] / (2 * np.pi)
-    rows = np.sin(ground.draw_axis(rng) / period)
+    rows = ground.draw_stripes(rng, 1.6, 5)
     depth = (rng.random(n_parcels) ** 2 * 0.16)[ground.parcel]
     fill(label == FIELD, CROPS, 0.1, 0.04 * fine + 0.08 * mid + depth * rows)
-    tiles = np.sin(ground.draw_axis(rng) * (2 * np.pi / 1.7))
+    tiles = ground.draw_stripes(rng, 1.7, 1.7)
     fill(label == BUILDING, ROOFS, 0.14, 0.04 * fine + 0.05 * mid + 0.03 * tiles)
     asphalt = np.float32(rng.uniform(118, 172)) * np.array((1, 1, 0.99), np.float32)
     image[label == ROAD] = asphalt * (1 + 0.03 * fine + 0.07 * mid)[label == ROAD, None]

@@ -4,7 +4,9 @@ A scene is split by streets (first by wide ones) into blocks of one land use eac
 run along two coordinates u and v that are rotated and bent, so streets curve and buildings stay aligned with them.
 """
 
+import itertools
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 
@@ -31,9 +33,9 @@ BARE, RANGE, DEVELOPED, ROAD, TREE, WATER, FIELD, BUILDING = (
 _LAND_USES = """
                  rows   houses cottages    slabs    works    paved     park   meadow   forest   fields    plots     site
 lot                15       22       14       48       62       46       90       75      200       85       34       70
-developed        0.75     0.35     0.85      0.6     0.88     0.96     0.08        0        0        0        0     0.15
-grass            0.25     0.65     0.15      0.4     0.08     0.04     0.92        1        1     0.05     0.08        0
-soil                0        0        0        0     0.04        0        0        0        0        0        0     0.85
+developed        0.75     0.35     0.85      0.6     0.88     0.95     0.08        0        0        0        0     0.15
+grass            0.24    0.635    0.135     0.385     0.07     0.02     0.92        1        1     0.05     0.08        0
+soil             0.01    0.015    0.015    0.015     0.05     0.03        0        0        0        0        0     0.85
 crops               0        0        0        0        0        0        0        0        0     0.95     0.92        0
 built            0.93     0.93     0.92      0.9     0.88     0.06     0.04     0.02        0     0.02     0.04      0.1
 min_margin          0     0.11     0.05      0.2     0.08     0.25     0.36      0.4      0.1      0.4      0.3      0.2
@@ -49,7 +51,7 @@ hedge               0     0.15     0.08        0        0        0        0     
 pools               0     0.12        0        0        0        0        0        0        0        0        0        0
 cars            0.004    0.004    0.005    0.006    0.007    0.014        0        0        0        0        0    0.003
 paths               0        0        0        0        0        0      2.4      1.6        0        0        0        0
-bare                0        0        0        0        0        0        0     0.03     0.01        0        0        0
+bare                0        0        0        0        0        0     0.01    0.04     0.01        0        0        0
 """
 COVERS = {"developed": DEVELOPED, "grass": RANGE, "soil": BARE, "crops": FIELD}
 LAND_USE_NAMES, *_rows = [line.split() for line in _LAND_USES.strip().splitlines()]
@@ -73,6 +75,7 @@ class Region:
     water: str = ""  # "", river, lake or coast
     water_prob: float = 1.0
     river_width: tuple[float, float] = (12.0, 45.0)
+    districts: tuple["Region", ...] = ()  # each fills a part of the scene with its own streets and land uses
 
 
 # The order is fixed: scenes cycle through the regions. Names contain `-` and `_`, as in the release.
@@ -83,8 +86,8 @@ REGIONS = (
     Region(
         "riverton", 14, {"meadow": 2, "park": 2, "houses": 2, "slabs": 1.7}, 90, 0.6, 8, 4.5, 9, "river", 1.0, (34, 80)
     ),
-    Region("portworks", 27, {"works": 4.2, "paved": 2.2, "meadow": 0.7, "site": 0.4, "slabs": 0.8}, 105, 0.75, 8, 5, 2),
-    Region("north_wood", 14, {"forest": 3.6, "meadow": 2.6, "site": 0.25}, 115, 0.25, 6, 4, 22, "lake", 0.3),
+    Region("portworks", 27, {"works": 4.2, "paved": 2.2, "meadow": 0.7, "site": 0.2, "slabs": 0.8}, 105, 0.75, 8, 5, 2),
+    Region("north_wood", 14, {"forest": 3.6, "meadow": 2.6, "site": 0.12}, 115, 0.25, 6, 4, 22, "lake", 0.3),
     # city on a grid, coast, old town, lakes, mixed
     Region(
         "shin-machi", 55, {"cottages": 3.5, "slabs": 1.2, "paved": 1.5, "plots": 0.8, "park": 0.8}, 70, 0.9, 8, 4, 0.5
@@ -104,6 +107,10 @@ REGIONS = (
     ),
 )
 
+# a river between districts of all styles, for a large scene
+MOSAIC = Region("mosaic", 14, {}, 95, 0.85, 9, 5, 10, "river", 1.0, (40, 80), REGIONS)
+DISTRICT = 0.3  # of the scene's extent: side below which a part of the scene becomes one district
+
 
 @dataclass(frozen=True)
 class Parcels:
@@ -114,7 +121,7 @@ class Parcels:
     lot: np.ndarray  # (H, W) int32 index of the lot, -1 on streets
     rectangles: np.ndarray  # (N, 4)
     blocks: np.ndarray  # (N, 4) rectangle of each lot's block
-    uses: np.recarray  # (N,) rows of `LAND_USES`
+    uses: Any  # (N,) records of `LAND_USES`
     street: np.ndarray  # (H, W) metres to the nearest street's edge, negative on it
     is_main: np.ndarray  # (H, W) bool, True on main streets
 
@@ -125,6 +132,7 @@ class _Node:
 
     pixels: np.ndarray  # flat indices
     rectangle: tuple[float, ...]
+    region: Region
     use: int | None = None  # in `LAND_USES`
     block: tuple[float, ...] = ()
 
@@ -149,17 +157,23 @@ def lay_out(rng: np.random.Generator, u: np.ndarray, v: np.ndarray, region: Regi
     street = np.full(u.size, 1e3, np.float32)
     is_main = np.zeros(u.size, bool)
     leaves: list[_Node] = []
-    weights = np.array(list(region.uses.values()))
     axes = (u.ravel(), v.ravel())
-    stack = [_Node(np.arange(u.size), _bounds(rng, u, v, region.block))]
+    bounds = _bounds(rng, u, v, region.block)
+    extent = max(bounds[1] - bounds[0], bounds[3] - bounds[2])
+    districts = itertools.cycle([region.districts[i] for i in rng.permutation(len(region.districts))])
+    stack = [_Node(np.arange(u.size), bounds, region)]
     while stack:
         node = stack.pop()
         if not node.pixels.size:
             continue
         u0, u1, v0, v1 = node.rectangle
         long_side = max(u1 - u0, v1 - v0)
+        if node.region.districts and long_side < DISTRICT * extent:
+            node = replace(node, region=next(districts))  # in turn, so that every style occurs
+        region = node.region
         if long_side < (region.block if node.use is None else LAND_USES.lot[node.use]) * rng.uniform(0.9, 1.5):
             if node.use is None:
+                weights = np.array(list(region.uses.values()))
                 name = str(rng.choice(list(region.uses), p=weights / weights.sum()))
                 stack.append(replace(node, use=LAND_USE_NAMES.index(name), block=node.rectangle))
             else:
@@ -183,7 +197,7 @@ def lay_out(rng: np.random.Generator, u: np.ndarray, v: np.ndarray, region: Regi
         lot.reshape(u.shape),
         np.array([leaf.rectangle for leaf in leaves]),
         np.array([leaf.block for leaf in leaves]),
-        LAND_USES[[leaf.use for leaf in leaves]],
+        LAND_USES[np.array([leaf.use for leaf in leaves])],
         street.reshape(u.shape),
         is_main.reshape(u.shape),
     )
