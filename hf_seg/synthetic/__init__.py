@@ -227,8 +227,7 @@ def _write_descriptions(root: Path, settings: SyntheticSettings) -> None:
     target = {
         "name": "hf_seg synthetic dataset, optical/SAR pairs",
         "layout": "OpenEarthMap-SAR",
-        "description": "Computed optical and SAR images of imaginary places; "
-        "the training labels are simulated noisy labels, the others are exact.",
+        "description": "Computed optical and SAR images of imaginary places, with their land-cover labels.",
         "labels": {"train": "simulated noisy labels", "val": "exact", "test": "exact"},
     }
     common = {"license": "Apache-2.0", "synthetic": True, "settings": dataclasses.asdict(settings)}

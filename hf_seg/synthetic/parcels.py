@@ -34,8 +34,8 @@ _LAND_USES = """
                  rows   houses cottages    slabs    works    paved     park   meadow   forest   fields    plots     site
 lot                15       22       14       48       62       46       90       75      200       85       34       70
 developed        0.75     0.35     0.85      0.6     0.88     0.95     0.08        0        0        0        0     0.15
-grass            0.24    0.635    0.135     0.385     0.07     0.02     0.92        1        1     0.05     0.08        0
-soil             0.01    0.015    0.015    0.015     0.05     0.03        0        0        0        0        0     0.85
+grass            0.24    0.635    0.135     0.38     0.07     0.02     0.92        1        1     0.05     0.08        0
+soil             0.01    0.015    0.015     0.02     0.05     0.03        0        0        0        0        0     0.85
 crops               0        0        0        0        0        0        0        0        0     0.95     0.92        0
 built            0.93     0.93     0.92      0.9     0.88     0.06     0.04     0.02        0     0.02     0.04      0.1
 min_margin          0     0.11     0.05      0.2     0.08     0.25     0.36      0.4      0.1      0.4      0.3      0.2
@@ -51,7 +51,7 @@ hedge               0     0.15     0.08        0        0        0        0     
 pools               0     0.12        0        0        0        0        0        0        0        0        0        0
 cars            0.004    0.004    0.005    0.006    0.007    0.014        0        0        0        0        0    0.003
 paths               0        0        0        0        0        0      2.4      1.6        0        0        0        0
-bare                0        0        0        0        0        0     0.01    0.04     0.01        0        0        0
+bare                0        0        0        0        0        0     0.01     0.03     0.01        0        0        0
 """
 COVERS = {"developed": DEVELOPED, "grass": RANGE, "soil": BARE, "crops": FIELD}
 LAND_USE_NAMES, *_rows = [line.split() for line in _LAND_USES.strip().splitlines()]
@@ -168,8 +168,8 @@ def lay_out(rng: np.random.Generator, u: np.ndarray, v: np.ndarray, region: Regi
             continue
         u0, u1, v0, v1 = node.rectangle
         long_side = max(u1 - u0, v1 - v0)
-        if node.region.districts and long_side < DISTRICT * extent:
-            node = replace(node, region=next(districts))  # in turn, so that every style occurs
+        if node.region.districts and long_side < max(DISTRICT * extent, 2 * node.region.block):
+            node = replace(node, region=next(districts))  # in turn, so that neighbours differ
         region = node.region
         if long_side < (region.block if node.use is None else LAND_USES.lot[node.use]) * rng.uniform(0.9, 1.5):
             if node.use is None:
