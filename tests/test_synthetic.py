@@ -240,7 +240,7 @@ def test_smooth_noise_is_standard_normal_over_many_fields(scale: float) -> None:
 
 
 def test_a_large_scene_is_written_with_its_label_and_changes_no_tile(tmp_path: Path) -> None:
-    sizes = {"source": 2, "train": 1, "val": 1, "size": 64}
+    sizes = {"source": 2, "train": 1, "val": 1, "test": 0, "size": 64}
     make_synthetic_dataset(tmp_path / "without", **sizes)
     make_synthetic_dataset(tmp_path / "with", **sizes, scene=640)
     files, others = files_of(tmp_path / "with"), files_of(tmp_path / "without")
@@ -279,7 +279,7 @@ def test_a_failure_leaves_nothing_behind(tmp_path: Path, monkeypatch: pytest.Mon
 
     monkeypatch.setattr("hf_seg.synthetic._write_lists", fail)
     with pytest.raises(FileError, match=r"data cannot be written \(disk full\)"):
-        make_synthetic_dataset(tmp_path / "data", source=2, train=1, val=1, size=64)
+        make_synthetic_dataset(tmp_path / "data", source=2, train=1, val=1, test=0, size=64)
     assert not list(tmp_path.iterdir())
 
 

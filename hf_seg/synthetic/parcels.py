@@ -33,9 +33,9 @@ BARE, RANGE, DEVELOPED, ROAD, TREE, WATER, FIELD, BUILDING = (
 _LAND_USES = """
                  rows   houses cottages    slabs    works    paved     park   meadow   forest   fields    plots     site
 lot                15       22       14       48       62       46       90       75      200       85       34       70
-developed        0.75     0.35     0.85      0.6     0.88     0.95     0.08        0        0        0        0     0.15
-grass            0.24    0.635    0.135     0.38     0.07     0.02     0.92        1        1     0.05     0.08        0
-soil             0.01    0.015    0.015     0.02     0.05     0.03        0        0        0        0        0     0.85
+developed        0.75     0.35     0.85      0.6     0.88     0.96     0.08        0        0        0        0     0.15
+grass            0.24    0.635    0.135     0.39     0.08     0.02     0.92        1        1     0.05     0.08        0
+soil             0.01    0.015    0.015     0.01     0.04     0.02        0        0        0        0        0     0.85
 crops               0        0        0        0        0        0        0        0        0     0.95     0.92        0
 built            0.93     0.93     0.92      0.9     0.88     0.06     0.04     0.02        0     0.02     0.04      0.1
 min_margin          0     0.11     0.05      0.2     0.08     0.25     0.36      0.4      0.1      0.4      0.3      0.2
