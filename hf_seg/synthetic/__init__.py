@@ -8,12 +8,12 @@ Nothing is downloaded: land cover, optical images, SAR images and label noise ar
     dfc25_track1                  optical/SAR pairs (`--data_dir`): simulated noisy labels in train, exact ones in val
                                   and test. Unlike the release, val and test have optical images too: to score stage 1
     dfc25_track1_extra            the exact labels of train, which no recipe reads
-    scene.tif, scene_label.tif    with `--scene 2048`: a large SAR scene to map, a river between districts in the styles of
-                                  all regions, and its exact labels
+    scene.tif, scene_label.tif    with `--scene 2048`: a large SAR scene to map, with a river and districts in the styles
+                                  of all regions, and its exact labels
 
 It is made to be hard: as in real SAR, brightness alone says little about a class. The SAR images are fitted to ten real
-scenes, the label noise to the published agreement of the pseudo-labels with manual labels, and the fine texture of each
-class in optical images to that of real tiles. Bareland is rare and, as in reality, hardly learnable from SAR. Relief and
+scenes, the label noise to the published agreement of the pseudo-labels with manual labels, the fine texture of each
+class in optical images to real tiles. Bareland is rare and, as in reality, hardly learnable from SAR. Relief and
 railways are missing. Scores on this dataset show that the method works; they say nothing about the accuracy on real
 scenes.
 
@@ -24,8 +24,8 @@ Measured with `scripts/calibrate_synthetic_dataset.py` on 60 SAR scenes (`--sour
     difficulty   mIoU on unseen scenes: histogram of single pixels 0.055, of 9 x 9 means and deviations 0.120
     networks     a small convolutional network, 400 steps, seed 1, 60 optical source tiles: 0.536 on unseen source
                  tiles, 0.405 on unseen target tiles
-    resolution   the same, 500 steps, seed 0, on the same target scenes: sharp 0.312, coarse 0.320. So blur costs this
-                 network nothing: a gain from resolution alignment cannot be shown with it.
+    resolution   the same, 500 steps, seed 0, on 40 unseen target scenes: 0.312 rendered sharp, 0.320 rendered coarse.
+                 Blur costs this network nothing, so it cannot show a gain from resolution alignment.
 
 Modules: `parcels` divides a scene into streets, blocks and lots; `ground` adds land cover and heights; `optical` and
 `sar` render the images; `noise` simulates noisy labels; `fields` has the random fields and the ray geometry.
