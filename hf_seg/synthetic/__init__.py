@@ -8,8 +8,8 @@ Nothing is downloaded: land cover, optical images, SAR images and label noise ar
     dfc25_track1                  optical/SAR pairs (`--data_dir`): simulated noisy labels in train, exact ones in val
                                   and test. Unlike the release, val and test have optical images too: to score stage 1
     dfc25_track1_extra            the exact labels of train, which no recipe reads
-    scene.tif, scene_label.tif    with `--scene 2048`: a large SAR scene to map, with a river and districts in the styles
-                                  of all regions, and its exact labels
+    scene.tif, scene_label.tif    with `--scene 2048`: a large SAR scene to map, with districts of all regions, a river,
+                                  and its exact labels
 
 It is made to be hard: as in real SAR, brightness alone says little about a class. The SAR images are fitted to ten real
 scenes, the label noise to the published agreement of the pseudo-labels with manual labels, the fine texture of each
