@@ -4,6 +4,7 @@
     python scripts/calibrate_synthetic_dataset.py statistics --data data/synthetic [--real REAL]
     python scripts/calibrate_synthetic_dataset.py figure --data data/synthetic --real REAL --output comparison.png
     python scripts/calibrate_synthetic_dataset.py networks --data data/synthetic [--steps 1500] [--runs sar_clean]
+    python scripts/calibrate_synthetic_dataset.py resolution --data data/synthetic [--steps 1500] [--scenes 40]
 
 REAL is a folder of real scenes in the layout of OpenEarthMap-SAR (dfc25_track1), with optical images in train.
 
@@ -12,11 +13,15 @@ classifiers on unseen scenes. Pixels where SAR is 0 are nodata and not measured,
 `figure` draws real and synthetic scenes side by side, their histograms and power spectra.
 `networks` trains a small convolutional network with cross entropy: on SAR with exact and with noisy labels, and on the
 optical images of the source. Each is scored on unseen scenes with exact labels.
+`resolution` trains the small network on the optical images of the source and scores it on unseen target scenes, each
+rendered twice, sharp and coarse, all else equal. The difference is what resolution alignment could win back.
 """
 
 import argparse
+import json
 import warnings
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple, cast
 
@@ -344,6 +349,14 @@ def train_network(images: Any, *, is_sar: bool, steps: int, seed: int = 0) -> An
     return network
 
 
+def image_features() -> Any:
+    """Return the columns of a dataset of labelled images."""
+    import datasets
+
+    features = {"image_id": datasets.Value("string"), "image": datasets.Image(), "label": datasets.Image(mode="L")}
+    return datasets.Features(features)
+
+
 def labelled_images(rows: Sequence[Any], column: str, labels: Path | None = None) -> Any:
     """Return images with their labels.
 
@@ -356,27 +369,17 @@ def labelled_images(rows: Sequence[Any], column: str, labels: Path | None = None
 
     from hf_seg.data.samples import LabelledImages
 
-    features = {"image_id": datasets.Value("string"), "image": datasets.Image(), "label": datasets.Image(mode="L")}
     columns = {
         "image_id": [row.image_id for row in rows],
         "image": [row.files[column] for row in rows],
         "label": [str(labels / f"{row.image_id}.tif") if labels else row.files["label"] for row in rows],
     }
-    return LabelledImages(datasets.Dataset.from_dict(columns, features=datasets.Features(features)), "image")
+    return LabelledImages(datasets.Dataset.from_dict(columns, features=image_features()), "image")
 
 
 def run_networks(options: argparse.Namespace) -> None:
     """Train on SAR with exact and with noisy labels, and on optical source tiles; score on unseen scenes."""
-    if options.steps < 2:
-        raise UserError(f"--steps must be at least 2; it is {options.steps}")
-
-    import torch
-    from accelerate import Accelerator
-
     from hf_seg.data.scan import scan_open_earth_map, scan_open_earth_map_sar
-    from hf_seg.inference.load import use_network
-    from hf_seg.inference.predict import Predictor
-    from hf_seg.training.evaluation import evaluate
 
     source = scan_open_earth_map(options.data / SOURCE_FOLDER).rows
     target = scan_open_earth_map_sar(options.data / TARGET_FOLDER).rows
@@ -393,13 +396,57 @@ def run_networks(options: argparse.Namespace) -> None:
     }
     for name in options.runs or RUNS:
         images, tests = runs[name]
-        network = train_network(images, is_sar=name != "optical", steps=options.steps)
+        network = train_network(images, is_sar=name != "optical", steps=options.steps, seed=options.seed)
+        print(f"{name}: {len(images)} scenes, {options.steps} steps")
         for title, test in tests.items():
-            predictor = Predictor([use_network(network, crop_size=CROP)], device=torch.device("cpu"), batch_size=8)
-            results, _ = evaluate(predictor, test, Accelerator(cpu=True))
-            classes = " ".join("-" if value is None else f"{value:.2f}" for value in results["iou"].values())
-            print(f"{name}, {len(images)} scenes, {options.steps} steps, {title} ({len(test)}): ", end="")
-            print(f"mIoU {results['mean_iou']:.3f}, IoU 0..8 {classes}", flush=True)
+            print_score(network, title, test)
+
+
+def run_resolution(options: argparse.Namespace) -> None:
+    """Train on optical source tiles; score on target scenes that are rendered sharp and coarse."""
+    import datasets
+    from PIL import Image
+
+    from hf_seg.data.samples import LabelledImages
+    from hf_seg.data.scan import scan_open_earth_map
+    from hf_seg.synthetic import Scene
+    from hf_seg.synthetic.optical import TARGET_CAMERA, render_optical
+
+    rows = scan_open_earth_map(options.data / SOURCE_FOLDER).rows["train"]
+    made_with = json.loads((options.data / SOURCE_FOLDER / "dataset.json").read_text(encoding="utf-8"))["settings"]
+    network = train_network(labelled_images(rows, "image"), is_sar=False, steps=options.steps, seed=options.seed)
+    print(f"optical: {len(rows)} scenes, {options.steps} steps")
+    scores = {}
+    for name, coarse_prob in (("sharp", 0.0), ("coarse", 1.0)):
+        camera = replace(TARGET_CAMERA, coarse_prob=coarse_prob)
+        columns: dict[str, list[Any]] = {"image_id": [], "image": [], "label": []}
+        for scene in (Scene(made_with["seed"], "test", index, made_with["size"]) for index in range(options.scenes)):
+            ground_rng, optical_rng, *_ = scene.generators()
+            ground = scene.make_ground(ground_rng)
+            image = np.moveaxis(render_optical(optical_rng, ground, camera), 0, -1)
+            columns["image_id"].append(scene.name)
+            columns["image"].append(Image.fromarray(image))
+            columns["label"].append(Image.fromarray(ground.crop(ground.label)))
+        test = LabelledImages(datasets.Dataset.from_dict(columns, features=image_features()), "image")
+        scores[name] = print_score(network, f"{name} target", test)
+    lost = 100 * (scores["sharp"] - scores["coarse"])
+    print(f"lost on coarse scenes: {lost:.1f} points of mIoU")
+
+
+def print_score(network: Any, title: str, images: Any) -> float:
+    """Print and return the mIoU of a network on labelled images."""
+    import torch
+    from accelerate import Accelerator
+
+    from hf_seg.inference.load import use_network
+    from hf_seg.inference.predict import Predictor
+    from hf_seg.training.evaluation import evaluate
+
+    predictor = Predictor([use_network(network, crop_size=CROP)], device=torch.device("cpu"), batch_size=8)
+    results, _ = evaluate(predictor, images, Accelerator(cpu=True))
+    classes = " ".join("-" if value is None else f"{value:.2f}" for value in results["iou"].values())
+    print(f"{title} ({len(images)}): mIoU {results['mean_iou']:.3f}, IoU 0..8 {classes}", flush=True)
+    return float(results["mean_iou"])
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
@@ -409,14 +456,21 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     statistics = commands.add_parser("statistics", help="print statistics and the scores of simple classifiers")
     figure = commands.add_parser("figure", help="draw real and synthetic scenes side by side")
     networks = commands.add_parser("networks", help="train a small network three times, minutes each")
-    for command in (statistics, figure, networks):
+    resolution = commands.add_parser("resolution", help="measure what an optical network loses on coarse images")
+    for command in (statistics, figure, networks, resolution):
         command.add_argument("--data", metavar="DIR", type=Path, required=True, help="of make_synthetic_dataset.py")
     statistics.add_argument("--real", metavar="DIR", type=Path, help="real scenes, measured too")
     figure.add_argument("--real", metavar="DIR", type=Path, required=True, help="real scenes")
     figure.add_argument("--output", metavar="PNG", type=Path, required=True, help="image to write")
-    networks.add_argument("--steps", metavar="N", type=int, default=1500, help="training steps (%(default)s)")
+    for command in (networks, resolution):
+        command.add_argument("--steps", metavar="N", type=int, default=1500, help="training steps (%(default)s)")
+        command.add_argument("--seed", metavar="N", type=int, default=0, help="of the training (%(default)s)")
     networks.add_argument("--runs", nargs="+", choices=RUNS, help="only these")
+    resolution.add_argument("--scenes", metavar="N", type=int, default=40, help="scenes to score (%(default)s)")
     options = parser.parse_args(arguments)
+    for name, low in (("steps", 2), ("scenes", 1)):
+        if getattr(options, name, low) < low:
+            raise UserError(f"--{name} must be at least {low}; it is {getattr(options, name)}")
     for name in (SOURCE_FOLDER, TARGET_FOLDER, EXTRA_FOLDER):
         if not (options.data / name).is_dir():
             hint = "make a dataset with scripts/make_synthetic_dataset.py"
@@ -431,7 +485,13 @@ def main(arguments: list[str] | None = None) -> None:
         from rasterio.errors import NotGeoreferencedWarning
 
         warnings.simplefilter("ignore", NotGeoreferencedWarning)
-        {"statistics": run_statistics, "figure": run_figure, "networks": run_networks}[options.command](options)
+        commands = {
+            "statistics": run_statistics,
+            "figure": run_figure,
+            "networks": run_networks,
+            "resolution": run_resolution,
+        }
+        commands[options.command](options)
 
 
 if __name__ == "__main__":

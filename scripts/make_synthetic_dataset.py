@@ -1,10 +1,10 @@
 """Make a synthetic dataset: optical tiles, optical/SAR pairs and labels, laid out as OpenEarthMap and OpenEarthMap-SAR.
 
-    python scripts/make_synthetic_dataset.py --output data/synthetic --train 48 --val 12 --test 4
+    python scripts/make_synthetic_dataset.py --output data/synthetic --seed 7 --scene 2048
 
 writes data/synthetic/OpenEarthMap_wo_xBD and data/synthetic/dfc25_track1, which every recipe reads, and
 data/synthetic/dfc25_track1_extra, the exact labels of train, which none reads. With `--scene 2048` it also writes
-scene.tif, a large SAR scene to map, and scene_label.tif, its exact labels.
+scene.tif, a large SAR scene of many districts to map, and scene_label.tif, its exact labels.
 """
 
 import os

@@ -2,9 +2,11 @@
 
 import importlib.util
 import json
+import shutil
 import subprocess
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,21 +18,31 @@ import rasterio
 from hf_seg.data.doctor import examine
 from hf_seg.data.open_earth_map import load_open_earth_map, load_open_earth_map_sar
 from hf_seg.data.provenance import read_provenance
+from hf_seg.data.pseudo_label_dataset import LabelledTile, write_shard
 from hf_seg.data.scan import scan_open_earth_map
 from hf_seg.errors import FileError, UserError
-from hf_seg.labels import BACKGROUND, CLASS_NAMES, LABEL2ID, NUM_LABELS
+from hf_seg.labels import BACKGROUND, CLASS_NAMES, IGNORE_INDEX, LABEL2ID, NUM_LABELS
 from hf_seg.metrics import ConfusionMatrix
 from hf_seg.synthetic import KINDS, REGIONS, Scene, make_synthetic_dataset
 from hf_seg.synthetic.fields import RayFrame, smooth_noise, to_uniform
 from hf_seg.synthetic.noise import corrupt_labels
+from hf_seg.synthetic.optical import TARGET_CAMERA, render_optical
 from hf_seg.synthetic.sar import render_sar
 
 SCRIPTS = Path(__file__).parents[1] / "scripts"
 SCRIPT = SCRIPTS / "make_synthetic_dataset.py"
-_spec = importlib.util.spec_from_file_location("calibrate", SCRIPTS / "calibrate_synthetic_dataset.py")
-assert _spec is not None and _spec.loader is not None
-calibrate = importlib.util.module_from_spec(_spec)
-_spec.loader.exec_module(calibrate)
+
+
+def load_script(name: str) -> Any:
+    spec = importlib.util.spec_from_file_location(name, SCRIPTS / f"{name}.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+calibrate = load_script("calibrate_synthetic_dataset")
+replacing = load_script("replace_labels")
 Tile = calibrate.Tile
 
 SIZES = {"source": 8, "train": 4, "val": 2, "test": 1}
@@ -228,18 +240,19 @@ def test_smooth_noise_is_standard_normal_over_many_fields(scale: float) -> None:
 
 
 def test_a_large_scene_is_written_with_its_label_and_changes_no_tile(tmp_path: Path) -> None:
-    sizes = {"source": 2, "train": 1, "val": 1, "size": 64}
+    sizes = {"source": 2, "train": 1, "val": 1, "test": 0, "size": 64}
     make_synthetic_dataset(tmp_path / "without", **sizes)
-    make_synthetic_dataset(tmp_path / "with", **sizes, scene=200)
+    make_synthetic_dataset(tmp_path / "with", **sizes, scene=640)
     files, others = files_of(tmp_path / "with"), files_of(tmp_path / "without")
     assert files.keys() - others.keys() == {"scene.tif", "scene_label.tif"}
     assert all(files[name] == content for name, content in others.items() if not name.endswith("dataset.json"))
     with rasterio.open(tmp_path / "with/scene.tif") as scene, rasterio.open(tmp_path / "with/scene_label.tif") as label:
         for file in (scene, label):
-            assert (file.shape, file.count, file.dtypes[0]) == ((200, 200), 1, "uint8") and file.crs is not None
+            assert (file.shape, file.count, file.dtypes[0]) == ((640, 640), 1, "uint8") and file.crs is not None
         assert (scene.crs, scene.transform) == (label.crs, label.transform)
         sar, truth = scene.read(1), label.read(1)
-    assert truth.min() > BACKGROUND and len(np.unique(truth)) > 3
+    assert truth.min() > BACKGROUND
+    assert len(np.unique(truth)) >= 6  # styles of several regions
     assert sar[truth == LABEL2ID["building"]].mean() > 1.1 * sar[truth == LABEL2ID["road"]].mean()
 
 
@@ -266,7 +279,7 @@ def test_a_failure_leaves_nothing_behind(tmp_path: Path, monkeypatch: pytest.Mon
 
     monkeypatch.setattr("hf_seg.synthetic._write_lists", fail)
     with pytest.raises(FileError, match=r"data cannot be written \(disk full\)"):
-        make_synthetic_dataset(tmp_path / "data", source=2, train=1, val=1, size=64)
+        make_synthetic_dataset(tmp_path / "data", source=2, train=1, val=1, test=0, size=64)
     assert not list(tmp_path.iterdir())
 
 
@@ -330,7 +343,83 @@ def test_statistics_and_figure_compare_with_other_scenes(
 
 def test_networks_are_trained_and_scored(data: Path, capsys: pytest.CaptureFixture[str]) -> None:
     calibrate.main(["networks", "--data", str(data), "--steps", "2", "--runs", "sar_noisy"])
-    assert "sar_noisy, 4 scenes, 2 steps, unseen SAR (2): mIoU 0." in capsys.readouterr().out
+    first, second = capsys.readouterr().out.splitlines()
+    assert first == "sar_noisy: 4 scenes, 2 steps" and second.startswith("unseen SAR (2): mIoU 0.")
+
+
+def test_resolution_is_measured_on_scenes_that_differ_in_nothing_else(
+    data: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    calibrate.main(["resolution", "--data", str(data), "--steps", "2", "--scenes", "2"])
+    sharp, coarse, lost = capsys.readouterr().out.splitlines()[1:]
+    scores = [float(line.split("mIoU ")[1][:5]) for line in (sharp, coarse)]
+    assert sharp.startswith("sharp target (2): mIoU 0.") and coarse.startswith("coarse target (2): mIoU 0.")
+    assert float(lost.split()[4]) == pytest.approx(100 * (scores[0] - scores[1]), abs=0.15)
+
+
+def test_a_coarse_image_differs_from_a_sharp_one_in_resolution_only() -> None:
+    images = []
+    for coarse_prob in (0.0, 1.0):
+        ground_rng, optical_rng, *_ = (scene := Scene(0, "test", 0, 96)).generators()
+        camera = replace(TARGET_CAMERA, coarse_prob=coarse_prob, noise=0.0)
+        images.append(render_optical(optical_rng, scene.make_ground(ground_rng), camera).astype(np.float32))
+    sharp, coarse = images
+    assert coarse.mean((1, 2)) == pytest.approx(sharp.mean((1, 2)), abs=1)
+    assert np.abs(np.diff(coarse)).mean() < 0.7 * np.abs(np.diff(sharp)).mean()
+
+
+def write_pseudo_labels(folder: Path, shape: tuple[int, int], count: int) -> Path:
+    label = np.full(shape, LABEL2ID["water"], np.uint8)
+    label[0] = IGNORE_INDEX
+    counts = np.bincount(label[1:].ravel(), minlength=NUM_LABELS)
+    names = [f"TrainArea_{number:03d}" for number in range(1, count + 1)]
+    confidence = np.ones(shape, np.float32)
+    tiles = [LabelledTile(name, label, confidence, counts, counts, {"no data": shape[1]}) for name in names]
+    (folder / "data").mkdir(parents=True)
+    write_shard(folder / "data/train-00000-of-00001.parquet", tiles)
+    return folder
+
+
+def test_pseudo_labels_replace_the_training_labels(data: Path, tmp_path: Path) -> None:
+    root = tmp_path / "dfc25_track1"
+    shutil.copytree(data / "dfc25_track1", root)
+    labels = write_pseudo_labels(tmp_path / "labels", (96, 96), 4)
+    replacing.main(["--data_dir", str(root), "--pseudo_labels", str(labels)])
+    before, after = files_of(data / "dfc25_track1"), files_of(root)
+    changed = {name for name in before if before[name] != after[name]}
+    assert after.keys() == before.keys()
+    assert changed == {"dataset.json", *(f"train/labels/TrainArea_00{n}.tif" for n in range(1, 5))}
+    replaced = read(root / "train/labels/TrainArea_002.tif")
+    assert (replaced[0] == BACKGROUND).all() and (replaced[1:] == LABEL2ID["water"]).all()
+    paths = [root / "train" / folder / "TrainArea_002.tif" for folder in ("labels", "sar_images")]
+    with rasterio.open(paths[0]) as label, rasterio.open(paths[1]) as sar:
+        assert (label.crs, label.transform) == (sar.crs, sar.transform)
+    assert read_provenance(root, "OpenEarthMap-SAR")["labels"] == {
+        "train": "predicted by a network trained on the source",
+        "val": "exact",
+        "test": "exact",
+    }
+
+
+@pytest.mark.parametrize(
+    ("shape", "count", "synthetic", "message"),
+    [
+        ((96, 96), 3, True, "has no pseudo-label of TrainArea_004; label the whole train split"),
+        ((90, 96), 4, True, "the pseudo-label of TrainArea_001 has another size than its tile"),
+        ((96, 96), 4, False, "is not a synthetic dataset; other labels are never replaced"),
+    ],
+)
+def test_labels_are_not_replaced_by_unsuitable_ones(
+    data: Path, tmp_path: Path, shape: tuple[int, int], count: int, synthetic: bool, message: str
+) -> None:
+    root = tmp_path / "dfc25_track1"
+    shutil.copytree(data / "dfc25_track1", root)
+    if not synthetic:
+        (root / "dataset.json").unlink()
+    before = files_of(root)
+    with pytest.raises(UserError, match=message):
+        replacing.replace_labels(root, write_pseudo_labels(tmp_path / "labels", shape, count))
+    assert files_of(root) == before
 
 
 @pytest.mark.parametrize(

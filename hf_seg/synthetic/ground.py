@@ -9,13 +9,13 @@ from hf_seg.synthetic.fields import fractal_noise, smooth_noise, to_uniform
 from hf_seg.synthetic.parcels import (
     BARE,
     BUILDING,
+    COVERS,
     DEVELOPED,
     FIELD,
     RANGE,
     ROAD,
     TREE,
     WATER,
-    LandUse,
     Parcels,
     Region,
     lay_out,
@@ -41,9 +41,12 @@ class Ground:
         """Remove the margin of an (H, W) or (H, W, 3) image."""
         return np.ascontiguousarray(image[MARGIN:-MARGIN, MARGIN:-MARGIN])
 
-    def draw_axis(self, rng: np.random.Generator) -> np.ndarray:
-        """Choose `u` or `v` for each lot at random, e.g. for the direction of its furrows: (H, W) metres."""
-        return np.where(rng.random(int(self.parcel.max()) + 1)[self.parcel] < 0.5, self.u, self.v)
+    def draw_stripes(self, rng: np.random.Generator, shortest: float, longest: float) -> np.ndarray:
+        """Return (H, W): a sine wave per lot, e.g. its furrows, with its own direction and period in metres."""
+        n_parcels = int(self.parcel.max()) + 1
+        period = rng.uniform(shortest, longest, n_parcels)[self.parcel] / (2 * np.pi)
+        axis = np.where(rng.random(n_parcels)[self.parcel] < 0.5, self.u, self.v)
+        return np.sin(axis / period)
 
 
 def make_ground(rng: np.random.Generator, size: int, region: Region, gsd: float) -> Ground:
@@ -102,10 +105,11 @@ def _cover_lots(rng: np.random.Generator, plan: Parcels, gsd: float) -> np.ndarr
     _, block = np.unique(plan.blocks, axis=0, return_inverse=True)
     shared = rng.random(block.max() + 1)[block]  # lots of a block mostly look alike
     own = np.where(rng.random(len(block)) < 0.15, rng.random(len(block)), shared)
-    covers = np.array([_draw_cover(use, draw) for use, draw in zip(plan.uses, own, strict=True)])
+    probs = np.stack([plan.uses[name] for name in COVERS], axis=1)
+    covers = np.array(list(COVERS.values()))[(own[:, None] <= probs.cumsum(1)).argmax(1)]
     label = np.append(covers, ROAD).astype(np.uint8)[plan.lot]  # lot -1, the streets, takes the last one
     edge = _distance_to_edge(plan, plan.rectangles)
-    town = _per_lot(plan, [use.built > 0.5 for use in plan.uses])
+    town = _per_lot(plan, plan.uses.built > 0.5)
     # pavements in towns; front yards are mixed; rough grass around fields
     label[town & (plan.street < rng.uniform(1.8, 4.5))] = DEVELOPED
     patchy = fractal_noise(rng, label.shape, 9 / gsd, 2)
@@ -113,20 +117,14 @@ def _cover_lots(rng: np.random.Generator, plan: Parcels, gsd: float) -> np.ndarr
     label[town & (label == DEVELOPED) & (plan.street > 3) & (patchy < -1.8)] = RANGE
     field = label == FIELD
     label[field & ((edge < _per_lot(plan, rng.uniform(0.1, 1.3, len(plan.uses)))) | (plan.street < 1.2))] = RANGE
-    bare = _per_lot(plan, [use.bare for use in plan.uses])
+    bare = _per_lot(plan, plan.uses.bare)
     label[(label == RANGE) & (to_uniform(fractal_noise(rng, label.shape, 22 / gsd, 3)) < bare)] = BARE
     return label
 
 
-def _draw_cover(use: LandUse, draw: float) -> int:
-    """Return the class at the quantile `draw` of a lot's open ground."""
-    classes, probs = zip(*use.cover, strict=True)
-    return classes[min(int(np.searchsorted(np.cumsum(probs), draw)), len(classes) - 1)]
-
-
 def _draw_paths(rng: np.random.Generator, plan: Parcels, label: np.ndarray, gsd: float) -> None:
     """Draw winding paths, and round or rectangular sports grounds, in parks and meadows."""
-    width = _per_lot(plan, [use.paths for use in plan.uses])
+    width = _per_lot(plan, plan.uses.paths)
     bed = smooth_noise(rng, label.shape, 60 / gsd)
     slope = np.hypot(*np.gradient(bed)).astype(np.float32) / gsd
     path = np.abs(bed - rng.uniform(-0.5, 0.5)) < slope * width / 2  # a level line, of constant width
@@ -167,10 +165,10 @@ def _build(rng: np.random.Generator, plan: Parcels, label: np.ndarray) -> np.nda
     """Draw the buildings of dry lots into `label`; return heights in metres, 0 elsewhere."""
     lots, uses = plan.rectangles, plan.uses
     n = len(lots)
-    margin_low, margin_high = np.array([use.margin for use in uses]).T
+    margins = uses.min_margin, uses.max_margin
     sizes = lots[:, 1::2] - lots[:, ::2]  # (N, 2)
-    low = lots[:, ::2] + sizes * rng.uniform(margin_low, margin_high, (2, n)).T
-    high = lots[:, 1::2] - sizes * rng.uniform(margin_low, margin_high, (2, n)).T
+    low = lots[:, ::2] + sizes * rng.uniform(*margins, (2, n)).T
+    high = lots[:, 1::2] - sizes * rng.uniform(*margins, (2, n)).T
     extent = np.maximum(high - low, 0.1)  # a lot may be narrower than its margins
     pixel_extent = [np.maximum(_per_lot(plan, extent[:, k]), 0.1) for k in range(2)]  # 0 on streets
     a, b = ((axis - _per_lot(plan, low[:, k])) / pixel_extent[k] for k, axis in enumerate((plan.u, plan.v)))
@@ -178,18 +176,18 @@ def _build(rng: np.random.Generator, plan: Parcels, label: np.ndarray) -> np.nda
     notch = rng.uniform(0.25, 0.6, (n, 2)) * (rng.random((n, 1)) < 0.5)  # L-shaped half of the time
     corner = rng.integers(0, 2, (n, 2)) == 1
     ka, kb = (np.where(_per_lot(plan, corner[:, k]), c, 1 - c) for k, c in enumerate((a, b)))
-    ring = _per_lot(plan, [use.ring for use in uses])
+    ring = _per_lot(plan, uses.ring)
     inside &= (ring > 0) | (ka > _per_lot(plan, notch[:, 0])) | (kb > _per_lot(plan, notch[:, 1]))
     inside &= (ring == 0) | (_distance_to_edge(plan, plan.blocks) < ring)
     wet = np.zeros(n, bool)
     wet[np.unique(plan.lot[inside & (label == WATER)])] = True
-    built = (rng.random(n) < [use.built for use in uses]) & ~wet & (extent.min(1) > 4)
+    built = (rng.random(n) < uses.built) & ~wet & (extent.min(1) > 4)
     inside &= _per_lot(plan, built)
     inside &= (plan.street > 0.8) | (ring == 0)  # rows of buildings stay off the street
 
-    storeys = rng.integers([use.storeys[0] for use in uses], [use.storeys[1] + 1 for use in uses])
+    storeys = rng.integers(uses.min_storeys.astype(int), uses.max_storeys.astype(int), endpoint=True)
     eaves = 3.1 * storeys + rng.uniform(0, 1.5, n)
-    pitch = np.where(rng.random(n) < [use.pitched for use in uses], rng.uniform(0.35, 0.8, n), 0)
+    pitch = np.where(rng.random(n) < uses.pitched, rng.uniform(0.35, 0.8, n), 0)
     across = np.where(_per_lot(plan, extent[:, 0] < extent[:, 1]), a, b)  # the ridge runs along the longer side
     rise = _per_lot(plan, pitch * extent.min(1)) * (0.5 - np.abs(across - 0.5))
     label[inside] = BUILDING
@@ -198,8 +196,8 @@ def _build(rng: np.random.Generator, plan: Parcels, label: np.ndarray) -> np.nda
 
 def _plant(rng: np.random.Generator, plan: Parcels, label: np.ndarray, gsd: float) -> tuple[np.ndarray, np.ndarray]:
     """Plant trees and hedges on open ground; return the id of the crown (0 = none) and its height in metres."""
-    density = _per_lot(plan, [use.trees for use in plan.uses])
-    clumps = _per_lot(plan, [use.clumped for use in plan.uses])
+    density = _per_lot(plan, plan.uses.trees)
+    clumps = _per_lot(plan, plan.uses.clumped)
     group = np.exp(2.2 * fractal_noise(rng, label.shape, 30 / gsd, 2) - 1.6)
     density = density * ((1 - clumps) + clumps * group)
     verge = (plan.lot < 0) & (plan.street > -1.5)
@@ -210,7 +208,7 @@ def _plant(rng: np.random.Generator, plan: Parcels, label: np.ndarray, gsd: floa
     grid = (np.stack(np.meshgrid(*[np.arange(count)] * 2), -1).reshape(-1, 2) + rng.random((count**2, 2))) * spacing
     points = np.minimum((grid / gsd).astype(int), label.shape[0] - 1)
     points = rng.permutation(points[rng.random(len(points)) < density[points[:, 1], points[:, 0]] * spacing**2])
-    mean_radius = np.array([*(use.crown for use in plan.uses), 2.6])[plan.lot[points[:, 1], points[:, 0]]]
+    mean_radius = np.append(plan.uses.crown, 2.6)[plan.lot[points[:, 1], points[:, 0]]]
     radii = mean_radius * rng.lognormal(0, 0.3, len(points))
     crown = np.zeros(label.shape, np.int32)
     circles = np.column_stack([points * 8, radii / gsd * 8]).astype(int).tolist()  # in eighths of a pixel
@@ -222,7 +220,7 @@ def _plant(rng: np.random.Generator, plan: Parcels, label: np.ndarray, gsd: floa
     centre, size = np.vstack([[0, 0], points]), np.append(1.0, radii)
     radial = np.hypot(columns - centre[crown, 0], rows - centre[crown, 1]) * gsd / size[crown]
     height = 1.6 * size[crown] + 2.5 + size[crown] * np.sqrt(np.clip(1 - radial**2, 0, 1))
-    hedge = _per_lot(plan, rng.random(len(plan.uses)) < [use.hedge for use in plan.uses])
+    hedge = _per_lot(plan, rng.random(len(plan.uses)) < plan.uses.hedge)
     hedge &= (_distance_to_edge(plan, plan.rectangles) < 1.1 + 0.4 * rough[0]) & np.isin(label, (RANGE, DEVELOPED))
     hedge &= crown == 0
     crown[hedge] = len(points) + 1 + plan.lot[hedge]
@@ -233,7 +231,7 @@ def _plant(rng: np.random.Generator, plan: Parcels, label: np.ndarray, gsd: floa
 
 def _park_cars(rng: np.random.Generator, plan: Parcels, label: np.ndarray, angle: float, gsd: float) -> np.ndarray:
     """Return ids of cars, 4.4 m x 1.8 m, on developed space and streets, along or across the streets."""
-    per_area = np.append([use.cars for use in plan.uses], 0.003)[plan.lot] * np.isin(label, (DEVELOPED, ROAD))
+    per_area = np.append(plan.uses.cars, 0.003)[plan.lot] * np.isin(label, (DEVELOPED, ROAD))
     flat = np.flatnonzero(rng.random(label.shape, dtype=np.float32) < per_area * gsd**2)
     turns = angle + np.pi / 2 * rng.integers(0, 2, len(flat))
     car = np.zeros(label.shape, np.int32)

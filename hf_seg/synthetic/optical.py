@@ -93,20 +93,22 @@ def _paint(rng: np.random.Generator, ground: Ground, dryness: float) -> np.ndarr
         image[where] = colors.astype(np.float32)[ground.parcel[where]] * (1 + texture[where])[:, None]
 
     grass = (1 - 0.5 * dryness) * rng.permutation(GRASSES)[:3] + 0.5 * dryness * np.array((150, 136, 100))
-    fill(label == RANGE, grass, 0.1, 0.05 * fine + 0.13 * mid)
-    fill(label == TREE, grass, 0.0, np.zeros_like(fine))  # below the crowns; its random draws keep the seed's bytes
-    fill(label == DEVELOPED, PAVINGS, 0.12, 0.05 * fine + 0.08 * mid)
+    tufts = np.maximum(smooth_noise(rng, shape, 1.1 / gsd), 0)
+    fill(label == RANGE, grass, 0.1, 0.04 * fine + 0.12 * tufts + 0.13 * mid)
+    fill(label == TREE, grass, 0.0, np.zeros_like(fine))  # below the crowns
+    markings = np.where(rng.random(n_parcels) < 0.4, 0.2, 0.06)[ground.parcel]  # of parking bays; joints of slabs
+    paving = 0.05 * fine + markings * (ground.draw_stripes(rng, 2.4, 2.8) > 0.8)
+    fill(label == DEVELOPED, PAVINGS, 0.12, paving + 0.08 * mid)
     fill(label == BARE, SOILS, 0.08, 0.05 * fine + 0.12 * mid)
-    period = rng.uniform(1.6, 5, n_parcels)[ground.parcel] / (2 * np.pi)
-    rows = np.sin(ground.draw_axis(rng) / period)
-    depth = (rng.random(n_parcels) ** 2 * 0.16)[ground.parcel]
-    fill(label == FIELD, CROPS, 0.1, 0.04 * fine + 0.08 * mid + depth * rows)
-    tiles = np.sin(ground.draw_axis(rng) * (2 * np.pi / 1.7))
-    fill(label == BUILDING, ROOFS, 0.14, 0.04 * fine + 0.05 * mid + 0.03 * tiles)
+    depth = rng.uniform(0.05, 0.22, n_parcels)[ground.parcel]
+    fill(label == FIELD, CROPS, 0.1, 0.03 * fine + 0.08 * mid + depth * ground.draw_stripes(rng, 1.1, 3.2))
+    seams = rng.uniform(0.03, 0.16, n_parcels)[ground.parcel] * ground.draw_stripes(rng, 1.0, 2.4)
+    skylights = 0.35 * (smooth_noise(rng, shape, 1.2 / gsd) > 1.8)  # and other small things on roofs
+    fill(label == BUILDING, ROOFS, 0.14, 0.04 * fine + 0.05 * mid + seams + skylights)
     asphalt = np.float32(rng.uniform(118, 172)) * np.array((1, 1, 0.99), np.float32)
     image[label == ROAD] = asphalt * (1 + 0.03 * fine + 0.07 * mid)[label == ROAD, None]
     deep = np.array(rng.permutation([(44, 66, 62), (38, 62, 72), (64, 82, 74)])[0], np.float32)
-    image[label == WATER] = deep * (1 + 0.03 * fine + 0.06 * wide)[label == WATER, None]
+    image[label == WATER] = deep * (1 + 0.08 * fine + 0.06 * wide)[label == WATER, None]
 
     tree = label == TREE
     crown = ground.crown[tree]

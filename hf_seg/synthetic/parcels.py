@@ -4,7 +4,9 @@ A scene is split by streets (first by wide ones) into blocks of one land use eac
 run along two coordinates u and v that are rotated and bent, so streets curve and buildings stay aligned with them.
 """
 
+import itertools
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 
@@ -16,124 +18,46 @@ BARE, RANGE, DEVELOPED, ROAD, TREE, WATER, FIELD, BUILDING = (
 )
 
 
-@dataclass(frozen=True)
-class LandUse:
-    """What fills a block. Lengths in metres; the rest are probabilities or fractions."""
-
-    lot: float  # side below which lots are no longer split
-    cover: tuple[tuple[int, float], ...]  # open ground of a lot: (class, probability)
-    built: float = 0.0  # probability that a lot has a building
-    margin: tuple[float, float] = (0.1, 0.25)  # fraction of a lot's side left open on each side of its building
-    ring: float = 0.0  # depth of a closed row of buildings around the block; 0 = detached
-    storeys: tuple[int, int] = (1, 2)
-    pitched: float = 0.0  # probability of a pitched roof
-    trees: float = 0.0  # crowns per square metre of open ground
-    crown: float = 2.5  # typical radius of a crown
-    clumped: float = 0.0  # 0 = trees spread evenly, 1 = in groups only
-    hedge: float = 0.0  # probability of a hedge around a lot
-    pools: float = 0.0  # probability of a swimming pool on a lot
-    cars: float = 0.0  # per square metre of developed ground
-    paths: float = 0.0  # width of winding paths; 0 = none
-    bare: float = 0.0  # fraction of the open ground that is bare
-
-
-LAND_USES: dict[str, LandUse] = {
-    "rows": LandUse(
-        cover=((DEVELOPED, 0.75), (RANGE, 0.25)),
-        lot=15,
-        built=0.93,
-        margin=(0, 0),
-        ring=13,
-        storeys=(3, 6),
-        pitched=0.35,
-        trees=0.004,
-        crown=3.2,
-        clumped=0.4,
-        cars=0.004,
-    ),
-    "houses": LandUse(
-        cover=((DEVELOPED, 0.35), (RANGE, 0.65)),
-        lot=22,
-        built=0.93,
-        margin=(0.11, 0.24),
-        pitched=0.8,
-        trees=0.0026,
-        crown=3.0,
-        clumped=0.4,
-        hedge=0.15,
-        pools=0.12,
-        cars=0.004,
-    ),
-    "cottages": LandUse(
-        cover=((DEVELOPED, 0.85), (RANGE, 0.15)),
-        lot=14,
-        built=0.92,
-        margin=(0.05, 0.14),
-        storeys=(2, 2),
-        pitched=0.7,
-        trees=0.0014,
-        crown=2.4,
-        clumped=0.4,
-        hedge=0.08,
-        cars=0.005,
-    ),
-    "slabs": LandUse(
-        cover=((DEVELOPED, 0.6), (RANGE, 0.4)),
-        lot=48,
-        built=0.9,
-        margin=(0.2, 0.33),
-        storeys=(3, 7),
-        pitched=0.1,
-        trees=0.0026,
-        crown=3.6,
-        clumped=0.5,
-        cars=0.006,
-    ),
-    "works": LandUse(
-        cover=((DEVELOPED, 0.88), (RANGE, 0.08), (BARE, 0.04)),
-        lot=62,
-        built=0.88,
-        margin=(0.08, 0.24),
-        storeys=(2, 3),
-        pitched=0.1,
-        trees=0.0004,
-        cars=0.007,
-    ),
-    "paved": LandUse(
-        cover=((DEVELOPED, 0.96), (RANGE, 0.04)), lot=46, built=0.06, margin=(0.25, 0.4), trees=0.001, cars=0.014
-    ),
-    "park": LandUse(
-        cover=((RANGE, 0.92), (DEVELOPED, 0.08)),
-        lot=90,
-        built=0.04,
-        margin=(0.36, 0.44),
-        trees=0.009,
-        crown=4.2,
-        clumped=0.85,
-        paths=2.4,
-    ),
-    "meadow": LandUse(
-        cover=((RANGE, 1.0),),
-        lot=75,
-        built=0.02,
-        margin=(0.4, 0.45),
-        trees=0.0016,
-        crown=3.4,
-        clumped=0.95,
-        paths=1.6,
-        bare=0.03,
-    ),
-    "forest": LandUse(cover=((RANGE, 1.0),), lot=200, trees=0.075, crown=3.8, clumped=0.6, bare=0.01),
-    "fields": LandUse(
-        cover=((FIELD, 0.95), (RANGE, 0.05)), lot=85, built=0.02, margin=(0.4, 0.45), pitched=1.0, hedge=0.2
-    ),
-    "plots": LandUse(
-        cover=((FIELD, 0.92), (RANGE, 0.08)), lot=34, built=0.04, margin=(0.3, 0.4), pitched=1.0, hedge=0.08
-    ),
-    "site": LandUse(
-        cover=((BARE, 0.85), (DEVELOPED, 0.15)), lot=70, built=0.1, margin=(0.2, 0.35), storeys=(1, 4), cars=0.003
-    ),
-}
+# What fills a block, one column per land use. Lengths in metres; the rest are probabilities or fractions.
+#   lot                        side below which lots are no longer split
+#   developed ... crops        classes of a lot's open ground, one per lot
+#   built                      probability that a lot has a building
+#   min_margin, max_margin     fraction of a lot's side left open on each side of its building
+#   ring                       depth of a closed row of buildings around the block; 0: detached
+#   pitched                    probability of a pitched roof
+#   trees, crown, clumped      crowns per square metre of open ground, their typical radius, fraction of them in groups
+#   hedge, pools               probability of a hedge around a lot, of a swimming pool on it
+#   cars                       per square metre of developed ground
+#   paths                      width of winding paths; 0: none
+#   bare                       fraction of the grass that is bare
+_LAND_USES = """
+                 rows   houses cottages    slabs    works    paved     park   meadow   forest   fields    plots     site
+lot                15       22       14       48       62       46       90       75      200       85       34       70
+developed        0.75     0.35     0.85      0.6     0.88     0.96     0.08        0        0        0        0     0.15
+grass            0.24    0.635    0.135     0.39     0.08     0.02     0.92        1        1     0.05     0.08        0
+soil             0.01    0.015    0.015     0.01     0.04     0.02        0        0        0        0        0     0.85
+crops               0        0        0        0        0        0        0        0        0     0.95     0.92        0
+built            0.93     0.93     0.92      0.9     0.88     0.06     0.04     0.02        0     0.02     0.04      0.1
+min_margin          0     0.11     0.05      0.2     0.08     0.25     0.36      0.4      0.1      0.4      0.3      0.2
+max_margin          0     0.24     0.14     0.33     0.24      0.4     0.44     0.45     0.25     0.45      0.4     0.35
+ring               13        0        0        0        0        0        0        0        0        0        0        0
+min_storeys         3        1        2        3        2        1        1        1        1        1        1        1
+max_storeys         6        2        2        7        3        2        2        2        2        2        2        4
+pitched          0.35      0.8      0.7      0.1      0.1        0        0        0        0        1        1        0
+trees           0.004   0.0026   0.0014   0.0026   0.0004    0.001    0.009   0.0016    0.075        0        0        0
+crown             3.2        3      2.4      3.6      2.5      2.5      4.2      3.4      3.8      2.5      2.5      2.5
+clumped           0.4      0.4      0.4      0.5        0        0     0.85     0.95      0.6        0        0        0
+hedge               0     0.15     0.08        0        0        0        0        0        0      0.2     0.08        0
+pools               0     0.12        0        0        0        0        0        0        0        0        0        0
+cars            0.004    0.004    0.005    0.006    0.007    0.014        0        0        0        0        0    0.003
+paths               0        0        0        0        0        0      2.4      1.6        0        0        0        0
+bare                0        0        0        0        0        0     0.01     0.03     0.01        0        0        0
+"""
+COVERS = {"developed": DEVELOPED, "grass": RANGE, "soil": BARE, "crops": FIELD}
+LAND_USE_NAMES, *_rows = [line.split() for line in _LAND_USES.strip().splitlines()]
+LAND_USES = np.rec.fromarrays(
+    [np.array(values, float) for _, *values in _rows], dtype=[(name, float) for name, *_ in _rows]
+)
 
 
 @dataclass(frozen=True)
@@ -142,7 +66,7 @@ class Region:
 
     name: str
     utm_zone: int
-    uses: dict[str, float]  # {name in `LAND_USES`: weight among blocks}
+    uses: dict[str, float]  # {name of a land use: weight among blocks}
     block: float  # side below which blocks are no longer split
     street_prob: float  # probability that a border between blocks is a street
     main_width: float
@@ -151,6 +75,7 @@ class Region:
     water: str = ""  # "", river, lake or coast
     water_prob: float = 1.0
     river_width: tuple[float, float] = (12.0, 45.0)
+    districts: tuple["Region", ...] = ()  # each fills a part of the scene with its own streets and land uses
 
 
 # The order is fixed: scenes cycle through the regions. Names contain `-` and `_`, as in the release.
@@ -161,8 +86,8 @@ REGIONS = (
     Region(
         "riverton", 14, {"meadow": 2, "park": 2, "houses": 2, "slabs": 1.7}, 90, 0.6, 8, 4.5, 9, "river", 1.0, (34, 80)
     ),
-    Region("portworks", 27, {"works": 4.2, "paved": 2.2, "meadow": 0.7, "site": 0.4, "slabs": 0.8}, 105, 0.75, 8, 5, 2),
-    Region("north_wood", 14, {"forest": 3.6, "meadow": 2.6, "site": 0.25}, 115, 0.25, 6, 4, 22, "lake", 0.3),
+    Region("portworks", 27, {"works": 4.2, "paved": 2.2, "meadow": 0.7, "site": 0.2, "slabs": 0.8}, 105, 0.75, 8, 5, 2),
+    Region("north_wood", 14, {"forest": 3.6, "meadow": 2.6, "site": 0.12}, 115, 0.25, 6, 4, 22, "lake", 0.3),
     # city on a grid, coast, old town, lakes, mixed
     Region(
         "shin-machi", 55, {"cottages": 3.5, "slabs": 1.2, "paved": 1.5, "plots": 0.8, "park": 0.8}, 70, 0.9, 8, 4, 0.5
@@ -182,6 +107,10 @@ REGIONS = (
     ),
 )
 
+# a river between districts of all styles, for a large scene
+MOSAIC = Region("mosaic", 14, {}, 95, 0.85, 9, 5, 10, "river", 1.0, (40, 80), REGIONS)
+DISTRICT = 0.3  # of the scene's extent: side below which a part of the scene becomes one district
+
 
 @dataclass(frozen=True)
 class Parcels:
@@ -192,7 +121,7 @@ class Parcels:
     lot: np.ndarray  # (H, W) int32 index of the lot, -1 on streets
     rectangles: np.ndarray  # (N, 4)
     blocks: np.ndarray  # (N, 4) rectangle of each lot's block
-    uses: list[LandUse]  # N
+    uses: Any  # (N,) records of `LAND_USES`
     street: np.ndarray  # (H, W) metres to the nearest street's edge, negative on it
     is_main: np.ndarray  # (H, W) bool, True on main streets
 
@@ -203,7 +132,8 @@ class _Node:
 
     pixels: np.ndarray  # flat indices
     rectangle: tuple[float, ...]
-    use: LandUse | None = None
+    region: Region
+    use: int | None = None  # in `LAND_USES`
     block: tuple[float, ...] = ()
 
     def split(self, coordinate: np.ndarray, axis: int, cut: float, width: float) -> "list[_Node]":
@@ -227,19 +157,25 @@ def lay_out(rng: np.random.Generator, u: np.ndarray, v: np.ndarray, region: Regi
     street = np.full(u.size, 1e3, np.float32)
     is_main = np.zeros(u.size, bool)
     leaves: list[_Node] = []
-    weights = np.array(list(region.uses.values()))
     axes = (u.ravel(), v.ravel())
-    stack = [_Node(np.arange(u.size), _bounds(rng, u, v, region.block))]
+    bounds = _bounds(rng, u, v, region.block)
+    extent = max(bounds[1] - bounds[0], bounds[3] - bounds[2])
+    districts = itertools.cycle([region.districts[i] for i in rng.permutation(len(region.districts))])
+    stack = [_Node(np.arange(u.size), bounds, region)]
     while stack:
         node = stack.pop()
         if not node.pixels.size:
             continue
         u0, u1, v0, v1 = node.rectangle
         long_side = max(u1 - u0, v1 - v0)
-        if long_side < (region.block if node.use is None else node.use.lot) * rng.uniform(0.9, 1.5):
+        if node.region.districts and long_side < max(DISTRICT * extent, 2 * node.region.block):
+            node = replace(node, region=next(districts))  # in turn, so that neighbours differ
+        region = node.region
+        if long_side < (region.block if node.use is None else LAND_USES.lot[node.use]) * rng.uniform(0.9, 1.5):
             if node.use is None:
-                use = LAND_USES[str(rng.choice(list(region.uses), p=weights / weights.sum()))]
-                stack.append(replace(node, use=use, block=node.rectangle))
+                weights = np.array(list(region.uses.values()))
+                name = str(rng.choice(list(region.uses), p=weights / weights.sum()))
+                stack.append(replace(node, use=LAND_USE_NAMES.index(name), block=node.rectangle))
             else:
                 lot[node.pixels] = len(leaves)
                 leaves.append(node)
@@ -261,7 +197,7 @@ def lay_out(rng: np.random.Generator, u: np.ndarray, v: np.ndarray, region: Regi
         lot.reshape(u.shape),
         np.array([leaf.rectangle for leaf in leaves]),
         np.array([leaf.block for leaf in leaves]),
-        [leaf.use for leaf in leaves if leaf.use is not None],
+        LAND_USES[np.array([leaf.use for leaf in leaves])],
         street.reshape(u.shape),
         is_main.reshape(u.shape),
     )

@@ -85,8 +85,7 @@ def _reflectivity(rng: np.random.Generator, ground: Ground) -> np.ndarray:
     amplitude = level * np.exp(parcel * offsets[lot, label] + texture * field)
     crowns = rng.lognormal(0, 0.05, int(ground.crown.max()) + 1).astype(np.float32)
     amplitude *= np.where(label == TREE, crowns[ground.crown], 1)
-    period = rng.uniform(2, 6, n_parcels)[ground.parcel] / (2 * np.pi)
-    rows = np.sin(ground.draw_axis(rng) / period)
+    rows = ground.draw_stripes(rng, 2, 6)
     depth = rng.random(n_parcels)[ground.parcel]
     furrows = np.where(label == FIELD, 0.4 * rows, 0)
     ridges = np.where(label == BUILDING, 0.6 * (0.5 + 0.5 * rows) ** 4, furrows)  # sheds and ducts on roofs
