@@ -309,7 +309,7 @@ def encoder_and_heads(model: PreTrainedModel) -> tuple[nn.Module, list[nn.Module
     return encoder, list(parts.values())
 
 
-def synchronize_batch_norm(network: nn.Module) -> nn.Module:
+def synchronize_batch_norm(network: nn.Module) -> Any:
     """Let BatchNorm take its statistics over all processes (CUDA only); call before the optimizer is built.
 
     Torch's own function would drop the activations that many encoders of timm fuse into their BatchNorm.

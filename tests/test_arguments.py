@@ -223,6 +223,7 @@ def other_value(name: str) -> Any:
         "report_to": "none",
         "max_scale": 3.0,
         "warmup_steps": 9,
+        "head_width": 64,
     }
     special |= {"resume_from_checkpoint": "latest", "pseudo_labels": "labels", "config": "other.yaml"}
     value = getattr(Stage2Arguments(), name)
@@ -233,12 +234,18 @@ def other_value(name: str) -> Any:
     return f"{value} (2)" if isinstance(value, str) else value / 2 or 0.25 if isinstance(value, float) else value + 1
 
 
+def other_arguments(name: str) -> Stage2Arguments:
+    """The default settings but for one."""
+    needed = {"pseudo_labels": "labels"} if name == "confidence_weights" else {}
+    return dataclasses.replace(Stage2Arguments(), **needed, **{name: other_value(name)})
+
+
 NAMES = [field.name for field in dataclasses.fields(Stage2Arguments)]
 
 
 @pytest.mark.parametrize("name", sorted({*NAMES} - {"config", "output_dir", "resume_from_checkpoint", *HUB_SETTINGS}))
 def test_a_written_recipe_repeats_the_settings(tmp_path: Path, name: str) -> None:
-    args = dataclasses.replace(Stage2Arguments(), **{name: other_value(name)})
+    args = other_arguments(name)
     write_recipe(args, tmp_path)
     again = parse_arguments(Stage2Arguments, ["--config", str(tmp_path / "recipe.yaml")])
     assert getattr(again, name) != getattr(Stage2Arguments(), name)
@@ -319,7 +326,7 @@ def refusal(args: Stage2Arguments, recipe: Path) -> str:
 @pytest.mark.parametrize("name", sorted({*NAMES} - {"config", *HUB_SETTINGS}))
 def test_a_resumed_run_may_change_what_is_free_and_nothing_else(tmp_path: Path, name: str) -> None:
     (tmp_path / "recipe.yaml").write_text(dump_recipe(Stage2Arguments()))
-    args = dataclasses.replace(Stage2Arguments(), **{name: other_value(name)})
+    args = other_arguments(name)
     if name in FREE_ON_RESUME or name == "resume_from_checkpoint":
         assert refusal(args, tmp_path / "recipe.yaml") == ""
     else:

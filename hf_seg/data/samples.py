@@ -3,7 +3,7 @@
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Generic, NamedTuple, TypeVar
+from typing import Any, Generic, NamedTuple, TypeVar
 
 import datasets
 import numpy as np
@@ -55,7 +55,8 @@ class CachedImages(ABC, Generic[AnySample]):
     def __getitem__(self, index: int) -> AnySample:
         if 0 <= index < len(self._cached):
             sample = self._cached[index]  # copied, since a transform may write to it
-            return type(sample)(*(value.copy() if isinstance(value, np.ndarray) else value for value in sample))
+            copies: list[Any] = [value.copy() if isinstance(value, np.ndarray) else value for value in sample]
+            return type(sample)(*copies)
         return self._read(index)
 
     def cache(self, budget_gib: float, *, progress: bool = True) -> float:

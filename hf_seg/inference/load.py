@@ -178,7 +178,7 @@ def find_folder(name: str, patterns: Sequence[str], **hub: Any) -> tuple[Path, s
     try:
         folder = Path(snapshot_download(repository, allow_patterns=list(patterns), **hub))
     except Exception as error:  # network, login, name: the Hub's client raises many kinds; each is about this name
-        reason = " ".join(str(error).split()).partition(". ")[0][:200]
+        reason = " ".join(str(error).split()).partition(" To enable")[0][:200]
         raise UserError(
             f"{name} was not found locally or on the Hub ({reason}); check the name and the network; a private "
             "repository needs `hf auth login` or token=..."
