@@ -25,29 +25,36 @@ $(BIN)/installed: setup.cfg pyproject.toml constraints.txt scripts/repair_torchv
 		print('ready: torch', torch.__version__, 'and seven more; now: source $(BIN)/activate')"
 	@touch $@
 
-# Every stage on a synthetic dataset with toy networks. Run again, it resumes where it stopped.
+# Every stage on a synthetic dataset, with small pretrained networks. Run again, it resumes where it stopped.
 QUICKSTART := runs/quickstart
 DATA := $(QUICKSTART)/data
+SAR := $(DATA)/dfc25_track1
 LAUNCH := $(BIN)/accelerate launch -q --config_file recipes/accelerate_configs/one_process.yaml
 TOY := recipes/configs/toy
-quickstart: $(DATA)
-	$(LAUNCH) recipes/stage1.py --config $(TOY)/stage1_segformer.yaml --crop_size 64 --max_train_steps 500 --eval_steps 500 \
-		--source_dir $(DATA)/OpenEarthMap_wo_xBD --data_dir $(DATA)/dfc25_track1 \
+MEMBERS := 0 1 2
+quickstart: $(DATA) $(MEMBERS:%=pretrained/efficientnet_lite%)
+	OMP_NUM_THREADS=2 $(LAUNCH) recipes/stage1.py --config $(TOY)/stage1_efficientnet_lite.yaml \
+		--source_dir $(DATA)/OpenEarthMap_wo_xBD --data_dir $(SAR) \
 		--output_dir $(QUICKSTART)/stage1 --resume_from_checkpoint latest
-	$(LAUNCH) recipes/pseudo_label.py --model $(QUICKSTART)/stage1 --tta flips \
-		--data_dir $(DATA)/dfc25_track1 --output_dir $(QUICKSTART)/labels
-	$(BIN)/python scripts/audit_labels.py $(DATA)/dfc25_track1/train/labels $(QUICKSTART)/labels \
-		--truth $(DATA)/dfc25_track1_extra/train_clean_labels --output $(QUICKSTART)/audit
-	for member in segformer:300 upernet_convnextv2:150 upernet_swinv2:100; do \
-		$(LAUNCH) recipes/stage2.py --config $(TOY)/stage2_$${member%:*}.yaml --max_train_steps $${member#*:} \
-			--eval_steps $${member#*:} --learning_rate 2e-3 --data_dir $(DATA)/dfc25_track1 --pseudo_labels $(QUICKSTART)/labels \
-			--output_dir $(QUICKSTART)/$${member%:*} --resume_from_checkpoint latest || exit 1; done
-	$(LAUNCH) recipes/ensemble.py --data_dir $(DATA)/dfc25_track1 --split test --output_dir $(QUICKSTART)/ensemble \
-		--model $(QUICKSTART)/segformer $(QUICKSTART)/upernet_convnextv2 $(QUICKSTART)/upernet_swinv2
-	$(BIN)/hf-seg-predict $(DATA)/scene.tif $(QUICKSTART)/map.tif --model $(QUICKSTART)/ensemble --preview --overwrite
+	OMP_NUM_THREADS=2 $(LAUNCH) recipes/pseudo_label.py --model $(QUICKSTART)/stage1 --stride 1 --tta flips --data_dir $(SAR) \
+		--output_dir $(QUICKSTART)/labels
+	$(BIN)/python scripts/audit_labels.py $(SAR)/train/labels $(QUICKSTART)/labels --name_a "the simulated noisy labels" \
+		--name_b "our pseudo-labels" --truth $(DATA)/dfc25_track1_extra/train_clean_labels --output $(QUICKSTART)/audit
+	for member in $(MEMBERS); do OMP_NUM_THREADS=2 \
+		$(LAUNCH) recipes/stage2.py --config $(TOY)/stage2_efficientnet_lite.yaml --seed $$member \
+			--model_name_or_path pretrained/efficientnet_lite$$member --data_dir $(SAR) --pseudo_labels $(QUICKSTART)/labels \
+			--output_dir $(QUICKSTART)/lite$$member --resume_from_checkpoint latest || exit 1; done
+	OMP_NUM_THREADS=2 $(LAUNCH) recipes/ensemble.py --model $(MEMBERS:%=$(QUICKSTART)/lite%) --data_dir $(SAR) --split test \
+		--stride 1 --output_dir $(QUICKSTART)/ensemble
+	OMP_NUM_THREADS=2 $(BIN)/hf-seg-predict $(DATA)/scene.tif $(QUICKSTART)/map.tif --model $(QUICKSTART)/ensemble --preview \
+		--overwrite
+	$(BIN)/python scripts/summarize_quickstart.py $(QUICKSTART)
+
+pretrained/efficientnet_lite%: | install
+	$(BIN)/python scripts/convert_pretrained.py --model tf_efficientnet_lite$* --output $@
 
 $(DATA): | install
-	$(BIN)/python scripts/make_synthetic_dataset.py --output $@ --seed 0 --source 48 --train 48 --val 8 --test 8 --size 256 \
+	$(BIN)/python scripts/make_synthetic_dataset.py --output $@ --seed 0 --source 70 --train 160 --val 20 --test 100 --size 256 \
 		--scene 2048
 
 test: install

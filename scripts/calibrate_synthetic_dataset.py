@@ -30,12 +30,11 @@ import numpy as np
 
 from hf_seg.errors import DatasetError, UserError, one_line_errors
 from hf_seg.files import atomic_file
-from hf_seg.labels import BACKGROUND, CLASS_NAMES, NUM_LABELS
+from hf_seg.labels import CLASS_NAMES, NUM_LABELS
 from hf_seg.settings import Parser
 from hf_seg.synthetic import EXTRA_FOLDER, SOURCE_FOLDER, TARGET_FOLDER
 
 CLASSES = range(1, NUM_LABELS)
-WINDOW = 9  # pixels
 MIN_PIXELS = 1000
 N_FIT, N_SCORE = 5, 4  # scenes
 CROP = 128
@@ -60,15 +59,10 @@ class SARStatistics(NamedTuple):
     local_cv: float  # median of std / mean over the windows that lie inside the class; NaN if none does
 
 
-def local_moments(sar: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Return mean and standard deviation of the window around each pixel, (H, W) float32 each."""
-    image = sar.astype(np.float32)
-    mean, square = (cv2.blur(x, (WINDOW, WINDOW), borderType=cv2.BORDER_REFLECT) for x in (image, image**2))
-    return mean, np.sqrt(np.maximum(square - mean**2, 0))
-
-
 def sar_statistics(tiles: Sequence[Tile]) -> dict[int, SARStatistics]:
     """Measure the classes that occur in `tiles`."""
+    from hf_seg.studies.baselines import WINDOW, local_moments
+
     result = {}
     window = np.ones((WINDOW, WINDOW), np.uint8)
     for index in CLASSES:
@@ -108,40 +102,15 @@ def segment_sizes(labels: Sequence[np.ndarray]) -> dict[int, float]:
     return result
 
 
-def fit_and_score(fit: Sequence[Tile], score: Sequence[Tile], feature: str) -> float:
-    """Return the mIoU of a class histogram, with priors, on unseen scenes.
-
-    Args:
-        feature: "level" (256 bins of the pixel's level) or "window" (mean and standard deviation in 64 bins each).
-    """
-    from hf_seg.metrics import ConfusionMatrix
-
-    def bins(tile: Tile) -> np.ndarray:
-        if feature == "level":
-            return tile.sar.astype(np.int64)
-        mean, deviation = local_moments(tile.sar)
-        return np.minimum(mean / 4, 63).astype(np.int64) * 64 + np.minimum(deviation, 63).astype(np.int64)
-
-    counts = np.zeros((NUM_LABELS, 256 if feature == "level" else 4096))
-    for tile in fit:
-        valid = tile.sar > 0
-        np.add.at(counts, (tile.label[valid], bins(tile)[valid]), 1)
-    counts[BACKGROUND] = -1
-    best = counts.argmax(0)
-    confusion = ConfusionMatrix()
-    for tile in score:
-        valid = tile.sar > 0
-        confusion.update(best[bins(tile)][valid], tile.label[valid])
-    return float(confusion.compute()["mean_iou"])
-
-
 def difficulty(tiles: Sequence[Tile], feature: str, repeats: int = 10) -> np.ndarray:
     """Return the mIoU of the histogram on random disjoint sets of more than `N_FIT` scenes: (repeats,)."""
+    from hf_seg.studies.baselines import score_histogram
+
     rng = np.random.default_rng(0)
     scores = []
     for _ in range(repeats):
-        shuffled = [tiles[i] for i in rng.permutation(len(tiles))]
-        scores.append(fit_and_score(shuffled[:N_FIT], shuffled[N_FIT : N_FIT + N_SCORE], feature))
+        shuffled = [(tiles[i].sar, tiles[i].label) for i in rng.permutation(len(tiles))]
+        scores.append(score_histogram(shuffled[:N_FIT], shuffled[N_FIT : N_FIT + N_SCORE], feature))
     return np.array(scores)
 
 

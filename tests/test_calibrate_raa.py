@@ -37,7 +37,7 @@ def script() -> ModuleType:
 @pytest.fixture(scope="module")
 def synthetic(tmp_path_factory: pytest.TempPathFactory) -> Path:
     output: Path = tmp_path_factory.mktemp("raa") / "synthetic"
-    make_synthetic_dataset(output=output, seed=7, source=24, train=8, val=1, size=256, num_workers=1)
+    make_synthetic_dataset(output=output, seed=7, source=24, train=8, val=1, size=256, test=0, num_workers=1)
     return output
 
 

@@ -81,7 +81,7 @@ class Checkout:
         self.folder = folder
         for name in ("hf_seg", "model_cards", "recipes", "scripts", *TOP_LEVEL):
             (folder / name).symlink_to(PROJECT / name)
-        make_synthetic_dataset(folder / "data", source=3, train=4, val=2, size=128, scene=128)
+        make_synthetic_dataset(folder / "data", source=3, train=4, val=2, test=2, size=128, scene=128)
         for name in ("scene.tif", "large.tif", "scenes/a.tif", "more_scenes/b.tif"):
             (folder / name).parent.mkdir(exist_ok=True)
             shutil.copy(folder / "data" / "scene.tif", folder / name)

@@ -278,8 +278,8 @@ MISTAKES: dict[str, tuple[Callable[[Path], Any], tuple[str, ...], str]] = {
         raster(),
         ("--model", "nobody/nothing"),
         "nobody/nothing was not found locally or on the Hub (Cannot find an appropriate cached snapshot folder for the "
-        "specified revision on the local disk and outgoing traffic has been disabled.); check the name and the network; "
-        "a private repository needs `hf auth login` or token=...",
+        "specified revision on the local disk and outgoing traffic has been disabled.); check the name and the "
+        "network; a private repository needs `hf auth login` or token=...",
     ),
     "model": (
         raster(),

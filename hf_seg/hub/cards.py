@@ -186,7 +186,8 @@ def _hub_id(name: str) -> str | None:
 def _network_name(config: dict[str, Any]) -> str:
     names = {"segformer": "SegFormer", "upernet": "UperNet", "convnextv2": "ConvNeXtV2", "swinv2": "SwinV2"}
     types = (config["model_type"], (config.get("backbone_config") or {}).get("model_type"))
-    return " ".join(names.get(kind, kind) for kind in types if kind)
+    timm_name = (config.get("backbone_config") or {}).get("backbone")
+    return " ".join(names.get(kind, timm_name or kind) for kind in types if kind)
 
 
 def write_pseudo_label_card(folder: Path, summary: dict[str, Any]) -> None:
