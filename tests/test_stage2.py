@@ -345,6 +345,53 @@ def test_fp16_on_a_cpu_is_refused(oem_sar: Path, tmp_path: Path) -> None:
     assert "error: mixed_precision must be no or bf16 on a CPU; it is 'fp16'" in result.output
 
 
+def test_tiles_in_memory_give_the_same_bits(finished_run: Path, oem_sar: Path, tmp_path: Path) -> None:
+    argv = command_line(oem_sar, tmp_path / "run", cache_gib=1, dataloader_num_workers=2)
+    result = run_recipe("stage2", *argv, log=tmp_path / "log")
+    assert result.exit_codes == [0], result.output
+    assert (tmp_path / "run" / "model.safetensors").read_bytes() == (finished_run / "model.safetensors").read_bytes()
+
+
+def test_averaged_weights_are_exported_and_survive_a_kill(oem_sar: Path, tmp_path: Path) -> None:
+    for name, how in (("unbroken", {}), ("killed", {"disturb": "kill_before_teacher:5"})):
+        argv = command_line(oem_sar, tmp_path / name, ema_decay=0.6)
+        result = run_recipe("stage2", *argv, log=tmp_path / f"{name}.log", **how)
+        if how:
+            assert result.exit_codes == [-signal.SIGKILL], result.output
+            result = run_recipe("stage2", *argv, "--resume_from_checkpoint", "latest", log=tmp_path / f"{name}.log")
+        assert result.exit_codes == [0], result.output
+    for path in ("model.safetensors", "student/model.safetensors", "best/model.safetensors", "eval_results.json"):
+        assert (tmp_path / "killed" / path).read_bytes() == (tmp_path / "unbroken" / path).read_bytes(), path
+    average, student = (load_file(tmp_path / "killed" / name / "model.safetensors") for name in (".", "student"))
+    assert not torch.equal(average["decode_head.classifier.weight"], student["decode_head.classifier.weight"])
+    assert not (tmp_path / "killed" / "student" / "eval_results.json").exists()
+    assert "moving average of the weights" in (tmp_path / "killed" / "README.md").read_text()
+
+
+def test_pixels_are_weighted_by_their_confidence(oem_sar: Path, tmp_path: Path) -> None:
+    """Without any confidence, both cross entropies are 0; Lovász-softmax has no weights."""
+    labels = write_pseudo_labels(oem_sar, tmp_path / "labels", 6)
+    settings = {"pseudo_labels": labels, "confidence_weights": "true", "max_train_steps": 3, "max_class_share": 1}
+    result = run_recipe("stage2", *command_line(oem_sar, tmp_path / "run", **settings), log=tmp_path / "no")
+    assert result.exit_codes == [2] and "the pseudo-labels have no confidence" in result.output
+    rows = datasets.Dataset.from_parquet(str(labels / "train.parquet"))
+    blank = [Image.fromarray(np.zeros(np.array(row["pseudo_label"]).shape, np.uint8)) for row in rows]
+    rows.add_column("confidence", blank, feature=datasets.Image()).to_parquet(labels / "train.parquet")
+    result = run_recipe("stage2", *command_line(oem_sar, tmp_path / "run", **settings), log=tmp_path / "log")
+    assert result.exit_codes == [0], result.output
+    lines = [line for line in read_log(tmp_path / "run") if "loss" in line]
+    assert all(line["ce"] == line["rce"] == 0 and line["lovasz"] > 0 for line in lines) and len(lines) == 3
+
+
+def test_an_encoder_of_timm_trains_with_its_own_normalisation(oem_sar: Path, tmp_path: Path) -> None:
+    settings = {"model_name_or_path": "toy-efficientnet-lite0", "max_train_steps": 3, "rare_class_temperature": 0.1}
+    result = run_recipe("stage2", *command_line(oem_sar, tmp_path / "run", **settings), log=tmp_path / "log")
+    assert result.exit_codes == [0], result.output
+    processor = json.loads((tmp_path / "run" / "preprocessor_config.json").read_text())
+    assert processor["image_mean"] == processor["image_std"] == [0.5] * 3
+    assert "`tf_efficientnet_lite0` of timm" in (tmp_path / "run" / "README.md").read_text()
+
+
 def test_bf16_trains_on_a_cpu(oem_sar: Path, tmp_path: Path) -> None:
     argv = command_line(oem_sar, tmp_path / "run", mixed_precision="bf16", max_train_steps=3, eval_steps=3)
     result = run_recipe("stage2", *argv, log=tmp_path / "log")
