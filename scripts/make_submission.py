@@ -108,7 +108,7 @@ def write_zip(images: Iterable[tuple[str, np.ndarray]], output: Path) -> None:
 def main() -> None:
     """Check the maps and pack them."""
     args = parse()
-    from hf_seg.data.open_earth_map import scan_open_earth_map_sar  # slow to import
+    from hf_seg.data.scan import scan_open_earth_map_sar
 
     rows = scan_open_earth_map_sar(args.data_dir).rows[args.split]
     tiles = {row.image_id: str(row.files["sar"]) for row in rows}

@@ -308,8 +308,8 @@ def test_labels_are_joined_by_image_id_in_whatever_order(finished: Path, tiles: 
     shuffled = load_pseudo_labels(str(finished)).select([3, 0, 5, 1, 4, 2])
     samples = LabelledImages(load_open_earth_map_sar(tiles, "train"), "sar", pseudo_labels=shuffled)
     assert len(samples) == 6
-    for image_id, _, label in samples:
-        assert np.array_equal(label, labels[image_id])
+    for sample in samples:
+        assert np.array_equal(sample.label, labels[sample.image_id])
 
 
 def copy_of(finished: Path, folder: Path) -> Path:
