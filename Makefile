@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 TORCH := $(shell sed -n 's/^torch==//p' constraints.txt)
 HAS_TORCH := -c "import torch, sys; sys.exit(torch.__version__.split('+')[0] != '$(TORCH)')"
 
-.PHONY: install quickstart test test-slow quality format clean
+.PHONY: install quickstart quickstart-architectures test test-slow quality format clean
 
 install: $(BIN)/installed
 
@@ -49,6 +49,15 @@ quickstart: $(DATA) $(MEMBERS:%=pretrained/efficientnet_lite%)
 	@OMP_NUM_THREADS=2 $(BIN)/hf-seg-predict $(DATA)/scene.tif $(QUICKSTART)/map.tif --model $(QUICKSTART)/ensemble --preview \
 		--overwrite
 	@$(BIN)/python scripts/summarize_quickstart.py $(QUICKSTART)
+
+# The same SAR stage with toys of the paper's three architectures, from random weights.
+STOCK := segformer upernet_convnextv2 upernet_swinv2
+quickstart-architectures: quickstart
+	@for member in $(STOCK); do OMP_NUM_THREADS=2 $(LAUNCH) recipes/stage2.py --config $(TOY)/stage2_$$member.yaml \
+		--data_dir $(SAR) --pseudo_labels $(QUICKSTART)/labels --output_dir $(QUICKSTART)/$$member \
+		--resume_from_checkpoint latest || exit 1; done
+	@OMP_NUM_THREADS=2 $(LAUNCH) recipes/ensemble.py --model $(STOCK:%=$(QUICKSTART)/%) --data_dir $(SAR) --split test --stride 1 \
+		--output_dir $(QUICKSTART)/ensemble_architectures
 
 pretrained/efficientnet_lite%: | install
 	$(BIN)/python scripts/convert_pretrained.py --model tf_efficientnet_lite$* --output $@

@@ -24,6 +24,7 @@ from typing import Any
 from accelerate import Accelerator
 from accelerate.utils import broadcast, send_to_device, set_seed
 from torch import Tensor
+from tqdm import tqdm
 
 from hf_seg.adaptation.mean_teacher import MeanTeacher
 from hf_seg.data.open_earth_map import load_open_earth_map_sar
@@ -180,7 +181,8 @@ def evaluate(
 ) -> dict[str, Any]:
     """Score the network on whole validation tiles."""
     results = evaluate_network(network, images, accelerator, args)
-    accelerator.print(f"\nmIoU {results['mean_iou']:.4f}, overall accuracy {results['overall_accuracy']:.4f}")
+    if accelerator.is_main_process:
+        tqdm.write(f"mIoU {results['mean_iou']:.4f}, overall accuracy {results['overall_accuracy']:.4f}")
     return results
 
 

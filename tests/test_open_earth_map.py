@@ -366,7 +366,7 @@ def test_one_summary_per_load_warns_only_of_missing_tiles(tmp_path: Path, caplog
     load_open_earth_map(root, "train")
     levels = [(record.levelname, record.getMessage()) for record in caplog.records]
     assert levels == [
-        ("INFO", f"OpenEarthMap: 4 train tiles in {root}; missing: none"),
+        ("DEBUG", f"OpenEarthMap: 4 train tiles in {root}; missing: none"),
         ("WARNING", f"OpenEarthMap: 3 train tiles in {root}; missing: 1 x image without label (e.g. al_qurnah_2)"),
     ]
 

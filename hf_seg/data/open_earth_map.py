@@ -153,7 +153,7 @@ def _load(
     rows, missing = scan.rows[split], scan.describe_missing(split)
     if not rows:
         raise DatasetError(f"{scan.root}: split {split!r} has no usable tile; found {missing or 'no file of it'}")
-    level = logging.WARNING if missing else logging.INFO
+    level = logging.WARNING if missing else logging.DEBUG
     logger.log(level, "%s: %d %s tiles in %s; missing: %s", layout, len(rows), split, scan.root, missing or "none")
     columns = {name: _image_feature(name) if name in BANDS else datasets.Value("string") for name in COLUMNS[layout]}
     options: dict[str, Any] = {"features": datasets.Features(columns), "split": split}

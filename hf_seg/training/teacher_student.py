@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Any
 
 from accelerate import Accelerator
+from tqdm import tqdm
 
 from hf_seg.arguments import RecipeArguments, Stage1Arguments, dump_recipe
 from hf_seg.data.provenance import read_provenance
@@ -24,7 +25,8 @@ def evaluate_both(
         name: {domain: evaluate_network(network, images, accelerator, args) for domain, images in val_images.items()}
         for name, network in networks.items()
     }
-    accelerator.print("\nmIoU", ", ".join(f"{key} {value:.4f}" for key, value in mean_ious(scores).items()))
+    if accelerator.is_main_process:
+        tqdm.write("mIoU " + ", ".join(f"{key} {value:.4f}" for key, value in mean_ious(scores).items()))
     return scores
 
 
