@@ -359,7 +359,7 @@ def test_empty_split_says_why(tmp_path: Path):
 
 
 def test_one_summary_per_load_warns_only_of_missing_tiles(tmp_path: Path, caplog: pytest.LogCaptureFixture):
-    caplog.set_level(logging.INFO, logger=open_earth_map.__name__)
+    caplog.set_level(logging.DEBUG, logger=open_earth_map.__name__)
     root = make_oem(tmp_path)
     load_open_earth_map(root, "train")
     (root / "al_qurnah/labels/al_qurnah_2.tif").unlink()
