@@ -42,6 +42,7 @@ def load_script(name: str) -> Any:
 
 
 calibrate = load_script("calibrate_synthetic_dataset")
+difficulty = load_script("measure_synthetic_difficulty")
 replacing = load_script("replace_labels")
 Tile = calibrate.Tile
 
@@ -342,7 +343,7 @@ def test_statistics_and_figure_compare_with_other_scenes(
 
 
 def test_networks_are_trained_and_scored(data: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    calibrate.main(["networks", "--data", str(data), "--steps", "2", "--runs", "sar_noisy"])
+    difficulty.main(["networks", "--data", str(data), "--steps", "2", "--runs", "sar_noisy"])
     first, second = capsys.readouterr().out.splitlines()
     assert first == "sar_noisy: 4 scenes, 2 steps" and second.startswith("unseen SAR (2): mIoU 0.")
 
@@ -350,7 +351,7 @@ def test_networks_are_trained_and_scored(data: Path, capsys: pytest.CaptureFixtu
 def test_resolution_is_measured_on_scenes_that_differ_in_nothing_else(
     data: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    calibrate.main(["resolution", "--data", str(data), "--steps", "2", "--scenes", "2"])
+    difficulty.main(["resolution", "--data", str(data), "--steps", "2", "--scenes", "2"])
     sharp, coarse, lost = capsys.readouterr().out.splitlines()[1:]
     scores = [float(line.split("mIoU ")[1][:5]) for line in (sharp, coarse)]
     assert sharp.startswith("sharp target (2): mIoU 0.") and coarse.startswith("coarse target (2): mIoU 0.")
@@ -423,18 +424,23 @@ def test_labels_are_not_replaced_by_unsuitable_ones(
 
 
 @pytest.mark.parametrize(
-    ("arguments", "message"),
+    ("script", "arguments", "message"),
     [
-        (["statistics"], "the following arguments are required: --data"),
-        (["statistics", "--data", "missing"], "--data missing has no folder OpenEarthMap_wo_xBD; make a dataset with"),
-        (["networks", "--data", "DATA", "--steps", "1"], "--steps must be at least 2; it is 1"),
-        (["figure", "--data", "DATA", "--real", "missing", "--output", "x.png"], "missing does not exist"),
+        (calibrate, ["statistics"], "the following arguments are required: --data"),
+        (
+            calibrate,
+            ["statistics", "--data", "missing"],
+            "--data missing has no folder OpenEarthMap_wo_xBD; make a dataset with",
+        ),
+        (difficulty, ["networks", "--data", "missing"], "--data missing has no folder OpenEarthMap_wo_xBD; make a"),
+        (difficulty, ["networks", "--data", "DATA", "--steps", "1"], "--steps must be at least 2; it is 1"),
+        (calibrate, ["figure", "--data", "DATA", "--real", "missing", "--output", "x.png"], "missing does not exist"),
     ],
 )
 def test_a_mistake_in_the_calibration_is_one_line(
-    data: Path, arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]
+    script: Any, data: Path, arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     with pytest.raises(SystemExit, match="2"):
-        calibrate.main([str(data) if word == "DATA" else word for word in arguments])
+        script.main([str(data) if word == "DATA" else word for word in arguments])
     error = capsys.readouterr().err
     assert error.startswith(f"error: {message}") and error.count("\n") == 1

@@ -17,7 +17,8 @@ class in optical images to real tiles. Bareland is rare and, as in reality, hard
 railways are missing. Scores on this dataset show that the method works; they say nothing about the accuracy on real
 scenes.
 
-Measured with `scripts/calibrate_synthetic_dataset.py` on 60 SAR scenes (`--source 56 --train 48 --val 12`, seed 7):
+Measured on 60 SAR scenes (`--source 56 --train 48 --val 12`, seed 7) with `scripts/calibrate_synthetic_dataset.py`, and
+with `measure_synthetic_difficulty.py` from "networks" on:
     SAR          per class mean, std and local CV within 10 % of ten real scenes'; seeds 11 and 23: within 15 %
     labels       agreement within 0.05, IoU within 0.09 of the published ones, with all three seeds
     bareland     0.7 % of the pixels; 0.9 % and 1.6 % with seeds 11 and 23. It varies: 1.8 % on average over 15 seeds
@@ -116,6 +117,14 @@ class Scene:
         """Draw the ground; the pixels of the source (OpenEarthMap) are smaller than those of the target."""
         gsd = rng.uniform(0.38, 0.52) if self.kind == "source" else rng.uniform(0.42, 0.6)
         return make_ground(rng, self.size, self.region, gsd)
+
+
+def check_synthetic_dataset(folder: Path) -> None:
+    """Raise `UserError` if `folder` is not what `make_synthetic_dataset` writes."""
+    for name in (SOURCE_FOLDER, TARGET_FOLDER, EXTRA_FOLDER):
+        if not (folder / name).is_dir():
+            hint = "make a dataset with scripts/make_synthetic_dataset.py"
+            raise UserError(f"--data {folder} has no folder {name}; {hint}")
 
 
 def make_synthetic_dataset(output: str | Path, *, num_workers: int = 1, **settings: int | None) -> Path:
