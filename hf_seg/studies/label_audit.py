@@ -10,13 +10,13 @@ from typing import Any
 
 import numpy as np
 
+from hf_seg.bootstrap import REPLICATES, Interval, bootstrap_difference
 from hf_seg.labels import CLASS_NAMES, NUM_LABELS
 from hf_seg.metrics import ConfusionMatrix
 
 CLASSES = CLASS_NAMES[1:]
 CONFIDENCE_LEVELS = 256  # uint8; the last one is 1.0
 QUANTILES = {"min": 0.0, "10 %": 0.1, "25 %": 0.25, "median": 0.5, "75 %": 0.75, "90 %": 0.9, "max": 1.0}
-REPLICATES, INTERVAL = 1000, (0.025, 0.975)  # of the bootstrap
 
 
 def count_pixels(a: np.ndarray, b: np.ndarray, truth: np.ndarray | None = None) -> np.ndarray:
@@ -107,43 +107,6 @@ def summarize(
     }
 
 
-def bootstrap_difference(
-    matrices_a: np.ndarray, matrices_b: np.ndarray, *, replicates: int, seed: int
-) -> dict[str, Any]:
-    """Return the scores of B minus those of A over all tiles, with 95 % intervals from tiles drawn with replacement.
-
-    Args:
-        matrices_a, matrices_b: (N, 8, 8) counts of classes 1..8 in each tile on the same pixels, rows = truth.
-        replicates: number of resampled sets of N tiles.
-
-    Returns:
-        `mean_iou`, `overall_accuracy` and, by class, `iou`: each `{difference, low, high}`; None for a class that is
-        not in the truth; `low` and `high` are None for a single tile.
-    """
-    n_tiles = len(matrices_a)
-    draws = np.random.default_rng(seed).multinomial(n_tiles, np.full(n_tiles, 1 / n_tiles), size=replicates)
-    weights = np.vstack([np.ones(n_tiles), draws])
-    differences = _score_weighted(matrices_b, weights) - _score_weighted(matrices_a, weights)
-
-    def describe(column: int) -> dict[str, float | None] | None:
-        difference, resampled = differences[0, column], differences[1:, column]
-        if np.isnan(difference):
-            return None
-        low, high = np.nanquantile(resampled, INTERVAL).tolist() if n_tiles > 1 else (None, None)
-        return {"difference": float(difference), "low": low, "high": high}
-
-    per_class = {name: describe(column) for column, name in enumerate(CLASSES)}
-    return {"mean_iou": describe(len(CLASSES)), "overall_accuracy": describe(len(CLASSES) + 1), "iou": per_class}
-
-
-def _score_weighted(matrices: np.ndarray, weights: np.ndarray) -> np.ndarray:
-    """Score weighted sums of N tiles: (N, C, C) counts, (R, N) weights -> (R, C + 2): each IoU, mIoU, accuracy."""
-    sums = np.tensordot(weights, matrices.astype(np.float64), axes=1)
-    iou = _iou(sums)
-    accuracy = sums.diagonal(axis1=1, axis2=2).sum(axis=1) / sums.sum(axis=(1, 2))
-    return np.column_stack([iou, np.nanmean(iou, axis=1), accuracy])
-
-
 def _against_truth(counts: np.ndarray, total: np.ndarray, seed: int) -> dict[str, Any] | None:
     """Score A and B on the pixels that all three label, and each on all its pixels; None if all three share none."""
     same = counts[:, 1:, 1:, 1:]
@@ -156,9 +119,31 @@ def _against_truth(counts: np.ndarray, total: np.ndarray, seed: int) -> dict[str
         "compared": float(same.sum() / total[1:].sum()),
         "same_pixels": {"a": _score(truth_a.sum(axis=0)), "b": _score(truth_b.sum(axis=0))},
         "own_pixels": {"a": _score(total[1:, 1:].sum(axis=2)), "b": _score(total[1:, :, 1:].sum(axis=1))},
-        "difference": bootstrap_difference(truth_a, truth_b, replicates=REPLICATES, seed=seed),
+        "difference": _difference(truth_a, truth_b, seed),
         "bootstrap": {"replicates": REPLICATES, "seed": seed},
     }
+
+
+def _difference(matrices_a: np.ndarray, matrices_b: np.ndarray, seed: int) -> dict[str, Any]:
+    """Return the scores of B minus those of A over all tiles, with 95 % intervals from tiles drawn with replacement.
+
+    Args:
+        matrices_a, matrices_b: (N, 8, 8) counts of classes 1..8 in each tile on the same pixels, rows = truth.
+        seed: of the draws.
+
+    Returns:
+        `mean_iou`, `overall_accuracy` and, by class, `iou`: each `{difference, low, high}`; None for a class that is
+        not in the truth; `low` and `high` are None for a single tile.
+    """
+    a, b = (np.pad(matrices, ((0, 0), (1, 0), (1, 0))) for matrices in (matrices_a, matrices_b))
+    found = bootstrap_difference(a, b, seed=seed)
+
+    def describe(interval: Interval) -> dict[str, float | None] | None:
+        value, low, high = map(_number, map(np.float64, interval))
+        return None if value is None else {"difference": value, "low": low, "high": high}
+
+    per_class = dict(zip(CLASSES, map(describe, found.iou[1:]), strict=True))
+    return {**{key: describe(getattr(found, key)) for key in ("mean_iou", "overall_accuracy")}, "iou": per_class}
 
 
 def _score(matrix: np.ndarray) -> dict[str, Any]:
