@@ -207,13 +207,36 @@ def test_label_noise_is_not_salt_and_pepper(tiles: list[Any]) -> None:
     assert isolated.sum() < 0.02 * wrong.sum()  # a third, if errors were independent
 
 
+def error_ratio(labels: list[np.ndarray], noisy: list[np.ndarray]) -> float:
+    """Return how much more often developed space is wrong in wide areas than in narrow ones."""
+    where = [label == LABEL2ID["developed space"] for label in labels]
+    density = np.concatenate([cv2.blur(w.astype(np.float32), (31, 31))[w] for w in where])  # developed space around
+    wrong = np.concatenate([(a != b)[w] for a, b, w in zip(noisy, labels, where, strict=True)])
+    return float(wrong[density > 0.95].mean() / wrong[(density > 0.4) & (density < 0.7)].mean())
+
+
 def test_label_noise_depends_on_what_is_visible(tiles: list[Any]) -> None:
     """Wide areas are wrong more often than narrow ones, so that a network learns the errors."""
-    developed = LABEL2ID["developed space"]
-    where = [tile.label == developed for tile in tiles]
-    density = np.concatenate([cv2.blur(w.astype(np.float32), (31, 31))[w] for w in where])  # developed space around
-    wrong = np.concatenate([(tile.noisy != tile.label)[w] for tile, w in zip(tiles, where, strict=True)])
-    assert wrong[density > 0.95].mean() > 1.5 * wrong[(density > 0.4) & (density < 0.7)].mean()
+    assert error_ratio([tile.label for tile in tiles], [tile.noisy for tile in tiles]) > 1.5
+
+
+def test_label_noise_has_an_amount_and_may_be_by_chance() -> None:
+    wrong: dict[str, list[np.ndarray]] = {"none": [], "half": [], "full": [], "chance": []}
+    labels = []
+    noises = {"none": {"amount": 0}, "half": {"amount": 0.5}, "full": {}, "chance": {"systematic": 0}}
+    for index in range(20):
+        scene = Scene(7, "train", index, 192)
+        *_, noise_rng = scene.generators()
+        ground = scene.make_ground(scene.generators()[0])
+        labels.append(ground.label)
+        state = noise_rng.bit_generator.state
+        for name, noise in noises.items():
+            noise_rng.bit_generator.state = state
+            wrong[name].append(corrupt_labels(noise_rng, ground.label, ground.parcel, ground.gsd, **noise))
+    rate = {name: np.mean([(a != b).mean() for a, b in zip(maps, labels, strict=True)]) for name, maps in wrong.items()}
+    assert rate["none"] == 0 and 0.4 * rate["full"] < rate["half"] < 0.7 * rate["full"]
+    assert rate["chance"] == pytest.approx(rate["full"], rel=0.1)
+    assert error_ratio(labels, wrong["chance"]) < 1.2 < 1.5 < error_ratio(labels, wrong["full"])
 
 
 def test_histograms_of_pixels_and_windows_score_low_on_unseen_scenes(tiles: list[Any]) -> None:
@@ -322,7 +345,7 @@ def test_each_dataset_says_what_it_is(data: Path, folder: str, layout: str, labe
     assert (provenance["synthetic"], provenance["released"], provenance["license"]) == (True, False, "Apache-2.0")
     assert provenance["labels"] == labels and provenance["description"].endswith(".")
     settings = json.loads((data / folder / "dataset.json").read_text())["settings"]
-    assert settings == {"seed": 3, **SIZES, "size": 96, "scene": None}
+    assert settings == {"seed": 3, **SIZES, "size": 96, "scene": None, "label_noise": 1.0, "systematic": 0.97}
 
 
 def test_every_scene_has_its_own_random_stream() -> None:

@@ -52,7 +52,7 @@ from hf_seg.errors import UserError
 from hf_seg.files import atomic_folder
 from hf_seg.settings import check_bounds, setting
 from hf_seg.synthetic.ground import Ground, make_ground
-from hf_seg.synthetic.noise import corrupt_labels
+from hf_seg.synthetic.noise import SYSTEMATIC, corrupt_labels
 from hf_seg.synthetic.optical import SOURCE_CAMERA, TARGET_CAMERA, render_optical
 from hf_seg.synthetic.parcels import MOSAIC, REGIONS, Region
 from hf_seg.synthetic.sar import render_sar
@@ -73,6 +73,10 @@ class SyntheticSettings:
     val: int = setting(20, "optical/SAR pairs with exact labels", low=1)
     test: int = setting(100, "the same, for the final evaluation", low=0)
     size: int = setting(256, "side of a tile in pixels", low=MIN_SIZE)
+    label_noise: float = setting(1.0, "errors in the labels of train, 1 = as published; 0: none", low=0, high=2)
+    systematic: float = setting(
+        SYSTEMATIC, "how far what is visible determines where labels are wrong; 0: they are by chance", low=0, high=1
+    )
     scene: int | None = setting(
         None, "side of a large SAR scene to map, in pixels; 400 bytes of memory each", low=MIN_SIZE
     )
@@ -127,7 +131,7 @@ def check_synthetic_dataset(folder: Path) -> None:
             raise UserError(f"--data {folder} has no folder {name}; {hint}")
 
 
-def make_synthetic_dataset(output: str | Path, *, num_workers: int = 1, **settings: int | None) -> Path:
+def make_synthetic_dataset(output: str | Path, *, num_workers: int = 1, **settings: float | None) -> Path:
     """Write a synthetic dataset atomically.
 
     Args:
@@ -148,25 +152,25 @@ def make_synthetic_dataset(output: str | Path, *, num_workers: int = 1, **settin
     if chosen.scene:  # first, since it takes longest
         scenes.insert(0, Scene(chosen.seed, "scene", 0, chosen.scene))
     with atomic_folder(output) as folder:
-        for _ in tqdm(_write_all(scenes, folder, num_workers), "synthetic dataset", len(scenes), unit="scene"):
+        for _ in tqdm(_write_all(scenes, folder, chosen, num_workers), "synthetic dataset", len(scenes), unit="scene"):
             pass
         _write_lists(folder / SOURCE_FOLDER, [scene for scene in scenes if scene.kind == "source"])
         _write_descriptions(folder, chosen)
     return output
 
 
-def _write_all(scenes: list[Scene], root: Path, num_workers: int) -> Iterator[None]:
+def _write_all(scenes: list[Scene], root: Path, settings: SyntheticSettings, num_workers: int) -> Iterator[None]:
     """Write every scene, yielding after each."""
     if num_workers == 1:
-        yield from map(_write_scene, scenes, itertools.repeat(root))
+        yield from map(_write_scene, scenes, itertools.repeat(root), itertools.repeat(settings))
         return
     # spawned, not forked: a forked process inherits the locks of threads that it does not have
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(num_workers, context, initializer=cv2.setNumThreads, initargs=(1,)) as pool:
-        yield from pool.map(_write_scene, scenes, itertools.repeat(root))
+        yield from pool.map(_write_scene, scenes, itertools.repeat(root), itertools.repeat(settings))
 
 
-def _write_scene(scene: Scene, root: Path) -> None:
+def _write_scene(scene: Scene, root: Path, settings: SyntheticSettings) -> None:
     """Render one scene and write its files."""
     ground_rng, optical_rng, sar_rng, noise_rng = scene.generators()
     ground = scene.make_ground(ground_rng)
@@ -183,7 +187,8 @@ def _write_scene(scene: Scene, root: Path) -> None:
         images[target / "rgb_images" / file] = render_optical(optical_rng, ground, TARGET_CAMERA)
         images[target / "labels" / file] = label
     if scene.kind == "train":
-        noisy = corrupt_labels(noise_rng, ground.label, ground.parcel, ground.gsd)
+        noise = {"amount": settings.label_noise, "systematic": settings.systematic}
+        noisy = corrupt_labels(noise_rng, ground.label, ground.parcel, ground.gsd, **noise)
         images[target / "labels" / file] = ground.crop(noisy)
         images[root / EXTRA_FOLDER / "train_clean_labels" / file] = label
     for path, image in images.items():
@@ -240,7 +245,11 @@ def _write_descriptions(root: Path, settings: SyntheticSettings) -> None:
         "name": "hf_seg synthetic dataset, optical/SAR pairs",
         "layout": "OpenEarthMap-SAR",
         "description": "Computed optical and SAR images of imaginary places, with their land-cover labels.",
-        "labels": {"train": "simulated noisy labels", "val": "exact", "test": "exact"},
+        "labels": {
+            "train": "simulated noisy labels" if settings.label_noise else "exact",
+            "val": "exact",
+            "test": "exact",
+        },
     }
     common = {"license": "Apache-2.0", "synthetic": True, "settings": dataclasses.asdict(settings)}
     for folder, description in ((SOURCE_FOLDER, source), (TARGET_FOLDER, target)):
