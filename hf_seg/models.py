@@ -68,6 +68,8 @@ def _presets() -> dict[str, PretrainedConfig]:
         num_attention_heads=[1, 2, 2, 4],
         decoder_hidden_size=64,
         initializer_range=0.1,  # the usual 0.02 is for wide layers
+        drop_path_rate=0.0,
+        classifier_dropout_prob=0.0,
     )
     presets["toy-convnextv2"] = ConvNextV2Config(depths=[1, 1, 2, 1], hidden_sizes=[16, 32, 64, 96])
     presets["toy-swinv2"] = Swinv2Config(
