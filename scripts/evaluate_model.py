@@ -1,16 +1,18 @@
-"""Score a trained SAR network or ensemble on a split of OpenEarthMap-SAR, on one or several processes.
+"""Score a trained network or ensemble on a split of OpenEarthMap-SAR, on one or several processes.
 
     python scripts/evaluate_model.py --model runs/stage2 --data_dir data/dfc25_track1 --split val --output scores.json
     accelerate launch --multi_gpu scripts/evaluate_model.py ...        # the tiles are shared among the GPUs
 
 The window is the crop that the model was trained at, as its image processor says. Prints a table and writes the JSON
-that the recipes call `eval_results.json`, with each tile's own mIoU, worst first, under `images`; beside it go the
-confusion matrix and a panel of predictions.
+that the recipes call `eval_results.json`, with each tile's own mIoU and confusion matrix, worst first, under `images`;
+beside it go the confusion matrix and a panel of predictions. `--column optical` scores an optical network, where the
+split has optical images.
 """
 
 import argparse
 import json
 from pathlib import Path
+from typing import Any
 
 from hf_seg.arguments import PredictionSettings
 from hf_seg.errors import one_line_errors
@@ -23,6 +25,7 @@ def parse() -> tuple[argparse.Namespace, PredictionSettings]:
     parser.add_argument("--model", required=True, help="folder or Hub id of a trained network or ensemble")
     parser.add_argument("--data_dir", required=True, help="root of OpenEarthMap-SAR")
     parser.add_argument("--split", default="val", choices=("train", "val", "test"), help="val")
+    parser.add_argument("--column", default="sar", choices=("sar", "optical"), help="image of each tile to map (sar)")
     parser.add_argument("--output", type=Path, required=True, help="JSON file to write")
     parser.add_settings(PredictionSettings, skip=["config"])
     args = parser.parse_args()
@@ -44,28 +47,33 @@ def main() -> None:
     from hf_seg.files import write_atomic
     from hf_seg.inference.load import load_networks
     from hf_seg.inference.predict import Predictor
-    from hf_seg.land_cover_iou import LandCoverIoU
+    from hf_seg.metrics import ConfusionMatrix
     from hf_seg.training.evaluation import draw_results, evaluate
 
     disable_progress_bar()
     accelerator = Accelerator(cpu=not torch.accelerator.is_available())
     with accelerator.main_process_first():
-        images = LabelledImages(load_open_earth_map_sar(args.data_dir, args.split), "sar")
+        images = LabelledImages(load_open_earth_map_sar(args.data_dir, args.split), args.column)
         networks = load_networks(args.model)
     predictor = Predictor.with_settings(networks, settings, device=accelerator.device)
-    metric = LandCoverIoU()
-    per_image: list[tuple[str, float | None]] = []
+    per_image: list[tuple[str, dict[str, Any]]] = []
 
     def note_image(image_id: str, prediction: np.ndarray, label: np.ndarray) -> None:
-        per_image.append((image_id, metric.compute(predictions=prediction, references=label)["mean_iou"]))
+        counts = ConfusionMatrix()
+        counts.update(prediction, label)
+        scores = counts.compute()
+        per_image.append((image_id, {key: scores[key] for key in ("mean_iou", "confusion_matrix")}))
 
     results, _ = evaluate(predictor, images, accelerator, title=args.split, on_prediction=note_image)
-    scored = sorted(gather_object(per_image), key=lambda pair: (pair[1] is None, pair[1], pair[0]))
+    scored = sorted(
+        gather_object(per_image), key=lambda pair: (pair[1]["mean_iou"] is None, pair[1]["mean_iou"], pair[0])
+    )
     if accelerator.is_main_process:
         report = {**results, "model": str(args.model), "split": args.split, "images": dict(scored)}
-        write_atomic(args.output, json.dumps(report, indent=1) + "\n")
+        write_atomic(args.output, json.dumps(report) + "\n")
         figures = args.output.parent / f"{args.output.stem}_figures"
-        draw_results(predictor, images, results, figures)
+        title = {"sar": "SAR", "optical": "optical"}[args.column]
+        draw_results(predictor, images, results, figures, titles=(title, "label", "prediction"))
         for name, iou in results["iou"].items():
             print(f"{name:18s} {'-' if iou is None else f'{iou:.4f}'}")
         print(f"{'mIoU':18s} {results['mean_iou']:.4f}  ({results['n_images']} tiles, {args.split})")
