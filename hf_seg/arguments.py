@@ -127,6 +127,7 @@ class Stage2Arguments(RecipeArguments):
     jitter_gain: float = setting(0.2, "SAR jitter: the amplitude is multiplied by exp(U(-this, this))", low=0, high=2)
     speckle_prob: float = setting(0.0, "probability of extra multiplicative speckle", low=0, high=1)
     ce_weight: float = setting(1.0, "weight of cross entropy", low=0)
+    gce_q: float = setting(0.0, "above 0: generalized cross entropy with this exponent in its place", low=0, high=1)
     rce_weight: float = setting(1.0, "weight of reverse cross entropy", low=0)
     lovasz_weight: float = setting(1.0, "weight of Lovász-softmax", low=0)
     lovasz_stride: int = setting(1, "Lovász-softmax of every n-th row and column; above 1 it is another loss", low=1)

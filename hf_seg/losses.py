@@ -112,6 +112,7 @@ def noise_robust_loss(
     ce_weight: float = 1.0,
     rce_weight: float = 1.0,
     lovasz_weight: float = 1.0,
+    gce_q: float = 0.0,
     weights: Tensor | None = None,
     lovasz_stride: int = 1,
     epsilon: float = 1e-4,
@@ -125,6 +126,8 @@ def noise_robust_loss(
         ce_weight: factor of `cross_entropy`; a term of weight 0 is not computed.
         rce_weight: factor of `reverse_cross_entropy`.
         lovasz_weight: factor of `lovasz_softmax`.
+        gce_q: above 0, generalized cross entropy, (1 - p_y^q) / q, takes the place of cross entropy, which is its limit
+            at 0; at 1 it is the absolute error (Zhang and Sabuncu 2018).
         weights: weights of images or pixels in the two cross entropies, see `cross_entropy`; Lovász-softmax has none.
         lovasz_stride: `stride` of `lovasz_softmax`; another loss if it is not 1.
         epsilon: see `reverse_cross_entropy`.
@@ -135,18 +138,21 @@ def noise_robust_loss(
         `lovasz` (0 where the weight is 0).
 
     Raises:
-        ValueError: as `reverse_cross_entropy`, or a negative weight, or all weights 0.
+        ValueError: as `reverse_cross_entropy`, or a negative weight, or all weights 0, or `gce_q` outside 0..1.
     """
     factors = {"ce": ce_weight, "rce": rce_weight, "lovasz": lovasz_weight}
     if min(factors.values()) < 0 or not any(factors.values()):
         raise ValueError(f"loss weights must be >= 0 and not all 0, got {factors}")
+    if not 0 <= gce_q <= 1:
+        raise ValueError(f"gce_q must be from 0 to 1, got {gce_q}")
     # Cast once, so that the gradients of the terms add up before they are rounded to half precision.
     logits = _at_least_float32(logits)
     terms: dict[str, Tensor] = {}
     if ce_weight or rce_weight:
         nll, valid = _negative_log_likelihood(logits, labels, ignore_index)
         if ce_weight:
-            terms["ce"] = _mean_over_valid(nll, valid, weights)
+            forward = -torch.expm1(-gce_q * nll) / gce_q if gce_q else nll
+            terms["ce"] = _mean_over_valid(forward, valid, weights)
         if rce_weight:
             terms["rce"] = _mean_over_valid(_reverse_from_nll(nll, valid, epsilon), valid, weights)
     if lovasz_weight:

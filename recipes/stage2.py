@@ -165,6 +165,7 @@ def training_loss(
         "ce_weight": args.ce_weight,
         "rce_weight": args.rce_weight,
         "lovasz_weight": args.lovasz_weight,
+        "gce_q": args.gce_q,
         "lovasz_stride": args.lovasz_stride,
         "epsilon": args.rce_epsilon,
         "weights": weights,

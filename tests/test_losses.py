@@ -445,3 +445,19 @@ def test_weights_that_leave_nothing_to_learn_are_refused(weights: tuple[float, f
     ce, rce, lovasz = weights
     with pytest.raises(ValueError, match=f"'rce': {rce}"):
         noise_robust_loss(*random_batch(), ce_weight=ce, rce_weight=rce, lovasz_weight=lovasz)
+
+
+def test_generalized_cross_entropy_lies_between_cross_entropy_and_the_absolute_error() -> None:
+    logits, labels = random_batch()
+    only = {"rce_weight": 0, "lovasz_weight": 0}
+    p_label = logits.softmax(1).gather(1, labels.clamp(max=NUM_LABELS - 1)[:, None])[:, 0][labels != IGNORE_INDEX]
+    for q in (0.3, 0.7, 1.0):
+        loss = noise_robust_loss(logits, labels, gce_q=q, **only)["loss"]
+        assert loss.item() == pytest.approx(((1 - p_label**q) / q).mean().item(), rel=1e-5)
+    near_zero = noise_robust_loss(logits, labels, gce_q=1e-3, **only)["loss"]
+    assert near_zero.item() == pytest.approx(cross_entropy(logits, labels).item(), rel=1e-2)
+
+
+def test_a_wrong_exponent_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"gce_q must be from 0 to 1, got 1\.5"):
+        noise_robust_loss(*random_batch(), gce_q=1.5)
