@@ -25,8 +25,10 @@ $(BIN)/installed: setup.cfg pyproject.toml constraints.txt scripts/repair_torchv
 		print('ready: torch', torch.__version__, 'and seven more; now: source $(BIN)/activate')"
 	@touch $@
 
-# Every stage on a synthetic dataset, with small pretrained networks. Run again, it resumes where it stopped.
-QUICKSTART := runs/quickstart
+# Every stage on a synthetic dataset, with small pretrained networks. Run again, it resumes where it stopped. Another
+# dataset: make quickstart SEED=1 QUICKSTART=runs/quickstart1
+QUICKSTART ?= runs/quickstart
+SEED ?= 0
 DATA := $(QUICKSTART)/data
 SAR := $(DATA)/dfc25_track1
 LAUNCH := $(BIN)/accelerate launch -q --config_file recipes/accelerate_configs/one_process.yaml
@@ -63,7 +65,7 @@ pretrained/efficientnet_lite%: | install
 	$(BIN)/python scripts/convert_pretrained.py --model tf_efficientnet_lite$* --output $@
 
 $(DATA): | install
-	$(BIN)/python scripts/make_synthetic_dataset.py --output $@ --seed 0 --source 70 --train 160 --val 20 --test 100 --size 256 \
+	$(BIN)/python scripts/make_synthetic_dataset.py --output $@ --seed $(SEED) --source 70 --train 160 --val 20 --test 100 --size 256 \
 		--scene 2048
 
 test: install
