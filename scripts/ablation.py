@@ -58,9 +58,8 @@ def run_step(step: "Step", threads: int) -> None:
     environment = {**os.environ, "OMP_NUM_THREADS": str(threads), "PYTHONPATH": str(PROJECT)}
     started = time.monotonic()
     with log.open("wb") as file:
-        ended = subprocess.run(
-            [sys.executable, *step.command()], stdout=file, stderr=file, env=environment, check=False
-        )
+        options = {"stdout": file, "stderr": file, "env": environment, "cwd": PROJECT}
+        ended = subprocess.run([sys.executable, *step.command()], **options, check=False)
     if ended.returncode:
         words = log.read_text(encoding="utf-8", errors="replace").split("\n")
         last = next((line for line in reversed(words) if line.strip()), "it printed nothing")
@@ -111,7 +110,7 @@ def main(arguments: list[str] | None = None) -> None:
         from hf_seg.studies.ablation import Plan, read_study
 
         study = read_study(options.study)
-        root: Path = options.output_dir
+        root: Path = options.output_dir.resolve()
         plan = Plan(study, options.seeds, root)
         if options.dry_run:
             for step in plan.steps:

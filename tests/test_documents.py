@@ -29,6 +29,7 @@ TOY_SIZE = (
     (r"recipes/configs/stage([12])/\S+", r"recipes/configs/toy/stage\1_segformer.yaml"),
     (r"(.*recipes/stage[12]\.py(?!.*--help).*)", rf"\1{TRAINING}"),
     (r"(.*recipes/pseudo_label\.py.*)", r"\1 --tta none --batch_size 16"),
+    (r"(.*scripts/ablation\.py.*)", r"\1 --dry_run"),
     (r"--nproc_per_node \d", "--nproc_per_node 2"),
     (r"--(source|train|size) \d+", lambda found: f"--{found[1]} {128 if found[1] == 'size' else 3}"),
     (r"--(width|height) \d+", r"--\1 600"),
