@@ -10,8 +10,10 @@ import pytest
 import yaml
 from filelock import FileLock
 
+from hf_seg.arguments import EnsembleArguments, PseudoLabelArguments, Stage1Arguments, Stage2Arguments
 from hf_seg.errors import UserError
 from hf_seg.labels import NUM_LABELS
+from hf_seg.settings import parse_arguments
 from hf_seg.studies import ablation
 from hf_seg.studies.ablation import Plan, read_study
 from hf_seg.studies.ablation_report import summarize, to_csv, to_markdown
@@ -297,3 +299,22 @@ def test_what_another_process_works_on_is_left_to_it(tmp_path: Path, monkeypatch
     monkeypatch.setattr("hf_seg.studies.ablation_report.write_results", lambda *_: None)
     script.run_plan(plan, 1, [0], tmp_path / "tiny")
     assert other not in ran and len(ran) == len(plan.steps) - 1
+
+
+@pytest.mark.parametrize("path", sorted(PROJECT.glob("recipes/configs/studies/*.yaml")), ids=lambda path: path.stem)
+def test_the_studies_are_plans_of_valid_commands(path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(PROJECT)  # their paths start here
+    arguments = {
+        "recipes/stage1.py": Stage1Arguments,
+        "recipes/stage2.py": Stage2Arguments,
+        "recipes/pseudo_label.py": PseudoLabelArguments,
+        "recipes/ensemble.py": EnsembleArguments,
+    }
+    study = read_study(path)
+    assert study.question.endswith("?") and all(comparison.hypothesis for comparison in study.comparisons)
+    plan = Plan(study, [0, 1], tmp_path)
+    for step in plan.steps:
+        if step.script in arguments:
+            args = parse_arguments(arguments[step.script], step.command()[1:])
+            assert args.output_dir == str(step.folder)
+        assert "{" not in " ".join(step.command())
