@@ -208,6 +208,16 @@ def test_a_row_may_be_a_folder_of_another_one(tmp_path: Path) -> None:
     assert model == f"{plan.trained['', 'teacher', 0].folder}/student"
 
 
+def test_some_rows_need_no_others(tmp_path: Path) -> None:
+    study = read_study(write_study(tmp_path))
+    plan = Plan(study, [0], tmp_path / "runs", ["clipped"])
+    assert {row for _, row, _ in plan.scores} == {"clipped"} and len(plan.steps) == 3
+    finish(plan, {key: random_tiles(0, 50) for key in plan.scores})
+    assert summarize(plan, [0])["comparisons"] == []
+    with pytest.raises(UserError, match="did you mean 'clipped'"):
+        Plan(study, [0], tmp_path, ["clippd"])
+
+
 def test_a_world_changes_the_steps_it_names(tmp_path: Path) -> None:
     worlds = {"easy": {}, "hard": {"data": {"seed": 9}}}
     plan = Plan(read_study(write_study(tmp_path, worlds=worlds)), [0], tmp_path)

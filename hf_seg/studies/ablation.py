@@ -158,8 +158,10 @@ class Plan:
         choices: {(world, row, seed): the rows of which the one with the best own validation score counts}.
     """
 
-    def __init__(self, study: Study, seeds: Sequence[int], root: Path) -> None:
+    def __init__(self, study: Study, seeds: Sequence[int], root: Path, rows: Sequence[str] | None = None) -> None:
+        _require_known(rows or [], study.rows, Path(study.name))
         self.study = study
+        self._chosen = set(rows or study.rows)
         self.root = root
         self.steps: list[Step] = []
         self._known: dict[str, Step] = {}
@@ -173,6 +175,8 @@ class Plan:
 
     def _add_world(self, world: str, seed: int) -> None:
         for name, flags in self.study.rows.items():
+            if name not in self._chosen:
+                continue
             if "best_of" in flags:
                 self.choices[world, name, seed] = list(flags["best_of"])
                 continue

@@ -47,7 +47,7 @@ def collect(plan: Plan) -> dict[Key, tuple[np.ndarray, float | None, str]]:
             found[key] = (read_tiles(step), read_seconds(plan.trained[key]), plan.trained[key].folder.name)
     for (world, name, seed), rows in plan.choices.items():
         keys = [(world, row, seed) for row in rows]
-        if all(key in found for key in keys):
+        if keys and all(key in found for key in keys):
             best = max(keys, key=lambda key: _own_score(plan.trained[key]))
             found[world, name, seed] = (*found[best][:2], f"{best[1]}, best on val")
     return found
