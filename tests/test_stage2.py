@@ -409,6 +409,9 @@ def test_evaluation_on_two_processes_counts_every_tile_once(finished_run: Path, 
     assert scores["confusion_matrix"] == alone["confusion_matrix"]
     assert sorted(scores["images"]) == ["ValArea_001", "ValArea_002", "ValArea_003"]
     assert list(scores["images"].values()) == sorted(scores["images"].values())
+    with np.load(tmp_path / "scores.npz") as counts:
+        assert counts["image_ids"].tolist() == sorted(scores["images"])
+        assert counts["confusion_matrices"].sum(axis=0).tolist() == scores["confusion_matrix"]
 
 
 @pytest.mark.parametrize("path", sorted(PROJECT.glob("recipes/accelerate_configs/*.yaml")), ids=lambda path: path.stem)
