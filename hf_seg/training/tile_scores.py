@@ -6,7 +6,6 @@ bootstrap_miou(tiles.matrices()), tiles.calibration.expected_error(), tiles.wors
 """
 
 import bisect
-from typing import NamedTuple
 
 import numpy as np
 
@@ -15,18 +14,8 @@ from hf_seg.data.samples import Sample
 from hf_seg.inference.vote import VoteAccumulator
 from hf_seg.labels import NUM_LABELS
 from hf_seg.metrics import ConfusionMatrix
+from hf_seg.report.run_report import ShownTile
 from hf_seg.training.evaluation import entropy_levels
-
-
-class ShownTile(NamedTuple):
-    """A tile to be shown; sorts by its mIoU, then its name."""
-
-    mean_iou: float
-    image_id: str
-    image: np.ndarray  # (H, W) or (H, W, 3) uint8
-    label: np.ndarray  # (H, W) uint8 class ids
-    label_map: np.ndarray  # the same, predicted
-    entropy: np.ndarray  # (H, W) uint8, 255 = uniform
 
 
 class TileScores:
