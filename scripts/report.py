@@ -68,63 +68,65 @@ def score(
     return {**results, "members": members}, tiles
 
 
+def load(args: argparse.Namespace) -> "tuple[LabelledImages, list[str] | None, dict[str, Any]]":
+    """Return the tiles, their regions (None if unknown) and the label audit (empty if there is none).
+
+    Raises:
+        UserError: one of them, or the network to compare with, cannot be used; nothing is predicted yet.
+    """
+    from hf_seg.data.open_earth_map import load_open_earth_map_sar
+    from hf_seg.data.samples import LabelledImages
+    from hf_seg.hub.export import read_record
+    from hf_seg.inference.load import load_networks
+    from hf_seg.studies.label_sets import read_regions
+
+    images = LabelledImages(load_open_earth_map_sar(args.data_dir, args.split), args.image)
+    audit = read_record(args.label_audit / "audit.json") if args.label_audit else {}
+    if args.label_audit and "verdict" not in audit:
+        raise UserError(f"--label_audit {args.label_audit}: no audit.json; make it with scripts/audit_labels.py")
+    if args.against:
+        load_networks(args.against, low_memory=True)
+    return images, read_regions(args.regions, images.image_ids), audit
+
+
 def main(argv: Sequence[str] | None = None) -> None:
     """Score, compare, draw, write."""
     args, settings = parse(argv)
 
     from transformers.utils.logging import disable_progress_bar
 
-    from hf_seg.data.open_earth_map import load_open_earth_map_sar
     from hf_seg.data.provenance import read_provenance
-    from hf_seg.data.samples import LabelledImages
     from hf_seg.hub.export import TRAINING_DATA_FILE, read_record
-    from hf_seg.inference.load import load_networks
-    from hf_seg.report.run_report import (
-        compare,
-        say_score,
-        summarize_calibration,
-        summarize_intervals,
-        write_report,
-    )
-    from hf_seg.studies.label_sets import read_regions
+    from hf_seg.report import run_report
 
     disable_progress_bar()
-    # Check everything that is cheap to check
-    images = LabelledImages(load_open_earth_map_sar(args.data_dir, args.split), args.image)
-    regions = read_regions(args.regions, images.image_ids)
-    audit = read_record(args.label_audit / "audit.json") if args.label_audit else {}
-    if args.label_audit and "verdict" not in audit:
-        raise UserError(f"--label_audit {args.label_audit}: no audit.json; make it with scripts/audit_labels.py")
-    names = [Path(model).resolve().name for model in (args.model, args.against) if model]
-    name, other_name = (args.model, args.against) if len({*names}) < len(names) else (*names, None)[:2]
-    if args.against:
-        load_networks(args.against, low_memory=True)
+    images, regions, audit = load(args)
+    run, metrics_file = Path(args.model), Path(args.model) / "metrics.jsonl"
+    name, other_name = run.resolve().name, Path(args.against or "").resolve().name
+    if args.against and name == other_name:
+        name, other_name = args.model, args.against
 
-    # Score
     results, tiles = score(args.model, images, args, settings, args.tiles)
     matrices = tiles.matrices()
     results |= {"model": name, "split": args.split, "image": args.image, "tta": settings.tta, "stride": settings.stride}
     results["data"] = read_provenance(args.data_dir, "OpenEarthMap-SAR")
-    results["intervals"] = summarize_intervals(matrices, regions, args.seed)
-    results["calibration"] = summarize_calibration(tiles.calibration)
+    results["intervals"] = run_report.summarize_intervals(matrices, regions, args.seed)
+    results["calibration"] = run_report.summarize_calibration(tiles.calibration)
     results["against"] = None
     if args.against:
         _, other = score(args.against, images, args, settings, shown=0)
-        results["against"] = compare(matrices, other.matrices(), name, other_name, args.seed)
-
-    # Write
-    run = Path(args.model)
-    write_report(
+        results["against"] = run_report.compare(matrices, other.matrices(), name, other_name, args.seed)
+    run_report.write_report(
         args.output,
         results,
         tiles.calibration,
         {"Worst": tiles.worst(), "Best": tiles.best()},
-        metrics_file=run / "metrics.jsonl" if (run / "metrics.jsonl").exists() else None,
+        metrics_file=metrics_file if metrics_file.is_file() and metrics_file.stat().st_size else None,
         settings=read_record(run / "recipe.yaml"),
         training_data=read_record(run / TRAINING_DATA_FILE),
         audit=audit,
     )
-    print(f"{say_score(results)}\nreport: {args.output}")
+    print(f"{run_report.say_score(results)}\nreport: {args.output}")
 
 
 if __name__ == "__main__":
