@@ -16,7 +16,7 @@ from hf_seg import __version__
 from hf_seg.bootstrap import REPLICATES, Interval, Scores, bootstrap_difference, bootstrap_scores
 from hf_seg.calibration import Calibration
 from hf_seg.files import write_atomic
-from hf_seg.labels import BACKGROUND, CLASS_NAMES, NUM_LABELS, PALETTE
+from hf_seg.labels import CLASS_NAMES, PALETTE
 from hf_seg.report.page import FEW_TILES, embed_from, environment, say_difference
 from hf_seg.report.plots import plot_curves, plot_member_scores, read_series
 from hf_seg.report.score_plots import plot_coverage, plot_intervals, plot_reliability
@@ -103,11 +103,10 @@ def write_report(
         content = {
             "results": results,
             "verdict": say_score(results),
-            "confusion": _row_parts(results["confusion_matrix"]),
-            "truth_share": _truth_shares(results["confusion_matrix"]),
             "replicates": REPLICATES,
             "tiles": tiles,
-            "colors": {name: bytes(PALETTE[index]).hex() for index, name in enumerate(CLASS_NAMES) if index},
+            "classes": CLASS_NAMES[1:],
+            "colors": [bytes(color).hex() for color in PALETTE[1:]],
             "curve": curve,
             "drawn": {path.name for path in folder.iterdir()},
             "embed": embed_from(folder),
@@ -128,21 +127,6 @@ def say_score(results: Mapping[str, Any]) -> str:
         interval = f"95 % interval over {n_tiles:,} tiles: {100 * found['low']:.1f} to {100 * found['high']:.1f}{few}"
     score = f"{results['model']}: mIoU {percent(found['value'])} on {results['split']} ({interval})."
     return f"{score} {results['against']['verdict']}" if results["against"] else score
-
-
-def _row_parts(confusion_matrix: Sequence[Sequence[int]]) -> dict[str, list[float | None]]:
-    """Return each class's row as fractions of its pixels; background only where it is in the truth or predicted."""
-    counts = np.array(confusion_matrix)
-    shown = [i for i in range(NUM_LABELS) if i != BACKGROUND or counts[i].sum() + counts[:, i].sum() > 0]
-    counts = counts[np.ix_(shown, shown)]
-    total = counts.sum(axis=1, keepdims=True)
-    parts = np.divide(counts, total, out=np.full(counts.shape, np.nan), where=total > 0)
-    return {CLASS_NAMES[i]: [_number(part) for part in row] for i, row in zip(shown, parts, strict=True)}
-
-
-def _truth_shares(confusion_matrix: Sequence[Sequence[int]]) -> dict[str, float]:
-    pixels = np.array(confusion_matrix).sum(axis=1)
-    return dict(zip(CLASS_NAMES, (pixels / pixels.sum()).tolist(), strict=True))
 
 
 def _draw(
