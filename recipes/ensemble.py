@@ -27,7 +27,7 @@ from accelerate import Accelerator
 from hf_seg import EnsembleForSemanticSegmentation
 from hf_seg.data.open_earth_map import load_open_earth_map_sar
 from hf_seg.data.provenance import read_provenance
-from hf_seg.data.samples import LabelledImages, UnlabelledImages
+from hf_seg.data.samples import LabelledImages
 from hf_seg.errors import DatasetError, UserError, one_line_errors
 from hf_seg.files import remove, write_atomic
 from hf_seg.hub.export import TRAINING_DATA_FILE, write_training_data
@@ -75,9 +75,7 @@ def load_images(args: EnsembleArguments) -> LabelledImages:
         DatasetError: there are none, or some have no image or no label.
     """
     try:
-        rows = load_open_earth_map_sar(args.data_dir, args.split)
-        UnlabelledImages(rows, args.column)  # says so if there are tiles without that image
-        return LabelledImages(rows, args.column)
+        return LabelledImages(load_open_earth_map_sar(args.data_dir, args.split), args.column)
     except DatasetError as error:
         raise DatasetError(f"{error}; or export without scores: --eval false") from None
 

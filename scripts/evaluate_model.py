@@ -4,9 +4,9 @@
     accelerate launch --multi_gpu scripts/evaluate_model.py ...        # the tiles are shared among the GPUs
 
 The window is the crop that the model was trained at, as its image processor says. Prints a table and writes the JSON
-that the recipes call `eval_results.json`, with each tile's own mIoU and confusion matrix, worst first, under `images`;
-beside it go the confusion matrix and a panel of predictions. `--column optical` scores an optical network, where the
-split has optical images.
+that the recipes call `eval_results.json`, with each tile's own mIoU, worst first, under `images`; beside it go the
+confusion matrix, a panel of predictions, and scores.npz: `image_ids` (T,) and their `confusion_matrices` (T, 9, 9),
+from which `hf_seg.bootstrap` makes intervals.
 """
 
 import argparse
@@ -25,18 +25,38 @@ def parse() -> tuple[argparse.Namespace, PredictionSettings]:
     parser.add_argument("--model", required=True, help="folder or Hub id of a trained network or ensemble")
     parser.add_argument("--data_dir", required=True, help="root of OpenEarthMap-SAR")
     parser.add_argument("--split", default="val", choices=("train", "val", "test"), help="val")
-    parser.add_argument("--column", default="sar", choices=("sar", "optical"), help="image of each tile to map (sar)")
+    parser.add_argument(
+        "--column", default="sar", choices=("sar", "optical"), help="image of each tile to map (%(default)s)"
+    )
     parser.add_argument("--output", type=Path, required=True, help="JSON file to write")
     parser.add_settings(PredictionSettings, skip=["config"])
     args = parser.parse_args()
     return args, filled(PredictionSettings, args)
 
 
+def write_scores(args: argparse.Namespace, results: dict[str, Any], by_id: list[tuple[str, Any, Any]]) -> None:
+    """Write the JSON, and the counts of each tile beside it.
+
+    Args:
+        by_id: name, mIoU (None without a labelled pixel) and (9, 9) counts of each tile, sorted by name.
+    """
+    import numpy as np
+
+    from hf_seg.files import atomic_file, write_atomic
+
+    worst_first = sorted(by_id, key=lambda tile: (tile[1] is None, tile[1], tile[0]))
+    scores = {image_id: mean_iou for image_id, mean_iou, _ in worst_first}
+    report = {**results, "model": str(args.model), "split": args.split, "image": args.column, "images": scores}
+    write_atomic(args.output, json.dumps(report, indent=1) + "\n")
+    image_ids, _, matrices = zip(*by_id, strict=True)
+    with atomic_file(args.output.with_suffix(".npz")) as temporary:
+        np.savez_compressed(temporary, image_ids=np.array(image_ids), confusion_matrices=np.stack(matrices))
+
+
 def main() -> None:
     """Predict, count, write."""
     args, settings = parse()
 
-    import numpy as np
     import torch
     from accelerate import Accelerator
     from accelerate.utils import gather_object
@@ -44,11 +64,10 @@ def main() -> None:
 
     from hf_seg.data.open_earth_map import load_open_earth_map_sar
     from hf_seg.data.samples import LabelledImages
-    from hf_seg.files import write_atomic
     from hf_seg.inference.load import load_networks
     from hf_seg.inference.predict import Predictor
-    from hf_seg.metrics import ConfusionMatrix
     from hf_seg.training.evaluation import draw_results, evaluate
+    from hf_seg.training.tile_scores import TileScores
 
     disable_progress_bar()
     accelerator = Accelerator(cpu=not torch.accelerator.is_available())
@@ -56,24 +75,15 @@ def main() -> None:
         images = LabelledImages(load_open_earth_map_sar(args.data_dir, args.split), args.column)
         networks = load_networks(args.model)
     predictor = Predictor.with_settings(networks, settings, device=accelerator.device)
-    per_image: list[tuple[str, dict[str, Any]]] = []
-
-    def note_image(image_id: str, prediction: np.ndarray, label: np.ndarray) -> None:
-        counts = ConfusionMatrix()
-        counts.update(prediction, label)
-        scores = counts.compute()
-        per_image.append((image_id, {key: scores[key] for key in ("mean_iou", "confusion_matrix")}))
-
-    results, _ = evaluate(predictor, images, accelerator, title=args.split, on_prediction=note_image)
-    scored = sorted(
-        gather_object(per_image), key=lambda pair: (pair[1]["mean_iou"] is None, pair[1]["mean_iou"], pair[0])
-    )
+    tiles = TileScores(shown=0)
+    results, _ = evaluate(predictor, images, accelerator, title=args.split, on_prediction=tiles.add)
+    mine = zip(tiles.image_ids, tiles.mean_ious, tiles.matrices(), strict=True)
+    by_id = sorted(gather_object(list(mine)), key=lambda tile: tile[0])
     if accelerator.is_main_process:
-        report = {**results, "model": str(args.model), "split": args.split, "images": dict(scored)}
-        write_atomic(args.output, json.dumps(report) + "\n")
+        write_scores(args, results, by_id)
         figures = args.output.parent / f"{args.output.stem}_figures"
-        title = {"sar": "SAR", "optical": "optical"}[args.column]
-        draw_results(predictor, images, results, figures, titles=(title, "label", "prediction"))
+        titles = ("SAR" if args.column == "sar" else args.column, "label", "prediction")
+        draw_results(predictor, images, results, figures, titles=titles)
         for name, iou in results["iou"].items():
             print(f"{name:18s} {'-' if iou is None else f'{iou:.4f}'}")
         print(f"{'mIoU':18s} {results['mean_iou']:.4f}  ({results['n_images']} tiles, {args.split})")

@@ -144,8 +144,7 @@ def finish(plan: Plan, tiles: dict[tuple[str, str, int], np.ndarray], own: dict[
     """Write what the steps of a plan would have left: the tiles' confusion matrices, and rows' own scores."""
     for key, step in plan.scores.items():
         step.folder.mkdir(parents=True, exist_ok=True)
-        images = {f"tile_{index}": {"confusion_matrix": each.tolist()} for index, each in enumerate(tiles[key])}
-        (step.folder / "scores.json").write_text(json.dumps({"images": images}))
+        np.savez(step.folder / "scores.npz", confusion_matrices=tiles[key])
         for each in (step, plan.trained[key]):
             each.folder.mkdir(parents=True, exist_ok=True)
             each.record.write_text(json.dumps({"seconds": 10.0}))

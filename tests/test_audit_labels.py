@@ -21,8 +21,9 @@ from hf_seg.bootstrap import draw_counts
 from hf_seg.errors import DatasetError, FileError, UserError
 from hf_seg.labels import IGNORE_INDEX, LABEL2ID, NUM_LABELS
 from hf_seg.metrics import ConfusionMatrix
+from hf_seg.report.page import FEW_TILES
 from hf_seg.studies import label_audit, label_audit_report, label_sets
-from hf_seg.studies.label_audit_report import FEW_TILES, judge
+from hf_seg.studies.label_audit_report import judge
 from hf_seg.synthetic import make_synthetic_dataset
 
 SCRIPT = Path(__file__).parents[1] / "scripts/audit_labels.py"

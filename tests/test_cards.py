@@ -121,6 +121,22 @@ def test_every_class_has_its_row_of_id_colour_and_score(folders: dict[str, Path]
     assert "\n| building | - |\n" in text  # not in the truth
 
 
+def test_the_interval_of_a_report_counts_if_it_is_of_the_same_predictions(
+    folders: dict[str, Path], tmp_path: Path
+) -> None:
+    folder = shutil.copytree(folders["ensemble"], tmp_path / "ensemble")
+    results = json.loads((folder / "eval_results.json").read_text())
+    interval = {"value": results["mean_iou"], "low": 0.1234, "high": 0.5678}
+    report = {**results, "intervals": {"tiles": {"mean_iou": interval}}}
+    (folder / "report.json").write_text(json.dumps(report))
+    write_model_card(folder)
+    assert "\n| 95 % interval of the mean, over tiles | - | - | - | 0.1234 to 0.5678 |\n" in card_of(folder).text
+    report["confusion_matrix"][1][1] += 1  # another stride, or an older training
+    (folder / "report.json").write_text(json.dumps(report))
+    write_model_card(folder)
+    assert "95 % interval" not in card_of(folder).text
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_figures_are_shown_where_they_exist(kind: str, folders: dict[str, Path]) -> None:
     shown = re.findall(r"!\[[^\]]+\]\((.+?)\)", card_of(folders[kind]).text)

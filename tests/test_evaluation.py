@@ -86,7 +86,7 @@ def test_scores_are_of_the_predictors_maps(
         predictor,
         tiles,
         accelerator,
-        on_prediction=lambda image_id, label_map, label: found.update({image_id: label_map}),
+        on_prediction=lambda sample, label_map, accumulator: found.update({sample.image_id: label_map}),
     )
     assert results["n_images"] == len(found) == 3
     counts = ConfusionMatrix()

@@ -13,7 +13,7 @@ LEAVES = sorted([*PROJECT.glob("recipes/*.py"), *PROJECT.glob("scripts/*.py")])
 RANKS = (
     "errors labels",
     "files settings normalization",
-    "arguments bootstrap losses metrics adaptation timm_encoder",
+    "arguments bootstrap calibration losses metrics adaptation timm_encoder",
     "data models land_cover_iou report",
     "inference",
     "hub synthetic",
@@ -21,7 +21,7 @@ RANKS = (
     "training mapping studies",
 )
 RANK_OF = {name: rank for rank, names in enumerate(RANKS) for name in names.split()}
-PURE = ("labels", "normalization", "bootstrap", "losses", "metrics", "adaptation")
+PURE = ("labels", "normalization", "bootstrap", "calibration", "losses", "metrics", "adaptation")
 
 
 def name_of(path: Path) -> str:

@@ -148,7 +148,7 @@ def test_curves_mark_no_best_without_validation(tmp_path: Path) -> None:
 def test_steps_logged_again_after_a_resume_count_once_with_the_later_value(tmp_path: Path) -> None:
     steps = [(1, 9.0), (2, 8.0), (3, 7.0), (2, 5.0), (3, 4.0)]
     file = write_metrics(tmp_path / "metrics.jsonl", [{"step": step, "loss": loss} for step, loss in steps])
-    losses = plots._read_series(file)["loss"]
+    losses = plots.read_series(file)["loss"]
     assert losses.index.tolist() == [1, 2, 3]
     assert losses.tolist() == [9.0, 5.0, 4.0]
 

@@ -102,6 +102,13 @@ def _has_image(rows: datasets.Dataset, column: str) -> list[bool]:
     return list(undecoded[:][column].is_valid().to_pylist())
 
 
+def _require_images(rows: datasets.Dataset, column: str) -> None:
+    present = _has_image(rows, column)
+    if not all(present):
+        first = rows["image_id"][present.index(False)]
+        raise DatasetError(f"{present.count(False)} of {len(present)} tiles have no {column} image, first {first}")
+
+
 class LabelledImages(CachedImages[Sample]):
     """Random access to one image column and its labels; class 0 becomes `IGNORE_INDEX` here, once.
 
@@ -114,8 +121,8 @@ class LabelledImages(CachedImages[Sample]):
         mask_nodata: ignore pixels outside the SAR swath (`outside_swath`); for column "sar" only.
 
     Raises:
-        DatasetError: an image has no label, naming it; on access, an image that cannot be read or whose label does
-            not fit it.
+        DatasetError: an image is missing or has no label, naming it; on access, an image that cannot be read or whose
+            label does not fit it.
     """
 
     def __init__(
@@ -128,6 +135,7 @@ class LabelledImages(CachedImages[Sample]):
         mask_nodata: bool = False,
     ) -> None:
         super().__init__(rows["image_id"][:])
+        _require_images(rows, column)
         self.column = column
         self.pseudo_labels = pseudo_labels
         self.keep_background = keep_background
@@ -190,10 +198,7 @@ class UnlabelledImages(CachedImages[UnlabelledSample]):
         super().__init__(rows["image_id"][:])
         self.rows = rows.select_columns([column])
         self.column = column
-        present = _has_image(rows, column)
-        if not all(present):
-            first = self.image_ids[present.index(False)]
-            raise DatasetError(f"{present.count(False)} of {len(present)} tiles have no {column} image, first {first}")
+        _require_images(rows, column)
 
     def _read(self, index: int) -> UnlabelledSample:
         with _read_errors(self.image_ids[index]):

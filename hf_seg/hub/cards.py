@@ -33,8 +33,8 @@ def write_model_card(folder: Path) -> None:
     """Write the README.md of a model's or an ensemble's folder from its files.
 
     Args:
-        folder: with `recipe.yaml`, and where they exist `training_data.json`, `eval_results.json`, `figures/` and
-            `student/`.
+        folder: with `recipe.yaml`, and where they exist `training_data.json`, `eval_results.json`, `report.json`,
+            `figures/` and `student/`.
 
     Raises:
         UserError: the folder contains no model, or a file in it is damaged.
@@ -48,6 +48,12 @@ def write_model_card(folder: Path) -> None:
         template, header, facts = _describe_network(folder, recipe)
     else:
         raise UserError(f"{folder} contains no model: neither config.json nor ensemble.json")
+    report = read_record(folder / "report.json")  # of scripts/report.py; it counts if it is of the same predictions
+    intervals = report.get("intervals", {}).get("tiles", {})
+    facts["intervals"] = [
+        intervals.get("mean_iou") if column.scores.get("confusion_matrix") == report.get("confusion_matrix") else None
+        for column in facts["columns"]
+    ]
     facts |= {"name": folder.as_posix(), "title": header.model_name, "settings": recipe}
     facts["class_rows"] = [(index, name, bytes(PALETTE[index]).hex().upper()) for index, name in enumerate(CLASS_NAMES)]
     facts["figures"] = [path.relative_to(folder) for path in folder.glob("figures/**/*.png")]

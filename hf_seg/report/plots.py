@@ -38,7 +38,7 @@ def plot_curves(metrics_file: Path, output: Path) -> None:
     Raises:
         ValueError: the file contains no metrics.
     """
-    series = _read_series(metrics_file)
+    series = read_series(metrics_file)
     figure = Figure(figsize=(12.5, 4.2), dpi=DPI, layout=ConstrainedLayoutEngine(w_pad=0.12))
     loss_axes, score_axes, rate_axes = figure.subplots(1, 3, width_ratios=(1.25, 1.25, 0.9))
     losses = [name for name in series if name in ("loss", "ce", "rce", "lovasz") or name.endswith("_loss")]
@@ -116,7 +116,7 @@ def plot_member_scores(
     """
     rows = [name for name, iou in ensemble["iou"].items() if iou is not None]
     labels = ["mean", *rows]
-    figure = Figure(figsize=(8.5, 1.6 + 0.45 * len(labels)), dpi=DPI, layout="constrained")
+    figure = Figure(figsize=(6.4, 1.6 + 0.4 * len(labels)), dpi=DPI, layout="constrained")
     axes = figure.subplots()
 
     def percents(scores: Mapping[str, Any]) -> list[float]:
@@ -134,11 +134,11 @@ def plot_member_scores(
     axes.set_xlabel("IoU, percent")
     axes.grid(visible=False, axis="y")
     longest = max(len(name) for name, _ in members)
-    figure.legend(loc="outside lower center", ncols=3 if longest < 30 else 1, frameon=False, fontsize=9)
+    figure.legend(loc="outside lower center", ncols=3 if longest < 18 else 1, frameon=False, fontsize=9)
     save_figure(figure, output)
 
 
-def _read_series(metrics_file: Path) -> dict[str, "Series"]:
+def read_series(metrics_file: Path) -> dict[str, "Series"]:
     """Return the values of every numeric key of a metrics file by step, in order; NaN for values not finite."""
     from pandas import Series
 

@@ -27,10 +27,10 @@ Key = tuple[str, str, int]  # world, row, seed
 
 def read_tiles(step: Step) -> np.ndarray:
     """Return the confusion matrices of the scored tiles, (T, C, C) int64, sorted by image id."""
-    path = step.folder / "scores.json"
-    with file_errors(path, "cannot be read"):
-        images = json.loads(path.read_text(encoding="utf-8"))["images"]
-    return np.stack([np.array(images[image_id]["confusion_matrix"], np.int64) for image_id in sorted(images)])
+    path = step.folder / "scores.npz"
+    with file_errors(path, "cannot be read"), np.load(path) as scores:
+        matrices: np.ndarray = scores["confusion_matrices"].astype(np.int64)
+    return matrices
 
 
 def read_seconds(step: Step) -> float | None:

@@ -1,23 +1,23 @@
 """The report of a label audit: its verdict, its figures, and a page as Markdown and as self-contained HTML."""
 
-import base64
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import jinja2
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 
+from hf_seg.bootstrap import Interval
 from hf_seg.labels import BACKGROUND, IGNORE_INDEX, NUM_LABELS
+from hf_seg.report.page import embed_from, environment, say_difference
 from hf_seg.report.plots import draw_matrix
 from hf_seg.report.style import DPI, class_legend, colorize, percent, save_figure, show_image, style_axes
 from hf_seg.studies.label_audit import CLASSES
 
-FEW_TILES = 10  # a bootstrap over fewer gives too narrow an interval
 TRANSITIONS, GALLERY = "transition.png", "gallery.png"
 COLOR_A, COLOR_B = "#e08a2e", "#3572b0"
 WITH_TRUTH = {"both correct": "#e4e4e4", "only A correct": COLOR_A, "only B correct": COLOR_B, "both wrong": "#6b6b6b"}
@@ -50,25 +50,9 @@ def judge(result: Mapping[str, Any], name_a: str, name_b: str) -> str:
             f"Cannot tell which labels are better without a truth. Labels {a} and {b} agree on {agreement} of the "
             "pixels that both label; this audit shows how much and where they differ."
         )
-    n_tiles, gain = result["truth"]["n_tiles"], result["truth"]["difference"]["mean_iou"]
-    points = 100 * gain["difference"]
-    if gain["low"] is None:
-        return (
-            f"Cannot tell which labels are better: a single tile has no interval. On it the mIoU of {b} minus that of "
-            f"{a} is {points:+.1f} points."
-        )
-    low, high = 100 * gain["low"], 100 * gain["high"]
-    basis = f"95 % interval over {n_tiles} tiles"
-    if n_tiles < FEW_TILES:
-        basis += ", too few to rely on"
-    if low > 0:
-        return f"Labels {b} are better than {a} by {points:.1f} points of mIoU [{low:.1f}, {high:.1f}] ({basis})."
-    if high < 0:
-        return f"Labels {a} are better than {b} by {-points:.1f} points of mIoU [{-high:.1f}, {-low:.1f}] ({basis})."
-    return (
-        f"No clear difference: the mIoU of {b} minus that of {a} is {points:+.1f} points [{low:+.1f}, {high:+.1f}] "
-        f"({basis})."
-    )
+    gain = result["truth"]["difference"]["mean_iou"]
+    found = Interval(gain["difference"], *(math.nan if gain[key] is None else gain[key] for key in ("low", "high")))
+    return say_difference(found, a, b, result["truth"]["n_tiles"], noun="Labels", verb="are")
 
 
 def write_report(result: Mapping[str, Any], folder: Path) -> None:
@@ -79,24 +63,11 @@ def write_report(result: Mapping[str, Any], folder: Path) -> None:
         "classes": CLASSES,
         "transitions": TRANSITIONS,
         "gallery": GALLERY,
-        "embed": lambda file: base64.b64encode((folder / file).read_bytes()).decode(),
+        "embed": embed_from(folder),
     }
     for file, layout in (("audit.md", "markdown.j2"), ("index.html", "html.j2")):
-        environment = jinja2.Environment(
-            loader=jinja2.PackageLoader("hf_seg.studies"),
-            autoescape=file.endswith(".html"),
-            undefined=jinja2.StrictUndefined,
-            trim_blocks=True,
-            extensions=["jinja2.ext.do"],
-        )
-        environment.filters |= {
-            "percent": percent,
-            "points": _points,
-            "interval": _interval,
-            "thousands": "{:,}".format,
-        }
-        text = environment.get_template("audit.j2").render(content, layout=layout)
-        (folder / file).write_text(text, encoding="utf-8")
+        template = environment("hf_seg.studies", html=file.endswith(".html")).get_template("audit.j2")
+        (folder / file).write_text(template.render(content, layout=layout), encoding="utf-8")
 
 
 def plot_transitions(result: Mapping[str, Any], output: Path, title_a: str = "A", title_b: str = "B") -> None:
@@ -149,16 +120,6 @@ def paint_comparison(a: np.ndarray, b: np.ndarray, truth: np.ndarray | None) -> 
         kinds, kind, known = WITH_TRUTH, 2 * (a != truth) + (b != truth), (a > 0) & (b > 0) & (truth > 0)
     colors = np.array([to_rgb(color) for color in {**kinds, **NOT_COMPARED}.values()])
     return (255 * colors).round().astype(np.uint8)[np.where(known, kind, len(kinds))]
-
-
-def _points(difference: float) -> str:
-    return f"{100 * difference:+.1f}"
-
-
-def _interval(difference: Mapping[str, float | None] | None) -> str:
-    if difference is None or difference["low"] is None or difference["high"] is None:
-        return "-"
-    return f"{_points(difference['low'])} to {_points(difference['high'])}"
 
 
 def _draw_transition(axes: Axes, rows: str, columns: str, counts: np.ndarray) -> None:

@@ -12,10 +12,11 @@ from torch import nn
 from tqdm import tqdm
 
 from hf_seg.arguments import RecipeArguments
-from hf_seg.data.samples import LabelledImages
+from hf_seg.data.samples import LabelledImages, Sample
 from hf_seg.errors import DatasetError
 from hf_seg.inference.load import use_network
 from hf_seg.inference.predict import Predictor
+from hf_seg.inference.vote import VoteAccumulator
 from hf_seg.labels import NUM_LABELS
 from hf_seg.metrics import ConfusionMatrix
 from hf_seg.report.panels import plot_panel
@@ -51,13 +52,13 @@ def evaluate(
     accelerator: Accelerator,
     *,
     title: str = "validation",
-    on_prediction: Callable[[str, np.ndarray, np.ndarray], None] | None = None,
+    on_prediction: Callable[[Sample, np.ndarray, VoteAccumulator], None] | None = None,
 ) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     """Score networks and their average in one pass over the images, shared among the processes.
 
     Args:
         title: of the progress bar.
-        on_prediction: called with (image_id, label map, label) of each image of this process.
+        on_prediction: called with (sample, label map, accumulated votes) of each image of this process.
 
     Returns:
         The scores of the average: `mean_iou`, `overall_accuracy`, `iou`, `n_classes_present`, `confusion_matrix`,
@@ -69,14 +70,14 @@ def evaluate(
     counts = [ConfusionMatrix() for _ in range(1 + len(predictor.networks))]
     mine = range(accelerator.process_index, len(images), accelerator.num_processes)
     for index in tqdm(mine, desc=title, unit="tile", leave=False, disable=not accelerator.is_main_process):
-        image_id, image, label, _ = images[index]
-        accumulator = predictor.predict(image)
+        sample = images[index]
+        accumulator = predictor.predict(sample.image)
         label_map = accumulator.label_map().cpu().numpy()
-        counts[0].update(label_map, label)
+        counts[0].update(label_map, sample.label)
         for matrix, own_map in zip(counts[1:], accumulator.label_maps, strict=True):
-            matrix.update(own_map, label)
+            matrix.update(own_map, sample.label)
         if on_prediction is not None:
-            on_prediction(image_id, label_map, label)
+            on_prediction(sample, label_map, accumulator)
     matrices = torch.from_numpy(np.stack([matrix.matrix for matrix in counts])).to(accelerator.device)
     for matrix, total in zip(counts, accelerator.reduce(matrices, reduction="sum").cpu().numpy(), strict=True):
         matrix.matrix[:] = total
@@ -84,6 +85,12 @@ def evaluate(
     if results["mean_iou"] is None:
         raise DatasetError(f"the labels of all {len(images)} {title} images are empty: no pixel is of class 1 to 8")
     return {**results, "n_images": len(images)}, each
+
+
+def entropy_levels(accumulator: VoteAccumulator) -> np.ndarray:
+    """Return the entropy of a prediction as an image, (H, W) uint8: 0 = certain, 255 = uniform."""
+    levels = 255 / math.log(NUM_LABELS - 1) * accumulator.entropy()
+    return levels.clamp(0, 255).to(torch.uint8).cpu().numpy()
 
 
 def draw_results(
@@ -110,8 +117,7 @@ def draw_results(
         label_map = accumulator.label_map().cpu().numpy()
         panel.append((image_id, image, label, label_map))
         if with_uncertainty:
-            entropy = (255 / math.log(NUM_LABELS - 1) * accumulator.entropy()).clamp(0, 255).to(torch.uint8)
-            entropies.append((image_id, np.dstack([entropy.cpu().numpy()] * 3), label, label_map))
+            entropies.append((image_id, np.dstack([entropy_levels(accumulator)] * 3), label, label_map))
     plot_panel(panel, folder / "panel.png", titles=titles)
     if with_uncertainty:
         plot_panel(entropies, folder / "uncertainty.png", titles=("entropy, white = uniform", *titles[1:]))
