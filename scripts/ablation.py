@@ -5,7 +5,7 @@
 The output folder gets one folder for each command, named by what determines its result: its settings, the files that
 it reads and the code. What is done is not done again, also for another study; a run that was stopped resumes. Start the
 same command in several terminals, or on machines that share the folder, to divide the work. <output_dir>/<study> gets
-results.md, results.csv, results.json and results.png, written anew after each row.
+results.html, the same as .md, .json and .csv, and results.png, written anew after each row.
 """
 
 import argparse
@@ -118,14 +118,16 @@ def main(arguments: list[str] | None = None) -> None:
                 print(f"{'done' if step.record.is_file() else 'left'}  python {' '.join(step.command())}")
             return
 
-        from hf_seg.studies.ablation_report import summarize, to_markdown, write_results
+        from hf_seg.studies.ablation_report import summarize, write_results
 
         root.mkdir(parents=True, exist_ok=True)
         run_plan(plan, options.threads, options.seeds, root / study.name)
         summary = summarize(plan, options.seeds)
         write_results(summary, root / study.name)
-        print(to_markdown(summary), end="")
-        print(f"results: {root / study.name}")
+        for each in summary["comparisons"]:
+            name = f"{each['row']} - {each['against']}" + (f", {each['world']}" if each["world"] else "")
+            print(f"{name}: {each['value']:+.1f} points [{each['low']:+.1f}, {each['high']:+.1f}], {each['result']}")
+        print(f"results: {root / study.name / 'results.html'}")
 
 
 if __name__ == "__main__":

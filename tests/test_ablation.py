@@ -16,7 +16,7 @@ from hf_seg.labels import NUM_LABELS
 from hf_seg.settings import parse_arguments
 from hf_seg.studies import ablation
 from hf_seg.studies.ablation import Plan, read_study
-from hf_seg.studies.ablation_report import summarize, to_csv, to_markdown
+from hf_seg.studies.ablation_report import summarize, to_csv, write_results
 
 sys.path.append(str(Path(__file__).parents[1] / "scripts"))
 import ablation as script
@@ -172,8 +172,13 @@ def test_a_difference_that_the_data_shows_is_called_so(tmp_path: Path) -> None:
     assert comparison["value"] == pytest.approx(100 * (scores["clipped"] - scores["plain"]))
     assert comparison["value"] == pytest.approx(np.mean(comparison["per_seed"]))
     assert 0 < comparison["low"] < comparison["value"] < comparison["high"] and comparison["detectable"] > 0
-    text = to_markdown(summary)
-    assert "| clipped - plain |" in text and "| better |" in text and "no difference" in text
+    assert comparison["result"] == "better"
+    write_results(summary, tmp_path / "out")
+    text, page = ((tmp_path / "out" / f"results.{kind}").read_text() for kind in ("md", "html"))
+    (line,) = (line for line in text.splitlines() if line.startswith("| clipped - plain |"))
+    assert f"| {comparison['value']:+.1f} |" in line and "| better |" in line and line.endswith("| no difference |")
+    assert f"<td>{comparison['value']:+.1f}</td>" in page and "data:image/png;base64," in page
+    assert "http" not in page.replace("<!doctype html>", "")
     header, *lines = to_csv(summary).splitlines()
     assert header.startswith("world,row,seed,mean_iou") and len(lines) == 4
     assert lines[0].split(",")[:3] == ["", "plain", "0"]
@@ -184,7 +189,7 @@ def test_equal_rows_do_not_differ(tmp_path: Path) -> None:
     finish(plan, {key: random_tiles(key[2], 30) for key in plan.scores})
     (comparison,) = summarize(plan, [0, 1])["comparisons"]
     assert comparison["value"] == comparison["low"] == comparison["high"] == comparison["detectable"] == 0
-    assert "| not shown |" in to_markdown(summarize(plan, [0, 1]))
+    assert comparison["result"] == "not shown"
 
 
 def test_the_best_row_on_val_is_compared_on_test(tmp_path: Path) -> None:
@@ -252,12 +257,12 @@ def test_a_study_runs_and_does_nothing_twice(
     root = tmp_path / "runs"
     assert run(study, root) == 0
     printed = capsys.readouterr().out
-    assert "| plain |" in printed and str(root / "tiny") in printed
+    assert str(root / "tiny" / "results.html") in printed
     results = json.loads((root / "tiny" / "results.json").read_text())
     (only,) = results["rows"][0]["runs"]
     assert results["n_tiles"] == 3 and 0 <= only["mean_iou"] <= 1 and only["seconds"] > 0
     assert {path.name for path in (root / "tiny").iterdir()} == {
-        f"results.{kind}" for kind in ("json", "csv", "md", "png")
+        f"results.{kind}" for kind in ("json", "csv", "md", "html", "png")
     }
     (trained,) = root.glob("stage2-*/")
     assert not (trained / "checkpoints").exists()

@@ -3,6 +3,7 @@
 import csv
 import io
 import json
+import subprocess
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -11,13 +12,14 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from hf_seg.bootstrap import crossed_difference
+from hf_seg.bootstrap import REPLICATES, crossed_difference
 from hf_seg.errors import UserError, file_errors
 from hf_seg.files import write_atomic
 from hf_seg.labels import CLASS_NAMES
 from hf_seg.metrics import ConfusionMatrix
+from hf_seg.report.page import embed_from, environment
 from hf_seg.report.style import DPI, LINE_COLORS, save_figure, style_axes
-from hf_seg.studies.ablation import Comparison, Plan, Step
+from hf_seg.studies.ablation import PROJECT, Comparison, Plan, Step
 
 # The smallest difference that four of five such studies find (5 %, two-sided), in widths of the 95 % interval
 DETECTABLE = (1.96 + 0.84) / (2 * 1.96)
@@ -63,8 +65,8 @@ def summarize(plan: Plan, seeds: Sequence[int]) -> dict[str, Any]:
     """Score the rows and compare them; rows and comparisons that are not complete are left out.
 
     Returns:
-        `question`, `seeds`, `n_tiles`, `rows` and `comparisons`, every value fit for JSON. Scores are fractions,
-        differences points.
+        `study`, `question`, `commit`, `seeds`, `n_tiles`, `rows` and `comparisons`, all fit for JSON. Scores are
+        fractions, differences points.
     """
     found = collect(plan)
     rows, comparisons = [], []
@@ -72,11 +74,7 @@ def summarize(plan: Plan, seeds: Sequence[int]) -> dict[str, Any]:
         for name in plan.study.rows:
             runs = [{"seed": seed, **_run(*found[world, name, seed])} for seed in seeds if (world, name, seed) in found]
             if runs:
-                scores = [run["mean_iou"] for run in runs]
-                deviation = float(np.std(scores, ddof=1)) if len(scores) > 1 else None
-                rows.append(
-                    {"world": world, "row": name, "mean": float(np.mean(scores)), "deviation": deviation, "runs": runs}
-                )
+                rows.append({"world": world, "row": name, **_average(runs), "runs": runs})
         for comparison in plan.study.comparisons:
             pair = [[found.get((world, name, seed)) for seed in seeds] for name in (comparison.row, comparison.against)]
             if all(entry is not None for entries in pair for entry in entries):
@@ -88,10 +86,31 @@ def summarize(plan: Plan, seeds: Sequence[int]) -> dict[str, Any]:
     return {
         "study": plan.study.name,
         "question": plan.study.question,
+        "commit": _commit(),
         "seeds": [*seeds],
         "n_tiles": n_tiles,
         "rows": rows,
         "comparisons": comparisons,
+    }
+
+
+def _commit() -> str | None:
+    """Return the commit of the code, "changed" if files differ from it; None outside a checkout."""
+    command = ["git", "-C", str(PROJECT), "describe", "--always", "--exclude=*", "--dirty=, changed"]
+    found = subprocess.run(command, capture_output=True, text=True, check=False)
+    return found.stdout.strip() or None
+
+
+def _average(runs: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Average a row over its seeds: `mean` and `deviation` of the mIoU, `iou` of each class from 1 up, `seconds`."""
+    scores = [run["mean_iou"] for run in runs]
+    known = [run["seconds"] for run in runs if run["seconds"] is not None]
+    classes = [[run["iou"][name] for run in runs] for name in CLASS_NAMES[1:]]
+    return {
+        "mean": float(np.mean(scores)),
+        "deviation": float(np.std(scores, ddof=1)) if len(scores) > 1 else None,
+        "iou": [None if None in values else float(np.mean(values)) for values in classes],
+        "seconds": float(np.mean(known)) if known else None,
     }
 
 
@@ -107,8 +126,9 @@ def _compare(comparison: Comparison, row: np.ndarray, against: np.ndarray) -> di
     """Compare two rows on the same seeds and tiles, (S, T, C, C) each."""
     value, low, high = (100 * bound for bound in crossed_difference(against, row).mean_iou)
     per_seed = [100 * (_score(a)["mean_iou"] - _score(b)["mean_iou"]) for a, b in zip(row, against, strict=True)]
+    result = "better" if low > 0 else "worse" if high < 0 else "not shown"
     interval = {"value": value, "low": low, "high": high, "detectable": DETECTABLE * (high - low)}
-    return {**vars(comparison), **interval, "per_seed": per_seed}
+    return {**vars(comparison), **interval, "per_seed": per_seed, "result": result}
 
 
 def _score(tiles: np.ndarray) -> dict[str, Any]:
@@ -117,45 +137,11 @@ def _score(tiles: np.ndarray) -> dict[str, Any]:
     return counts.compute()
 
 
-def verdict(comparison: Mapping[str, Any]) -> str:
-    """Say in a word what a comparison has shown."""
-    if comparison["low"] > 0:
-        return "better"
-    return "worse" if comparison["high"] < 0 else "not shown"
-
-
-def to_markdown(summary: Mapping[str, Any]) -> str:
-    """Return the tables of a study."""
-    several = len({row["world"] for row in summary["rows"]}) > 1
-    world_title, world_rule = ("| dataset ", "| --- ") if several else ("", "")
-    lines = [
-        f"{summary['question']}\n",
-        f"{len(summary['seeds'])} seeds ({', '.join(map(str, summary['seeds']))}), {summary['n_tiles']} test tiles.\n",
-        f"{world_title}| row | mIoU, % | standard deviation | by seed | seconds |",
-        f"{world_rule}| --- | --- | --- | --- | --- |",
-    ]
-    for row in summary["rows"]:
-        seconds = [run["seconds"] for run in row["runs"] if run["seconds"] is not None]
-        world = f"| {row['world']} " if several else ""
-        deviation = "" if row["deviation"] is None else f"{100 * row['deviation']:.1f}"
-        by_seed = ", ".join(f"{100 * run['mean_iou']:.1f}" for run in row["runs"])
-        lines.append(
-            f"{world}| {row['row']} | {100 * row['mean']:.1f} | {deviation} | {by_seed} | "
-            f"{f'{np.mean(seconds):.0f}' if seconds else ''} |"
-        )
-    lines += [
-        "",
-        f"{world_title}| comparison | points [95 %] | result | smallest effect seen | expected before the run |",
-        f"{world_rule}| --- | --- | --- | --- | --- |",
-    ]
-    for each in summary["comparisons"]:
-        world = f"| {each['world']} " if several else ""
-        points = f"{each['value']:+.1f} [{each['low']:+.1f}, {each['high']:+.1f}]"
-        lines.append(
-            f"{world}| {each['row']} - {each['against']} | {points} | {verdict(each)} | {each['detectable']:.1f} | "
-            f"{each['hypothesis']} |"
-        )
-    return "\n".join(lines) + "\n"
+def render(summary: Mapping[str, Any], folder: Path, layout: str) -> str:
+    """Return the report of a study, with the layout `html.j2` (the folder's figure in it) or `markdown.j2`."""
+    template = environment("hf_seg.studies", html=layout == "html.j2").get_template("study.j2")
+    content = {**summary, "classes": CLASS_NAMES[1:], "replicates": REPLICATES, "embed": embed_from(folder)}
+    return template.render(content, layout=layout)
 
 
 def to_csv(summary: Mapping[str, Any]) -> str:
@@ -185,7 +171,7 @@ def draw(summary: Mapping[str, Any], path: Path) -> None:
     _label(left, "Scores: a dot per seed, and their mean", names, "mIoU, %")
     names = []
     for place, each in enumerate(summary["comparisons"]):
-        color = {"better": LINE_COLORS[3], "worse": LINE_COLORS[2]}.get(verdict(each), "#8a8a8a")
+        color = {"better": LINE_COLORS[3], "worse": LINE_COLORS[2]}.get(each["result"], "#8a8a8a")
         right.plot([each["low"], each["high"]], [place, place], color=color, linewidth=2.5)
         right.plot(each["value"], place, "o", color=color, markersize=7)
         right.plot(each["per_seed"], [place] * len(each["per_seed"]), "|", color="#8a8a8a", markersize=8)
@@ -207,8 +193,9 @@ def _label(axes: Axes, title: str, names: Sequence[str], unit: str) -> None:
 
 
 def write_results(summary: Mapping[str, Any], folder: Path) -> None:
-    """Write results.json, results.csv, results.md and results.png to a folder."""
+    """Write results.html, the same as Markdown, JSON and CSV, and results.png to a folder."""
     write_atomic(folder / "results.json", json.dumps(summary, indent=1) + "\n")
     write_atomic(folder / "results.csv", to_csv(summary))
-    write_atomic(folder / "results.md", to_markdown(summary))
     draw(summary, folder / "results.png")
+    write_atomic(folder / "results.md", render(summary, folder, "markdown.j2"))
+    write_atomic(folder / "results.html", render(summary, folder, "html.j2"))
