@@ -160,6 +160,9 @@ class Stage1Arguments(RecipeArguments):
     raa_prob: float = setting(0.2, "probability of resolution alignment of a source image; 0: never", low=0, high=1)
     raa_min_scale: float = setting(0.1, "strongest downsampling, as a ratio of the side", above=0, high=1)
     raa_max_scale: float = setting(0.35, "weakest downsampling", above=0, high=1)
+    raa_resampling: Literal["bilinear", "area"] = setting(
+        "bilinear", "downsampling of the alignment: the paper's, or means over areas, as of a coarse sensor"
+    )
     raa_max_upscale: float = setting(1.0, "largest zoom after it, cropped back to size; 1: none", low=1)
     ema_decay: float = setting(0.999, "weight of the teacher's past in each update, after its warm-up", low=0, high=1)
     teacher_batch_norm: Literal["batch", "running"] = setting(

@@ -223,7 +223,8 @@ def load_domain(
 ) -> Any:
     """Load what is left of a stream: the source augmented, the target as the teacher sees it, only cut and turned."""
     is_source = stream == SOURCE_STREAM
-    alignment = ResolutionAlignment((args.raa_min_scale, args.raa_max_scale), args.raa_max_upscale, p=args.raa_prob)
+    scales = (args.raa_min_scale, args.raa_max_scale)
+    alignment = ResolutionAlignment(scales, args.raa_max_upscale, args.raa_resampling, p=args.raa_prob)
     transform = optical_transform(
         args.crop_size,
         scale_range=(args.min_scale, args.max_scale),

@@ -2,18 +2,23 @@
 
     python scripts/make_synthetic_dataset.py --output data/synthetic --seed 7 --source 56 --train 48 --val 12
     python scripts/measure_synthetic_difficulty.py networks --data data/synthetic [--steps 1500] [--runs sar_clean]
-    python scripts/measure_synthetic_difficulty.py resolution --data data/synthetic [--steps 1500] [--scenes 40]
+    python scripts/measure_synthetic_difficulty.py resolution --data data/synthetic [--steps 1500] [--scenes 40] \\
+        [--model_name_or_path pretrained/efficientnet_lite0]
+    python scripts/measure_synthetic_difficulty.py resolution --source_dir REAL [--model_name_or_path ...]
 
 `networks` trains a small convolutional network with cross entropy: on SAR with exact and with noisy labels, and on the
 optical images of the source. Each is scored on unseen scenes with exact labels.
-`resolution` trains the small network on the optical images of the source and scores it on unseen target scenes, each
-rendered twice, sharp and coarse, all else equal. The difference is what resolution alignment could win back.
+`resolution` trains a network on the optical images of the source and scores it on unseen target scenes, each rendered
+twice, sharp and coarse, all else equal. The difference is what resolution alignment could win back. A network with
+random weights that learns little loses little: take the pretrained encoder of stage 1. With `--source_dir`, a folder of
+real tiles in the layout of OpenEarthMap, it trains on one half of each labelled tile of train and val, scores the other
+half as it is and made coarse as the target's camera does, and repeats this with the halves exchanged.
 """
 
 import argparse
 import json
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -21,54 +26,32 @@ from typing import Any
 import numpy as np
 
 from hf_seg.errors import UserError, one_line_errors
-from hf_seg.labels import NUM_LABELS
+from hf_seg.labels import CLASS_NAMES
 from hf_seg.settings import Parser
 from hf_seg.synthetic import EXTRA_FOLDER, SOURCE_FOLDER, TARGET_FOLDER, check_synthetic_dataset
 
-CROP = 128
+CROP = 128  # of the small network
+TOY_CROP = 96  # of a pretrained encoder
 RUNS = ("sar_clean", "sar_noisy", "optical")
 
 
-def small_network(width: int = 24) -> Any:
-    """Return a network of half a million weights that trains on one core in minutes.
+def build_network(name: str | None) -> Any:
+    """Return a `LoadedNetwork`: the small network, or UperNet of toy stage 1 on the pretrained encoder `name`."""
+    from hf_seg.inference.load import use_network
+    from hf_seg.models import build_model
+    from hf_seg.studies.small_network import SmallNetwork
 
-    Three strided stages, dilated convolutions, two skip connections; it maps (B, 3, H, W) to logits.
+    if name is None:
+        return use_network(SmallNetwork(), crop_size=CROP)
+    return use_network(build_model(name, crop_size=TOY_CROP, head_width=64), crop_size=TOY_CROP)
+
+
+def train_network(images: Any, options: argparse.Namespace, *, is_sar: bool = False) -> Any:
+    """Train a network: batch 8, cross entropy, AdamW with one cycle up to 3e-3, or 2e-3 if it is pretrained.
+
+    Returns:
+        The `LoadedNetwork`.
     """
-    import torch
-    from torch import Tensor, nn
-
-    from hf_seg.models import SegmentationLogits
-
-    def block(width_in: int, width_out: int, stride: int = 1, dilation: int = 1) -> nn.Sequential:
-        convolution = nn.Conv2d(width_in, width_out, 3, stride, dilation, dilation, bias=False)
-        return nn.Sequential(convolution, nn.BatchNorm2d(width_out), nn.ReLU())
-
-    def resize(features: Tensor, like: Tensor) -> Tensor:
-        return nn.functional.interpolate(features, size=like.shape[-2:], mode="bilinear")
-
-    class SmallNetwork(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            wide = 4 * width
-            self.stage1 = nn.Sequential(block(3, width, 2), block(width, width))
-            self.stage2 = nn.Sequential(block(width, 2 * width, 2), block(2 * width, 2 * width))
-            dilated = [block(wide, wide, dilation=dilation) for dilation in (1, 2, 4)]
-            self.stage3 = nn.Sequential(block(2 * width, wide, 2), *dilated)
-            self.fuse_quarter, self.fuse_half = block(wide + 2 * width, 2 * width), block(3 * width, 2 * width)
-            self.head = nn.Conv2d(2 * width, NUM_LABELS, 1)
-
-        def forward(self, pixel_values: Tensor) -> SegmentationLogits:
-            half = self.stage1(pixel_values)
-            quarter = self.stage2(half)
-            features = self.fuse_quarter(torch.cat([quarter, resize(self.stage3(quarter), quarter)], 1))
-            features = self.fuse_half(torch.cat([half, resize(features, half)], 1))
-            return SegmentationLogits(resize(self.head(features), pixel_values), None)
-
-    return SmallNetwork()
-
-
-def train_network(images: Any, *, is_sar: bool, steps: int, seed: int = 0) -> Any:
-    """Train the small network: crop 128, batch 8, cross entropy, AdamW with one cycle up to 3e-3."""
     import torch
     from tqdm import tqdm
 
@@ -76,27 +59,26 @@ def train_network(images: Any, *, is_sar: bool, steps: int, seed: int = 0) -> An
     from hf_seg.data.transforms import optical_transform, sar_transform
     from hf_seg.losses import cross_entropy
 
-    torch.manual_seed(seed)
-    network = small_network().train()
-    optimizer = torch.optim.AdamW(network.parameters(), 3e-3, weight_decay=0.01)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 3e-3, total_steps=steps)
-    transform = (sar_transform if is_sar else optical_transform)(CROP, scale_range=(0.75, 1.5))
-    loader = train_dataloader(AugmentedStream(images, transform, seed), start=0, stop=8 * steps, batch_size=8)
+    torch.manual_seed(options.seed)
+    loaded = build_network(name := getattr(options, "model_name_or_path", None))
+    network = loaded.network().train()
+    rate = 2e-3 if name else 3e-3
+    optimizer = torch.optim.AdamW(network.parameters(), rate, weight_decay=0.01)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, rate, total_steps=options.steps)
+    transform = (sar_transform if is_sar else optical_transform)(loaded.crop_size, scale_range=(0.75, 1.5))
+    stream = AugmentedStream(images, transform, options.seed, normalization=loaded.normalization)
+    loader = train_dataloader(stream, start=0, stop=8 * options.steps, batch_size=8)
     for batch in tqdm(loader, desc="training", unit="step", leave=False):
-        loss = cross_entropy(network(batch["pixel_values"]).logits, batch["labels"])
+        logits, auxiliary_logits = network(batch["pixel_values"])
+        loss = cross_entropy(logits, batch["labels"])
+        if auxiliary_logits is not None:
+            loss = loss + 0.4 * cross_entropy(auxiliary_logits, batch["labels"])
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
         schedule.step()
-    return network
-
-
-def image_features() -> Any:
-    """Return the columns of a dataset of labelled images."""
-    import datasets
-
-    features = {"image_id": datasets.Value("string"), "image": datasets.Image(), "label": datasets.Image(mode="L")}
-    return datasets.Features(features)
+    network.eval()
+    return loaded
 
 
 def labelled_images(rows: Sequence[Any], column: str, labels: Path | None = None) -> Any:
@@ -107,16 +89,25 @@ def labelled_images(rows: Sequence[Any], column: str, labels: Path | None = None
         column: of the images.
         labels: folder of other labels than those of the rows.
     """
+    return as_samples(
+        (row.image_id, row.files[column], str(labels / f"{row.image_id}.tif") if labels else row.files["label"])
+        for row in rows
+    )
+
+
+def as_samples(rows: Iterable[tuple[str, Any, Any]]) -> Any:
+    """Return `LabelledImages` of (id, image, label): files, or arrays of (H, W, 3) and (H, W) uint8."""
     import datasets
+    from PIL import Image
 
     from hf_seg.data.samples import LabelledImages
 
-    columns = {
-        "image_id": [row.image_id for row in rows],
-        "image": [row.files[column] for row in rows],
-        "label": [str(labels / f"{row.image_id}.tif") if labels else row.files["label"] for row in rows],
-    }
-    return LabelledImages(datasets.Dataset.from_dict(columns, features=image_features()), "image")
+    columns: dict[str, list[Any]] = {"image_id": [], "image": [], "label": []}
+    for row in rows:
+        for name, value in zip(columns, row, strict=True):
+            columns[name].append(Image.fromarray(value) if isinstance(value, np.ndarray) else value)
+    features = {"image_id": datasets.Value("string"), "image": datasets.Image(), "label": datasets.Image(mode="L")}
+    return LabelledImages(datasets.Dataset.from_dict(columns, features=datasets.Features(features)), "image")
 
 
 def run_networks(options: argparse.Namespace) -> None:
@@ -138,57 +129,98 @@ def run_networks(options: argparse.Namespace) -> None:
     }
     for name in options.runs or RUNS:
         images, tests = runs[name]
-        network = train_network(images, is_sar=name != "optical", steps=options.steps, seed=options.seed)
+        loaded = train_network(images, options, is_sar=name != "optical")
         print(f"{name}: {len(images)} scenes, {options.steps} steps")
         for title, test in tests.items():
-            print_score(network, title, test)
+            print_score(f"{title} ({len(test)})", score(loaded, test))
 
 
 def run_resolution(options: argparse.Namespace) -> None:
-    """Train on optical source tiles; score on target scenes that are rendered sharp and coarse."""
-    import datasets
-    from PIL import Image
+    """Train on sharp optical images, and score on unseen ones that are sharp and coarse, all else equal."""
+    from hf_seg.metrics import ConfusionMatrix
 
-    from hf_seg.data.samples import LabelledImages
+    counts = {"sharp": ConfusionMatrix(), "coarse": ConfusionMatrix()}
+    for images, tests in real_folds(options) if options.source_dir else synthetic_fold(options):
+        loaded = train_network(images, options)
+        print(f"optical: {len(images)} scenes, {options.steps} steps", flush=True)
+        for name, test in tests.items():
+            counts[name].merge(score(loaded, test))
+    sharp, coarse = (print_score(name, matrix) for name, matrix in counts.items())
+    print(f"lost on coarse images: {100 * (sharp['mean_iou'] - coarse['mean_iou']):.1f} points of mIoU")
+    lost = [
+        f"{name} {100 * (sharp['iou'][name] - coarse['iou'][name]):.1f}"
+        for name in CLASS_NAMES[1:]
+        if sharp["iou"][name] is not None
+    ]
+    print(f"lost IoU: {', '.join(lost)}")
+
+
+def synthetic_fold(options: argparse.Namespace) -> Iterator[tuple[Any, dict[str, Any]]]:
+    """Yield the source's training tiles, and unseen target scenes rendered twice, sharp and coarse."""
     from hf_seg.data.scan import scan_open_earth_map
     from hf_seg.synthetic import Scene
     from hf_seg.synthetic.optical import TARGET_CAMERA, render_optical
 
-    rows = scan_open_earth_map(options.data / SOURCE_FOLDER).rows["train"]
-    made_with = json.loads((options.data / SOURCE_FOLDER / "dataset.json").read_text(encoding="utf-8"))["settings"]
-    network = train_network(labelled_images(rows, "image"), is_sar=False, steps=options.steps, seed=options.seed)
-    print(f"optical: {len(rows)} scenes, {options.steps} steps")
-    scores = {}
+    folder = options.data / SOURCE_FOLDER
+    made_with = json.loads((folder / "dataset.json").read_text(encoding="utf-8"))["settings"]
+    tests = {}
     for name, coarse_prob in (("sharp", 0.0), ("coarse", 1.0)):
-        camera = replace(TARGET_CAMERA, coarse_prob=coarse_prob)
-        columns: dict[str, list[Any]] = {"image_id": [], "image": [], "label": []}
+        camera, rows = replace(TARGET_CAMERA, coarse_prob=coarse_prob), []
         for scene in (Scene(made_with["seed"], "test", index, made_with["size"]) for index in range(options.scenes)):
             ground_rng, optical_rng, *_ = scene.generators()
             ground = scene.make_ground(ground_rng)
             image = np.moveaxis(render_optical(optical_rng, ground, camera), 0, -1)
-            columns["image_id"].append(scene.name)
-            columns["image"].append(Image.fromarray(image))
-            columns["label"].append(Image.fromarray(ground.crop(ground.label)))
-        test = LabelledImages(datasets.Dataset.from_dict(columns, features=image_features()), "image")
-        scores[name] = print_score(network, f"{name} target", test)
-    lost = 100 * (scores["sharp"] - scores["coarse"])
-    print(f"lost on coarse scenes: {lost:.1f} points of mIoU")
+            rows.append((scene.name, image, ground.crop(ground.label)))
+        tests[name] = as_samples(rows)
+    yield labelled_images(scan_open_earth_map(folder).rows["train"], "image"), tests
 
 
-def print_score(network: Any, title: str, images: Any) -> float:
-    """Print and return the mIoU of a network on labelled images."""
+def real_folds(options: argparse.Namespace) -> Iterator[tuple[Any, dict[str, Any]]]:
+    """Yield the left halves of all labelled tiles, the right ones as they are and made coarse; then the reverse.
+
+    There are too few real tiles to leave whole ones out: some classes occur in one tile only.
+    """
+    from hf_seg.data.open_earth_map import read_tile
+    from hf_seg.data.scan import scan_open_earth_map
+    from hf_seg.synthetic.optical import TARGET_CAMERA, coarsen
+
+    splits = scan_open_earth_map(options.source_dir).rows
+    rng = np.random.default_rng(options.seed)
+    halves: tuple[list[Any], list[Any]] = ([], [])
+    coarse: tuple[list[Any], list[Any]] = ([], [])
+    for row in (row for split in ("train", "val") for row in splits[split] if row.files["label"]):
+        image = np.moveaxis(read_tile(row.files["image"], "image"), 0, -1)
+        label = read_tile(row.files["label"], "label")[0]
+        blurred = coarsen(image, rng.uniform(*TARGET_CAMERA.coarse_zoom))
+        middle = image.shape[1] // 2
+        for side, columns in enumerate((slice(0, middle), slice(middle, None))):
+            halves[side].append((row.image_id, image[:, columns], label[:, columns]))
+            coarse[side].append((row.image_id, blurred[:, columns], label[:, columns]))
+    for seen, unseen in ((0, 1), (1, 0)):
+        yield as_samples(halves[seen]), {"sharp": as_samples(halves[unseen]), "coarse": as_samples(coarse[unseen])}
+
+
+def score(loaded: Any, images: Any) -> Any:
+    """Return the `ConfusionMatrix` of a network on labelled images."""
     import torch
     from accelerate import Accelerator
 
-    from hf_seg.inference.load import use_network
     from hf_seg.inference.predict import Predictor
+    from hf_seg.metrics import ConfusionMatrix
     from hf_seg.training.evaluation import evaluate
 
-    predictor = Predictor([use_network(network, crop_size=CROP)], device=torch.device("cpu"), batch_size=8)
-    results, _ = evaluate(predictor, images, Accelerator(cpu=True))
+    results, _ = evaluate(Predictor([loaded], device=torch.device("cpu")), images, Accelerator(cpu=True))
+    counts = ConfusionMatrix()
+    counts.matrix[:] = results["confusion_matrix"]
+    return counts
+
+
+def print_score(title: str, counts: Any) -> dict[str, Any]:
+    """Print and return the scores of a `ConfusionMatrix`."""
+    results: dict[str, Any] = counts.compute()
     classes = " ".join("-" if value is None else f"{value:.2f}" for value in results["iou"].values())
-    print(f"{title} ({len(images)}): mIoU {results['mean_iou']:.3f}, IoU 0..8 {classes}", flush=True)
-    return float(results["mean_iou"])
+    print(f"{title}: mIoU {results['mean_iou']:.3f}, IoU 0..8 {classes}", flush=True)
+    return results
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
@@ -197,17 +229,22 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     commands = parser.add_subparsers(dest="command", required=True)
     networks = commands.add_parser("networks", help="train a small network three times, minutes each")
     resolution = commands.add_parser("resolution", help="measure what an optical network loses on coarse images")
-    for command in (networks, resolution):
-        command.add_argument("--data", metavar="DIR", type=Path, required=True, help="of make_synthetic_dataset.py")
+    on_real = resolution.add_mutually_exclusive_group(required=True)
+    for command, group in ((networks, networks), (resolution, on_real)):
+        needed = {"required": True} if command is networks else {}
+        group.add_argument("--data", metavar="DIR", type=Path, help="of make_synthetic_dataset.py", **needed)
         command.add_argument("--steps", metavar="N", type=int, default=1500, help="training steps (%(default)s)")
         command.add_argument("--seed", metavar="N", type=int, default=0, help="of the training (%(default)s)")
     networks.add_argument("--runs", nargs="+", choices=RUNS, help="only these")
+    on_real.add_argument("--source_dir", metavar="DIR", type=Path, help="real tiles instead, as OpenEarthMap")
     resolution.add_argument("--scenes", metavar="N", type=int, default=40, help="scenes to score (%(default)s)")
+    resolution.add_argument("--model_name_or_path", metavar="NAME", help="pretrained encoder, not the small network")
     options = parser.parse_args(arguments)
     for name, low in (("steps", 2), ("scenes", 1)):
         if getattr(options, name, low) < low:
             raise UserError(f"--{name} must be at least {low}; it is {getattr(options, name)}")
-    check_synthetic_dataset(options.data)
+    if options.data:
+        check_synthetic_dataset(options.data)
     return options
 
 

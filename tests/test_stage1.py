@@ -267,6 +267,7 @@ BAD = [
     ({"ema_decay": 1.5}, "ema_decay must be at least 0 and at most 1; it is 1.5"),
     ({"select_best_by": "weight", "method": "source_only"}, "select_best_by must be source or target"),
     ({"method": "daformer"}, "invalid choice: 'daformer'"),
+    ({"raa_resampling": "cubic"}, "invalid choice: 'cubic'"),
     ({"pseudo_labels": "x"}, "unknown setting '--pseudo_labels'"),
     ({"model_name_or_path": "toy-swinv2", "per_device_train_batch_size": 1}, "at least 2 for UperNet; it is 1"),
     ({"learning_rate": 1e6, "head_lr_multiplier": 1e6, "warmup_steps": 0}, "at step"),

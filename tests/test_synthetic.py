@@ -14,6 +14,7 @@ import cv2
 import numpy as np
 import pytest
 import rasterio
+from transformers import ConvNextV2Config, ConvNextV2Model
 
 from hf_seg.data.doctor import examine
 from hf_seg.data.open_earth_map import load_open_earth_map, load_open_earth_map_sar
@@ -371,14 +372,52 @@ def test_networks_are_trained_and_scored(data: Path, capsys: pytest.CaptureFixtu
     assert first == "sar_noisy: 4 scenes, 2 steps" and second.startswith("unseen SAR (2): mIoU 0.")
 
 
-def test_resolution_is_measured_on_scenes_that_differ_in_nothing_else(
-    data: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    difficulty.main(["resolution", "--data", str(data), "--steps", "2", "--scenes", "2"])
-    sharp, coarse, lost = capsys.readouterr().out.splitlines()[1:]
+def lost_points(printed: str) -> float:
+    """Check the last four lines that `resolution` prints, and return the points lost."""
+    sharp, coarse, lost, per_class = printed.splitlines()[-4:]
     scores = [float(line.split("mIoU ")[1][:5]) for line in (sharp, coarse)]
-    assert sharp.startswith("sharp target (2): mIoU 0.") and coarse.startswith("coarse target (2): mIoU 0.")
-    assert float(lost.split()[4]) == pytest.approx(100 * (scores[0] - scores[1]), abs=0.15)
+    assert sharp.startswith("sharp: mIoU 0.") and coarse.startswith("coarse: mIoU 0.")
+    points = float(lost.removeprefix("lost on coarse images: ").removesuffix(" points of mIoU"))
+    assert points == pytest.approx(100 * (scores[0] - scores[1]), abs=0.15)
+    each = [float(part.rsplit(" ", 1)[1]) for part in per_class.removeprefix("lost IoU: ").split(", ")]
+    assert np.mean(each) == pytest.approx(points, abs=0.15)
+    return points
+
+
+def test_resolution_is_measured_on_scenes_that_differ_in_nothing_else(
+    data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = ConvNextV2Config(depths=[1, 1, 1, 1], hidden_sizes=[8, 16, 24, 32])
+    ConvNextV2Model(config).save_pretrained(tmp_path / "encoder")
+    command = ["resolution", "--data", str(data), "--steps", "2", "--scenes", "2"]
+    lost = []
+    for model in ([], ["--model_name_or_path", str(tmp_path / "encoder")]):
+        difficulty.main([*command, *model])
+        printed = capsys.readouterr().out
+        assert printed.startswith("optical: 7 scenes, 2 steps\n")
+        lost.append(lost_points(printed))
+    assert lost[0] != lost[1]
+
+
+def test_resolution_of_real_tiles_is_measured_on_the_half_that_was_not_seen(
+    data: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folds = []
+
+    def record(images: Any, options: Any) -> Any:
+        folds.append(images)
+        return train(images, options)
+
+    train = difficulty.train_network
+    monkeypatch.setattr(difficulty, "train_network", record)
+    difficulty.main(["resolution", "--source_dir", str(data / "OpenEarthMap_wo_xBD"), "--steps", "2"])
+    printed = capsys.readouterr().out
+    assert printed.count("optical: 8 scenes, 2 steps\n") == 2
+    lost_points(printed)
+    left, right = ([images[index].image for index in range(8)] for images in folds)
+    rows = scan_open_earth_map(data / "OpenEarthMap_wo_xBD").rows
+    tile = np.moveaxis(read(Path(rows["train"][0].files["image"])), 0, -1)
+    assert np.array_equal(np.hstack([left[0], right[0]]), tile)
 
 
 def test_a_coarse_image_differs_from_a_sharp_one_in_resolution_only() -> None:
@@ -390,6 +429,27 @@ def test_a_coarse_image_differs_from_a_sharp_one_in_resolution_only() -> None:
     sharp, coarse = images
     assert coarse.mean((1, 2)) == pytest.approx(sharp.mean((1, 2)), abs=1)
     assert np.abs(np.diff(coarse)).mean() < 0.7 * np.abs(np.diff(sharp)).mean()
+
+
+def test_furrows_tell_fields_from_grass_in_sharp_images_only() -> None:
+    """What resolution alignment is tested on: colours stay in a coarse image, texture at 2 to 5 pixels does not."""
+    energy: dict[tuple[float, int], list[np.ndarray]] = {}
+    for index in (1, 6, 11, 16, 21, 26):
+        for coarse_prob in (0.0, 1.0):
+            ground_rng, optical_rng, *_ = (scene := Scene(7, "test", index, 192)).generators()
+            ground = scene.make_ground(ground_rng)
+            camera = replace(TARGET_CAMERA, coarse_prob=coarse_prob, noise=0.0)
+            grey = render_optical(optical_rng, ground, camera).astype(np.float32).mean(0)
+            texture = (grey - cv2.GaussianBlur(grey, (0, 0), 1.2)) / cv2.blur(grey, (9, 9))
+            for name in ("rangeland", "agriculture land"):
+                inside = (ground.crop(ground.label) == LABEL2ID[name]).astype(np.uint8)
+                inside = cv2.erode(inside, np.ones((9, 9), np.uint8)) > 0
+                energy.setdefault((coarse_prob, LABEL2ID[name]), []).append(texture[inside] ** 2)
+    grass, field = LABEL2ID["rangeland"], LABEL2ID["agriculture land"]
+    rms = {key: float(np.sqrt(np.concatenate(parts).mean())) for key, parts in energy.items()}
+    assert rms[0.0, field] > 1.3 * rms[0.0, grass]
+    assert rms[1.0, field] < 1.1 * rms[1.0, grass]
+    assert rms[1.0, field] < 0.4 * rms[0.0, field]
 
 
 def write_pseudo_labels(folder: Path, shape: tuple[int, int], count: int) -> Path:
@@ -457,6 +517,8 @@ def test_labels_are_not_replaced_by_unsuitable_ones(
         ),
         (difficulty, ["networks", "--data", "missing"], "--data missing has no folder OpenEarthMap_wo_xBD; make a"),
         (difficulty, ["networks", "--data", "DATA", "--steps", "1"], "--steps must be at least 2; it is 1"),
+        (difficulty, ["resolution"], "one of the arguments --data --source_dir is required"),
+        (difficulty, ["resolution", "--source_dir", "missing"], "missing does not exist"),
         (calibrate, ["figure", "--data", "DATA", "--real", "missing", "--output", "x.png"], "missing does not exist"),
     ],
 )

@@ -20,6 +20,7 @@ from hf_seg.data.transforms import (
     optical_transform,
     sar_transform,
 )
+from hf_seg.errors import UserError
 from hf_seg.hub.export import image_processor
 from hf_seg.labels import IGNORE_INDEX
 from hf_seg.normalization import to_image, to_pixel_values
@@ -314,6 +315,22 @@ def test_resolution_alignment_is_bilinear_down_and_up() -> None:
     assert np.array_equal(align_resolution(image, 0.25), expected)
     assert np.array_equal(aligned(image, mask, scale_range=(0.25, 0.25))[0], expected)
     assert np.array_equal(align_resolution(image, 1.0), image)
+
+
+@pytest.mark.parametrize("resampling", ["bilinear", "area"])
+def test_area_resampling_averages_blocks_and_bilinear_does_not(resampling: str) -> None:
+    """By a third and back, the centre of each block of 3 x 3 keeps the value of the small image."""
+    image = np.random.default_rng(0).integers(0, 256, (60, 90, 3), np.uint8)
+    means = image.reshape(20, 3, 30, 3, 3).mean((1, 3))
+    transform = ResolutionAlignment((1 / 3, 1 / 3), resampling=resampling, p=1)
+    centres = A.Compose([transform])(image=image)["image"][1::3, 1::3].astype(float)
+    difference = np.abs(centres - means)
+    assert difference.max() <= 0.51 if resampling == "area" else difference.mean() > 30  # the middle pixel alone
+
+
+def test_an_unknown_resampling_is_an_error_that_names_the_choice() -> None:
+    with pytest.raises(UserError, match=r"^unknown resampling 'nearest'; choose one of bilinear, area$"):
+        align_resolution(random_tile()[0], 0.5, "nearest")
 
 
 @pytest.mark.parametrize("shape", [(80, 80), (61, 97)])

@@ -13,6 +13,7 @@ import albumentations as A
 import cv2
 import numpy as np
 
+from hf_seg.errors import UserError
 from hf_seg.labels import IGNORE_INDEX
 
 
@@ -74,11 +75,24 @@ class RandomScaledCrop(A.DualTransform):
         return canvas
 
 
-def align_resolution(image: np.ndarray, ratio: float) -> np.ndarray:
-    """Lower the resolution of (H, W, ...) uint8 and keep its size (eq. 1, 2): bilinear down by `ratio`, and up."""
+DOWNSAMPLING = {"bilinear": cv2.INTER_LINEAR, "area": cv2.INTER_AREA}
+
+
+def align_resolution(image: np.ndarray, ratio: float, resampling: str = "bilinear") -> np.ndarray:
+    """Lower the resolution of (H, W, ...) uint8 and keep its size: down by `ratio`, and bilinear up.
+
+    Args:
+        resampling: how to downsample. "bilinear" is the paper (eq. 1, 2); it interpolates between neighbouring pixels,
+            whatever the ratio, so fine texture turns into noise. "area" averages, as a coarse sensor does.
+
+    Raises:
+        UserError: `resampling` is neither.
+    """
+    if resampling not in DOWNSAMPLING:
+        raise UserError(f"unknown resampling {resampling!r}; choose one of {', '.join(DOWNSAMPLING)}")
     height, width = image.shape[:2]
     small = (max(1, round(ratio * width)), max(1, round(ratio * height)))
-    coarse = cv2.resize(image, small, interpolation=cv2.INTER_LINEAR)
+    coarse = cv2.resize(image, small, interpolation=DOWNSAMPLING[resampling])
     return cv2.resize(coarse, (width, height), interpolation=cv2.INTER_LINEAR).reshape(image.shape)
 
 
@@ -91,12 +105,20 @@ class ResolutionAlignment(A.DualTransform):
         scale_range: the ratio of the downsampling is uniform in it.
         max_upscale: then zoom by U(1, max_upscale), image bilinear and label nearest, and cut back to size at a
             random place, as the authors' release does with 3.
+        resampling: of `align_resolution`.
     """
 
-    def __init__(self, scale_range: tuple[float, float] = (0.1, 0.35), max_upscale: float = 1.0, p: float = 0.2):
+    def __init__(
+        self,
+        scale_range: tuple[float, float] = (0.1, 0.35),
+        max_upscale: float = 1.0,
+        resampling: str = "bilinear",
+        p: float = 0.2,
+    ) -> None:
         super().__init__(p=p)
         self.scale_range = scale_range
         self.max_upscale = max_upscale
+        self.resampling = resampling
 
     def get_params(self) -> dict[str, Any]:
         zoom = self.py_random.uniform(1, self.max_upscale) if self.max_upscale > 1 else 1.0
@@ -104,7 +126,7 @@ class ResolutionAlignment(A.DualTransform):
         return {"ratio": self.py_random.uniform(*self.scale_range), "zoom": zoom, "place": place}
 
     def apply(self, img: np.ndarray, ratio: float, zoom: float, place: tuple[float, float], **_: Any) -> np.ndarray:
-        return self._zoom(align_resolution(img, ratio), zoom, place, cv2.INTER_LINEAR)
+        return self._zoom(align_resolution(img, ratio, self.resampling), zoom, place, cv2.INTER_LINEAR)
 
     def apply_to_mask(self, mask: np.ndarray, zoom: float, place: tuple[float, float], **_: Any) -> np.ndarray:
         return self._zoom(mask, zoom, place, cv2.INTER_NEAREST_EXACT)

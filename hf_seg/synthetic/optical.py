@@ -148,7 +148,12 @@ def _expose(rng: np.random.Generator, image: np.ndarray, camera: Camera) -> np.n
     image = 110 + np.float32(rng.uniform(*camera.contrast)) * (image - 110)
     image += np.float32(rng.uniform(*camera.haze)) * (np.array((168, 178, 190), np.float32) - image)
     zoom = rng.uniform(*(camera.coarse_zoom if rng.random() < camera.coarse_prob else camera.zoom))
-    if zoom < 0.95:  # sampled more coarsely and resampled to this grid
-        small = cv2.resize(image, None, fx=zoom, fy=zoom, interpolation=cv2.INTER_AREA)
-        image = cv2.resize(small, image.shape[1::-1], interpolation=cv2.INTER_CUBIC)
+    if zoom < 0.95:
+        image = coarsen(image, zoom)
     return image + np.float32(camera.noise) * rng.standard_normal(image.shape, dtype=np.float32)
+
+
+def coarsen(image: np.ndarray, zoom: float) -> np.ndarray:
+    """Sample (H, W, 3) more coarsely by `zoom` < 1, each pixel the mean of an area, and resample to the old grid."""
+    small = cv2.resize(image, None, fx=zoom, fy=zoom, interpolation=cv2.INTER_AREA)
+    return cv2.resize(small, image.shape[1::-1], interpolation=cv2.INTER_CUBIC)
