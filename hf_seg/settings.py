@@ -8,7 +8,7 @@
     args = parse_arguments(Arguments)      # sys.argv: --config recipe.yaml --seed 1
 
 Import-light, so that a command can answer `--help` before its slow imports. On the command line `-` and `_` in a name
-are the same.
+are the same, and `null` unsets what may be unset.
 """
 
 import argparse
@@ -164,6 +164,8 @@ def _shown(default: Any) -> str:
 def _how_to_parse(hint: Any) -> dict[str, Any]:
     if typing.get_origin(hint) in (Union, types.UnionType):
         (hint,) = (option for option in typing.get_args(hint) if option is not type(None))
+        how = _how_to_parse(hint)
+        return {**how, "type": _or_null(how["type"])} if "nargs" not in how else how
     if hint is bool:
         return {"type": _boolean, "metavar": "true|false"}
     if typing.get_origin(hint) is Literal:
@@ -171,6 +173,14 @@ def _how_to_parse(hint: Any) -> dict[str, Any]:
     if typing.get_origin(hint) is list:
         return {"type": typing.get_args(hint)[0], "nargs": "+"}
     return {"type": hint}
+
+
+def _or_null(parse: Callable[[str], Any]) -> Callable[[str], Any]:
+    def parse_or_null(text: str) -> Any:
+        return None if text == "null" else parse(text)
+
+    parse_or_null.__name__ = parse.__name__  # in argparse's errors
+    return parse_or_null
 
 
 def _boolean(text: str) -> bool:

@@ -378,3 +378,12 @@ def test_a_push_needs_the_name_of_a_repository(name: str | None) -> None:
     with pytest.raises(UserError, match=f"^hub_model_id must be user/name to push to; it is {name!r}$"):
         Stage2Arguments(push_to_hub=True, hub_model_id=name)
     assert Stage2Arguments(hub_model_id=name).push_to_hub is False
+
+
+def test_the_command_line_unsets_what_a_file_sets(tmp_path: Path) -> None:
+    file = tmp_path / "recipe.yaml"
+    file.write_text("head_width: 64\npseudo_labels: runs/labels\n", encoding="utf-8")
+    args = parse_arguments(Stage2Arguments, ["--config", str(file), "--head_width", "null", "--pseudo_labels", "null"])
+    assert args.head_width is None and args.pseudo_labels is None
+    with pytest.raises(UserError, match="invalid int value: 'none'"):
+        parse_arguments(Stage2Arguments, ["--head_width", "none"])

@@ -84,7 +84,7 @@ class Step:
         words = [self.script]
         for flag, value in self.flags.items():
             values = value if isinstance(value, list) else [value]
-            words += [f"--{flag}", *(str(each).lower() if isinstance(each, bool) else str(each) for each in values)]
+            words += [f"--{flag}", *(each if isinstance(each, str) else json.dumps(each) for each in values)]
         return words
 
 
