@@ -35,7 +35,7 @@ LAUNCH := $(BIN)/accelerate launch -q --config_file recipes/accelerate_configs/o
 TOY := recipes/configs/toy
 MEMBERS := 0 1 2
 quickstart: $(DATA) $(MEMBERS:%=pretrained/efficientnet_lite%)
-	@OMP_NUM_THREADS=2 $(LAUNCH) recipes/stage1.py --config $(TOY)/stage1_efficientnet_lite.yaml \
+	@OMP_NUM_THREADS=2 $(LAUNCH) recipes/stage1.py --config $(TOY)/stage1_efficientnet_lite.yaml --cache_gib 0.5 \
 		--source_dir $(DATA)/OpenEarthMap_wo_xBD --data_dir $(SAR) \
 		--output_dir $(QUICKSTART)/stage1 --resume_from_checkpoint latest
 	@OMP_NUM_THREADS=2 $(LAUNCH) recipes/pseudo_label.py --model $(QUICKSTART)/stage1 --stride 1 --tta flips --data_dir $(SAR) \
