@@ -26,7 +26,10 @@ def evaluate_both(
         for name, network in networks.items()
     }
     if accelerator.is_main_process:
-        tqdm.write("mIoU " + ", ".join(f"{key} {value:.4f}" for key, value in mean_ious(scores).items()))
+        found = (
+            (name, domain, results["mean_iou"]) for name, each in scores.items() for domain, results in each.items()
+        )
+        tqdm.write("mIoU " + ", ".join(f"{name} on {domain} {mean_iou:.4f}" for name, domain, mean_iou in found))
     return scores
 
 
