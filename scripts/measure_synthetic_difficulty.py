@@ -196,6 +196,8 @@ def real_folds(options: argparse.Namespace) -> Iterator[tuple[Any, dict[str, Any
         for side, columns in enumerate((slice(0, middle), slice(middle, None))):
             halves[side].append((row.image_id, image[:, columns], label[:, columns]))
             coarse[side].append((row.image_id, blurred[:, columns], label[:, columns]))
+    if not halves[0]:
+        raise UserError(f"--source_dir {options.source_dir}: no tile of train or val is labelled")
     for seen, unseen in ((0, 1), (1, 0)):
         yield as_samples(halves[seen]), {"sharp": as_samples(halves[unseen]), "coarse": as_samples(coarse[unseen])}
 

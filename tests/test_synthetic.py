@@ -431,6 +431,15 @@ def test_a_coarse_image_differs_from_a_sharp_one_in_resolution_only() -> None:
     assert np.abs(np.diff(coarse)).mean() < 0.7 * np.abs(np.diff(sharp)).mean()
 
 
+def test_resolution_needs_labelled_tiles(data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    shutil.copytree(data / "OpenEarthMap_wo_xBD", tmp_path / "oem")
+    for split in ("train", "val"):
+        (tmp_path / "oem" / f"{split}.txt").write_text("")
+    with pytest.raises(SystemExit, match="2"):
+        difficulty.main(["resolution", "--source_dir", str(tmp_path / "oem"), "--steps", "2"])
+    assert capsys.readouterr().err.endswith("oem: no tile of train or val is labelled\n")
+
+
 def test_furrows_tell_fields_from_grass_in_sharp_images_only() -> None:
     """What resolution alignment is tested on: colours stay in a coarse image, texture at 2 to 5 pixels does not."""
     energy: dict[tuple[float, int], list[np.ndarray]] = {}
