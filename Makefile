@@ -49,7 +49,7 @@ quickstart: $(DATA) $(MEMBERS:%=pretrained/efficientnet_lite%)
 	@OMP_NUM_THREADS=2 $(LAUNCH) recipes/ensemble.py --model $(MEMBERS:%=$(QUICKSTART)/lite%) --data_dir $(SAR) --split test \
 		--stride 1 --output_dir $(QUICKSTART)/ensemble
 	@OMP_NUM_THREADS=2 $(BIN)/hf-seg-predict $(DATA)/scene.tif $(QUICKSTART)/map.tif --model $(QUICKSTART)/ensemble --preview \
-		--overwrite
+		--overwrite > $(QUICKSTART)/map.txt
 	@$(BIN)/python scripts/summarize_quickstart.py $(QUICKSTART)
 
 # The same SAR stage with toys of the paper's three architectures, from random weights.
@@ -62,10 +62,10 @@ quickstart-architectures: quickstart
 		--output_dir $(QUICKSTART)/ensemble_architectures
 
 pretrained/efficientnet_lite%: | install
-	$(BIN)/python scripts/convert_pretrained.py --model tf_efficientnet_lite$* --output $@
+	@$(BIN)/python scripts/convert_pretrained.py --model tf_efficientnet_lite$* --output $@
 
 $(DATA): | install
-	$(BIN)/python scripts/make_synthetic_dataset.py --output $@ --seed $(SEED) --source 70 --train 160 --val 20 --test 100 --size 256 \
+	@$(BIN)/python scripts/make_synthetic_dataset.py --output $@ --seed $(SEED) --source 70 --train 160 --val 20 --test 100 --size 256 \
 		--scene 2048
 
 test: install

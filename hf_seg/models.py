@@ -228,7 +228,10 @@ def _prove_loaded(name: str, model: nn.Module, *, lost: Sequence[str], new: Sequ
             "it is damaged or another model than its config.json says"
         )
     prefixes = ", ".join(sorted({key.partition(".")[0] for key in new})) or "none"
-    logger.info("%s: %d tensors loaded, %d new (%s), %d unused", name, total - len(new), len(new), prefixes, unused)
+    level = logging.INFO if new or unused else logging.DEBUG  # all of a model of our own needs no mention
+    logger.log(
+        level, "%s: %d tensors loaded, %d new (%s), %d unused", name, total - len(new), len(new), prefixes, unused
+    )
 
 
 def _assert_windows(model: PreTrainedModel, crop_size: int) -> None:

@@ -24,7 +24,6 @@ from typing import Any
 from accelerate import Accelerator
 from accelerate.utils import broadcast, send_to_device, set_seed
 from torch import Tensor
-from tqdm import tqdm
 
 from hf_seg.adaptation.mean_teacher import MeanTeacher
 from hf_seg.data.open_earth_map import load_open_earth_map_sar
@@ -114,7 +113,7 @@ def main(argv: list[str] | None = None) -> None:
         is_last = progress.step == args.max_train_steps
         results = None
         if val_images is not None and (is_last or progress.step % args.eval_steps == 0):
-            results = evaluate(exported, val_images, accelerator, args)
+            results = evaluate_network(exported, val_images, accelerator, args)
             log.write({"step": progress.step, **results})
             if progress.best_score is None or results["mean_iou"] > progress.best_score:
                 progress.best_score = results["mean_iou"]
@@ -128,7 +127,7 @@ def main(argv: list[str] | None = None) -> None:
 
     # Export the last network, its results and figures
     if results is None and val_images is not None:  # resumed after the last step
-        results = evaluate(exported, val_images, accelerator, args)
+        results = evaluate_network(exported, val_images, accelerator, args)
     export(exported, student, output_dir, results, args, progress.step, accelerator)
     if results is not None and val_images is not None and accelerator.is_main_process:
         predictor = trained_predictor(exported, accelerator, args)
@@ -175,16 +174,6 @@ def training_loss(
         auxiliary = noise_robust_loss(outputs.auxiliary_logits, labels, **settings)
         losses["loss"] = losses["loss"] + args.auxiliary_weight * auxiliary["loss"]
     return losses
-
-
-def evaluate(
-    network: SegmentationNetwork, images: LabelledImages, accelerator: Accelerator, args: Stage2Arguments
-) -> dict[str, Any]:
-    """Score the network on whole validation tiles."""
-    results = evaluate_network(network, images, accelerator, args)
-    if accelerator.is_main_process:
-        tqdm.write(f"mIoU {results['mean_iou']:.4f}, overall accuracy {results['overall_accuracy']:.4f}")
-    return results
 
 
 def export(

@@ -76,6 +76,14 @@ def finished_run(oem: Path, target: Path, tmp_path_factory: pytest.TempPathFacto
     return output_dir
 
 
+def test_the_last_scores_are_printed_for_each_network_and_domain(finished_run: Path) -> None:
+    results = {name: json.loads((finished_run / name / "eval_results.json").read_text()) for name in ("", "student")}
+    (line,) = (line for line in (finished_run.parent / "log").read_text().splitlines() if line.startswith("mIoU"))
+    for name, title in (("student", "student"), ("", "teacher")):
+        assert f"{results[name]['mean_iou']:.4f} {title} source" in line
+        assert f"{results[name]['target']['mean_iou']:.4f} {title} target" in line
+
+
 def test_run_leaves_teacher_and_student_each_complete(finished_run: Path) -> None:
     wanted = {"config.json", "model.safetensors", "preprocessor_config.json"}
     wanted |= {"recipe.yaml", "eval_results.json", "training_data.json"}

@@ -73,6 +73,15 @@ def test_run_leaves_a_complete_folder(finished_run: Path) -> None:
     ]
 
 
+def test_the_last_and_the_best_score_are_printed(finished_run: Path) -> None:
+    log = (finished_run.parent / "log").read_text()
+    last, best = (json.loads((finished_run / part / "eval_results.json").read_text()) for part in ("", "best"))
+    line = (
+        f"mIoU after step {last['step']}: {last['mean_iou']:.4f}; best {best['mean_iou']:.4f} after step {best['step']}"
+    )
+    assert line in log.splitlines()
+
+
 def test_results_are_those_of_the_exported_weights(finished_run: Path, oem_sar: Path, tmp_path: Path) -> None:
     results = json.loads((finished_run / "eval_results.json").read_text())
     command = [

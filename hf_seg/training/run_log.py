@@ -35,6 +35,7 @@ class RunLog:
     def __init__(self, accelerator: Accelerator, args: RecipeArguments, step: int) -> None:
         run = Path(args.output_dir)
         self.accelerator, self.args, self.path = accelerator, args, run / "metrics.jsonl"
+        self._score: dict[str, str] = {}
         self.restart_clock()
         if accelerator.is_main_process:
             kept = [line for line in read_metrics(self.path) if line["step"] <= step]
@@ -55,7 +56,7 @@ class RunLog:
     def require_finite(self, loss: Tensor, step: int, image_ids: list[str]) -> None:
         """Raise `UserError` naming step and images where the loss is not finite."""
         if not math.isfinite(loss.item()):
-            self.close()
+            self.bar.close()
             raise UserError(
                 f"the loss is {loss.item()} at step {step}, images {', '.join(image_ids)}; "
                 "try a lower --learning_rate, --max_grad_norm 1, bf16 for fp16"
@@ -69,7 +70,8 @@ class RunLog:
         reduce = self.accelerator.reduce
         means = {name: float(reduce(total / self._count, "mean")) for name, total in self._sums.items()}
         rate = self._images / (time.perf_counter() - self._since)
-        self.bar.set_postfix(loss=f"{means['loss']:.3f}", lr=f"{learning_rate:.1e}", img_s=f"{rate:.1f}")
+        shown = {"loss": f"{means['loss']:.3f}", "lr": f"{learning_rate:.1e}", "img_s": f"{rate:.1f}", **self._score}
+        self.bar.set_postfix(shown)
         record = {"step": step, **means, "learning_rate": learning_rate, "images_per_second": round(rate, 2)}
         if self.accelerator.device.type == "cuda":
             record["peak_memory_gib"] = round(torch.cuda.max_memory_allocated() / 2**30, 2)
@@ -83,7 +85,9 @@ class RunLog:
         self._count, self._images, self._since = 0, 0, time.perf_counter()
 
     def write(self, record: dict[str, Any]) -> None:
-        """Append one line to metrics.jsonl and send its numbers to the tracker."""
+        """Append one line to metrics.jsonl and send its numbers to the tracker; the bar shows a validation's mIoU."""
+        if "mean_iou" in record:
+            self._score = {"mIoU": f"{record['mean_iou']:.4f}"}
         if self.accelerator.is_main_process:
             with self.path.open("a") as file:
                 file.write(json.dumps(record) + "\n")
@@ -91,8 +95,16 @@ class RunLog:
         self.accelerator.log(numbers, step=record["step"])
 
     def close(self) -> None:
-        """End the progress bar; `accelerator.end_training` ends the tracker, and with it all communication."""
+        """End the progress bar and print the last and the best score; `accelerator.end_training` ends the tracker."""
         self.bar.close()
+        scored = [record for record in read_metrics(self.path) if any(name.endswith("mean_iou") for name in record)]
+        if not scored or not self.accelerator.is_main_process:
+            return
+        names = [name for name in scored[-1] if name.endswith("_mean_iou")] or ["mean_iou"]
+        last = (f"{scored[-1][name]:.4f} {name.removesuffix('mean_iou').replace('_', ' ')}".strip() for name in names)
+        best = max(scored, key=lambda record: float(record.get("mean_iou", 0)))
+        of_best = f"; best {best['mean_iou']:.4f} after step {best['step']}" if "mean_iou" in best else ""
+        print(f"mIoU after step {scored[-1]['step']}: {', '.join(last)}{of_best}")
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:

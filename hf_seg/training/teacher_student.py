@@ -4,7 +4,6 @@ from pathlib import Path
 from typing import Any
 
 from accelerate import Accelerator
-from tqdm import tqdm
 
 from hf_seg.arguments import RecipeArguments, Stage1Arguments, dump_recipe
 from hf_seg.data.provenance import read_provenance
@@ -21,16 +20,10 @@ def evaluate_both(
     networks: Networks, val_images: dict[str, LabelledImages], accelerator: Accelerator, args: RecipeArguments
 ) -> Scores:
     """Score both networks on the images of each domain."""
-    scores: Scores = {
+    return {
         name: {domain: evaluate_network(network, images, accelerator, args) for domain, images in val_images.items()}
         for name, network in networks.items()
     }
-    if accelerator.is_main_process:
-        found = (
-            (name, domain, results["mean_iou"]) for name, each in scores.items() for domain, results in each.items()
-        )
-        tqdm.write("mIoU " + ", ".join(f"{name} on {domain} {mean_iou:.4f}" for name, domain, mean_iou in found))
-    return scores
 
 
 def mean_ious(scores: Scores) -> dict[str, float]:
