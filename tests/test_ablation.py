@@ -13,6 +13,7 @@ from filelock import FileLock
 from hf_seg.arguments import EnsembleArguments, PseudoLabelArguments, Stage1Arguments, Stage2Arguments
 from hf_seg.errors import UserError
 from hf_seg.labels import NUM_LABELS
+from hf_seg.metrics import ConfusionMatrix
 from hf_seg.settings import parse_arguments
 from hf_seg.studies import ablation
 from hf_seg.studies.ablation import Plan, read_study
@@ -227,6 +228,23 @@ def test_a_world_changes_the_steps_it_names(tmp_path: Path) -> None:
     plan = Plan(read_study(write_study(tmp_path, worlds=worlds)), [0], tmp_path)
     data = [step.flags.get("seed") for step in plan.steps if step.script.startswith("scripts/make")]
     assert data == [None, 9] and {world for world, _, _ in plan.scores} == {"easy", "hard"}
+
+
+def test_folds_are_scored_as_one_dataset(tmp_path: Path) -> None:
+    worlds = {"fold 0": {}, "fold 1": {"data": {"seed": 9}}}
+    plan = Plan(read_study(write_study(tmp_path, worlds=worlds, pool=True)), [0, 1], tmp_path / "runs")
+    right = {"plain": 30, "clipped": 60}
+    tiles = {
+        (world, row, seed): random_tiles(seed, right[row])[: 4 + 2 * (world == "fold 1")]
+        for world, row, seed in plan.scores
+    }
+    finish(plan, tiles)
+    summary = summarize(plan, [0, 1])
+    assert summary["n_tiles"] == 10 and [row["world"] for row in summary["rows"]] == ["", ""]
+    counts = ConfusionMatrix()
+    counts.matrix += tiles["fold 0", "plain", 1].sum(axis=0) + tiles["fold 1", "plain", 1].sum(axis=0)
+    assert summary["rows"][0]["runs"][1]["mean_iou"] == counts.compute()["mean_iou"]
+    assert summary["rows"][0]["seconds"] == 20.0 and len(summary["comparisons"]) == 1
 
 
 def run(study: Path, root: Path, *arguments: str) -> int:

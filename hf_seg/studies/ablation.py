@@ -29,7 +29,7 @@ PROJECT = PACKAGE.parent
 NO_EFFECT = ("hub", "mapping", "report", "studies")  # folders of the package that change no weights and no scores
 LIBRARIES = ("torch", "transformers", "timm", "albumentations", "numpy", "opencv-python-headless")
 _PLACEHOLDER = re.compile(r"\{(\w+)\}")
-_PARTS = {"question", "worlds", "steps", "rows", "score", "comparisons"}
+_PARTS = {"question", "worlds", "pool", "steps", "rows", "score", "comparisons"}
 
 
 @dataclass(frozen=True)
@@ -47,12 +47,14 @@ class Study:
 
     Attributes:
         worlds: {world: {step or row: flags that differ there}}.
+        pool: the worlds are parts of one dataset (folds), whose tiles are scored together.
         steps, rows: {name: flags}, `like` already resolved; `run` is the script.
     """
 
     name: str
     question: str
     worlds: dict[str, dict[str, dict[str, Any]]]
+    pool: bool
     steps: dict[str, dict[str, Any]]
     rows: dict[str, dict[str, Any]]
     score: dict[str, Any]
@@ -103,7 +105,7 @@ def read_study(path: Path) -> Study:
     if not isinstance(found, dict) or not {"question", "rows", "score", "comparisons"} <= found.keys() <= _PARTS:
         keys = sorted(found) if isinstance(found, dict) else []
         raise UserError(
-            f"{path} must have question, rows, score, comparisons, and may have steps, worlds; it has {keys}"
+            f"{path} must have question, rows, score, comparisons, and may have steps, worlds, pool; it has {keys}"
         )
     commands = {**found.get("steps", {}), **found["rows"]}
     steps = {name: _inherit(name, commands, path) for name in found.get("steps", {})}
@@ -117,7 +119,8 @@ def read_study(path: Path) -> Study:
             raise UserError(f"{path}: a comparison has row, against and hypothesis; this one is {each}")
         _require_known([each["row"], each["against"]], rows, path)
         comparisons.append(Comparison(**each))
-    return Study(path.stem, found["question"], worlds, steps, rows, found["score"], comparisons)
+    pool = found.get("pool", False)
+    return Study(path.stem, found["question"], worlds, pool, steps, rows, found["score"], comparisons)
 
 
 def _require_known(names: Any, known: Mapping[str, Any], path: Path) -> None:

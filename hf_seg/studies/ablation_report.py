@@ -25,6 +25,7 @@ from hf_seg.studies.ablation import PROJECT, Comparison, Plan, Step
 DETECTABLE = (1.96 + 0.84) / (2 * 1.96)
 
 Key = tuple[str, str, int]  # world, row, seed
+Scored = tuple[np.ndarray, float | None, str]  # confusion matrices (T, C, C), seconds of training, folder
 
 
 def read_tiles(step: Step) -> np.ndarray:
@@ -41,9 +42,9 @@ def read_seconds(step: Step) -> float | None:
     return seconds
 
 
-def collect(plan: Plan) -> dict[Key, tuple[np.ndarray, float | None, str]]:
+def collect(plan: Plan) -> dict[Key, Scored]:
     """Return tiles, seconds and origin of every row that is done; of a `best_of` row those of the row it takes."""
-    found = {}
+    found: dict[Key, Scored] = {}
     for key, step in plan.scores.items():
         if step.record.is_file():
             found[key] = (read_tiles(step), read_seconds(plan.trained[key]), plan.trained[key].folder.name)
@@ -53,6 +54,18 @@ def collect(plan: Plan) -> dict[Key, tuple[np.ndarray, float | None, str]]:
             best = max(keys, key=lambda key: _own_score(plan.trained[key]))
             found[world, name, seed] = (*found[best][:2], f"{best[1]}, best on val")
     return found
+
+
+def _pool(found: Mapping[Key, Scored], worlds: Sequence[str]) -> dict[Key, Scored]:
+    """Put the tiles of all worlds side by side; rows that a world lacks are left out."""
+    pooled: dict[Key, Scored] = {}
+    for _, name, seed in found:
+        parts = [found.get((world, name, seed)) for world in worlds]
+        if all(part is not None for part in parts):
+            tiles, seconds, origins = zip(*(part for part in parts if part is not None), strict=True)
+            total = None if None in seconds else float(sum(seconds))
+            pooled["", name, seed] = (np.concatenate(tiles), total, ", ".join(origins))
+    return pooled
 
 
 def _own_score(step: Step) -> float:
@@ -68,9 +81,11 @@ def summarize(plan: Plan, seeds: Sequence[int]) -> dict[str, Any]:
         `study`, `question`, `commit`, `seeds`, `n_tiles`, `rows` and `comparisons`, all fit for JSON. Scores are
         fractions, differences points.
     """
-    found = collect(plan)
+    found, worlds = collect(plan), list(plan.study.worlds)
+    if plan.study.pool:
+        found, worlds = _pool(found, worlds), [""]
     rows, comparisons = [], []
-    for world in plan.study.worlds:
+    for world in worlds:
         for name in plan.study.rows:
             runs = [{"seed": seed, **_run(*found[world, name, seed])} for seed in seeds if (world, name, seed) in found]
             if runs:
