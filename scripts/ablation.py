@@ -22,7 +22,7 @@ from hf_seg.errors import UserError, one_line_errors
 from hf_seg.settings import Parser
 
 if TYPE_CHECKING:
-    from hf_seg.studies.ablation import Plan, Step
+    from hf_seg.studies.ablation_plan import Plan, Step
 
 POLL = 2.0  # seconds, while other processes work on all that is left
 RESUMES = ("recipes/stage1.py", "recipes/stage2.py", "recipes/pseudo_label.py")  # what they left is continued
@@ -108,7 +108,8 @@ def main(arguments: list[str] | None = None) -> None:
     """Plan, run, report; a user's mistake is one line on stderr."""
     with one_line_errors():
         options = parse(arguments)
-        from hf_seg.studies.ablation import Plan, read_study
+        from hf_seg.studies.ablation import read_study
+        from hf_seg.studies.ablation_plan import Plan
 
         study = read_study(options.study)
         root: Path = options.output_dir.resolve()

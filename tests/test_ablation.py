@@ -15,8 +15,9 @@ from hf_seg.errors import UserError
 from hf_seg.labels import NUM_LABELS
 from hf_seg.metrics import ConfusionMatrix
 from hf_seg.settings import parse_arguments
-from hf_seg.studies import ablation
-from hf_seg.studies.ablation import Plan, read_study
+from hf_seg.studies import ablation_plan
+from hf_seg.studies.ablation import read_study
+from hf_seg.studies.ablation_plan import Plan, Step
 from hf_seg.studies.ablation_report import summarize, to_csv, write_results
 
 sys.path.append(str(Path(__file__).parents[1] / "scripts"))
@@ -92,7 +93,9 @@ def test_what_determines_a_result_identifies_it(tmp_path: Path, monkeypatch: pyt
     elif changed == "config":
         config.write_text("learning_rate: 2e-3\n", encoding="utf-8")
     else:
-        monkeypatch.setattr(ablation, "code_of", lambda script: "other" if script == "recipes/stage2.py" else script)
+        monkeypatch.setattr(
+            ablation_plan, "code_of", lambda script: "other" if script == "recipes/stage2.py" else script
+        )
         before = {name for name in before if name.startswith("make")}
     assert not {name for name in plan(data, row) & before if name.startswith(("stage2", "evaluate"))}
 
@@ -102,19 +105,19 @@ def test_comments_and_docstrings_are_no_code(tmp_path: Path, monkeypatch: pytest
     (tmp_path / "run.py").write_text("from hf_seg.arithmetic import x\nfrom hf_seg.report import plots\n")
     (tmp_path / "hf_seg" / "report" / "plots.py").write_text("y = 1\n")
     module = tmp_path / "hf_seg" / "arithmetic.py"
-    monkeypatch.setattr(ablation, "PROJECT", tmp_path)
+    monkeypatch.setattr(ablation_plan, "PROJECT", tmp_path)
 
     def digest(source: str, plots: str = "y = 1\n") -> str:
         module.write_text(source)
         (tmp_path / "hf_seg" / "report" / "plots.py").write_text(plots)
-        ablation.code_of.cache_clear()
-        return ablation.code_of("run.py")
+        ablation_plan.code_of.cache_clear()
+        return ablation_plan.code_of("run.py")
 
     before = digest('"""Text."""\nx = 1\n')
     assert digest('"""Other text."""\n\nx = (1)  # one\n') == before
     assert digest("x = 1\n", plots="y = 2\n") == before
     assert digest('"""Text."""\nx = 2\n') != before
-    ablation.code_of.cache_clear()
+    ablation_plan.code_of.cache_clear()
 
 
 @pytest.mark.parametrize(
@@ -313,7 +316,7 @@ def test_what_another_process_works_on_is_left_to_it(tmp_path: Path, monkeypatch
     )
     ran = []
 
-    def done(step: ablation.Step, threads: int) -> None:
+    def done(step: Step, threads: int) -> None:
         ran.append(step)
         step.record.write_text("{}")
 

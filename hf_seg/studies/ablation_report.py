@@ -19,7 +19,8 @@ from hf_seg.labels import CLASS_NAMES
 from hf_seg.metrics import ConfusionMatrix
 from hf_seg.report.page import embed_from, environment
 from hf_seg.report.style import DPI, LINE_COLORS, save_figure, style_axes
-from hf_seg.studies.ablation import PROJECT, Comparison, Plan, Step
+from hf_seg.studies.ablation import PROJECT, Comparison
+from hf_seg.studies.ablation_plan import Plan, Step
 
 # The smallest difference that four of five such studies find (5 %, two-sided), in widths of the 95 % interval
 DETECTABLE = (1.96 + 0.84) / (2 * 1.96)
