@@ -29,36 +29,37 @@ $(BIN)/installed: setup.cfg pyproject.toml constraints.txt scripts/repair_torchv
 # dataset: make quickstart SEED=1 QUICKSTART=runs/quickstart1
 QUICKSTART ?= runs/quickstart
 SEED ?= 0
+THREADS ?= 2
 DATA := $(QUICKSTART)/data
 SAR := $(DATA)/dfc25_track1
 LAUNCH := $(BIN)/accelerate launch -q --config_file recipes/accelerate_configs/one_process.yaml
 TOY := recipes/configs/toy
 MEMBERS := 0 1 2
 quickstart: $(DATA) $(MEMBERS:%=pretrained/efficientnet_lite%)
-	@OMP_NUM_THREADS=2 $(LAUNCH) recipes/stage1.py --config $(TOY)/stage1_efficientnet_lite.yaml --cache_gib 0.5 \
+	@OMP_NUM_THREADS=$(THREADS) $(LAUNCH) recipes/stage1.py --config $(TOY)/stage1_efficientnet_lite.yaml --cache_gib 0.5 \
 		--source_dir $(DATA)/OpenEarthMap_wo_xBD --data_dir $(SAR) \
 		--output_dir $(QUICKSTART)/stage1 --resume_from_checkpoint latest
-	@OMP_NUM_THREADS=2 $(LAUNCH) recipes/pseudo_label.py --model $(QUICKSTART)/stage1 --stride 1 --tta flips --data_dir $(SAR) \
+	@OMP_NUM_THREADS=$(THREADS) $(LAUNCH) recipes/pseudo_label.py --model $(QUICKSTART)/stage1 --stride 1 --tta flips --data_dir $(SAR) \
 		--output_dir $(QUICKSTART)/labels
 	@$(BIN)/python scripts/audit_labels.py $(SAR)/train/labels $(QUICKSTART)/labels --name_a "the simulated noisy labels" \
 		--name_b "our pseudo-labels" --truth $(DATA)/dfc25_track1_extra/train_clean_labels --output $(QUICKSTART)/audit
-	@for member in $(MEMBERS); do OMP_NUM_THREADS=2 \
+	@for member in $(MEMBERS); do OMP_NUM_THREADS=$(THREADS) \
 		$(LAUNCH) recipes/stage2.py --config $(TOY)/stage2_efficientnet_lite.yaml --seed $$member \
 			--model_name_or_path pretrained/efficientnet_lite$$member --data_dir $(SAR) --pseudo_labels $(QUICKSTART)/labels \
 			--output_dir $(QUICKSTART)/lite$$member --resume_from_checkpoint latest || exit 1; done
-	@OMP_NUM_THREADS=2 $(LAUNCH) recipes/ensemble.py --model $(MEMBERS:%=$(QUICKSTART)/lite%) --data_dir $(SAR) --split test \
+	@OMP_NUM_THREADS=$(THREADS) $(LAUNCH) recipes/ensemble.py --model $(MEMBERS:%=$(QUICKSTART)/lite%) --data_dir $(SAR) --split test \
 		--stride 1 --output_dir $(QUICKSTART)/ensemble
-	@OMP_NUM_THREADS=2 $(BIN)/hf-seg-predict $(DATA)/scene.tif $(QUICKSTART)/map.tif --model $(QUICKSTART)/ensemble --preview \
+	@OMP_NUM_THREADS=$(THREADS) $(BIN)/hf-seg-predict $(DATA)/scene.tif $(QUICKSTART)/map.tif --model $(QUICKSTART)/ensemble --preview \
 		--overwrite > $(QUICKSTART)/map.txt
 	@$(BIN)/python scripts/summarize_quickstart.py $(QUICKSTART)
 
 # The same SAR stage with toys of the paper's three architectures, from random weights.
 STOCK := segformer upernet_convnextv2 upernet_swinv2
 quickstart-architectures: quickstart
-	@for member in $(STOCK); do OMP_NUM_THREADS=2 $(LAUNCH) recipes/stage2.py --config $(TOY)/stage2_$$member.yaml \
+	@for member in $(STOCK); do OMP_NUM_THREADS=$(THREADS) $(LAUNCH) recipes/stage2.py --config $(TOY)/stage2_$$member.yaml \
 		--data_dir $(SAR) --pseudo_labels $(QUICKSTART)/labels --output_dir $(QUICKSTART)/$$member \
 		--resume_from_checkpoint latest || exit 1; done
-	@OMP_NUM_THREADS=2 $(LAUNCH) recipes/ensemble.py --model $(STOCK:%=$(QUICKSTART)/%) --data_dir $(SAR) --split test --stride 1 \
+	@OMP_NUM_THREADS=$(THREADS) $(LAUNCH) recipes/ensemble.py --model $(STOCK:%=$(QUICKSTART)/%) --data_dir $(SAR) --split test --stride 1 \
 		--output_dir $(QUICKSTART)/ensemble_architectures
 
 pretrained/efficientnet_lite%: | install
