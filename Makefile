@@ -35,31 +35,36 @@ SAR := $(DATA)/dfc25_track1
 LAUNCH := $(BIN)/accelerate launch -q --config_file recipes/accelerate_configs/one_process.yaml
 TOY := recipes/configs/toy
 MEMBERS := 0 1 2
+STAGE1 = $(LAUNCH) recipes/stage1.py --config $(TOY)/stage1_efficientnet_lite.yaml --cache_gib 0.5 \
+	--source_dir $(DATA)/OpenEarthMap_wo_xBD --data_dir $(SAR) --resume_from_checkpoint latest
+LABEL = $(LAUNCH) recipes/pseudo_label.py --stride 1 --tta flips --data_dir $(SAR)
+quickstart: export OMP_NUM_THREADS = $(THREADS)
 quickstart: $(DATA) $(MEMBERS:%=pretrained/efficientnet_lite%)
-	@OMP_NUM_THREADS=$(THREADS) $(LAUNCH) recipes/stage1.py --config $(TOY)/stage1_efficientnet_lite.yaml --cache_gib 0.5 \
-		--source_dir $(DATA)/OpenEarthMap_wo_xBD --data_dir $(SAR) \
-		--output_dir $(QUICKSTART)/stage1 --resume_from_checkpoint latest
-	@OMP_NUM_THREADS=$(THREADS) $(LAUNCH) recipes/pseudo_label.py --model $(QUICKSTART)/stage1 --stride 1 --tta flips --data_dir $(SAR) \
-		--output_dir $(QUICKSTART)/labels
-	@$(BIN)/python scripts/audit_labels.py $(SAR)/train/labels $(QUICKSTART)/labels --name_a "the simulated noisy labels" \
-		--name_b "our pseudo-labels" --truth $(DATA)/dfc25_track1_extra/train_clean_labels --output $(QUICKSTART)/audit
-	@for member in $(MEMBERS); do OMP_NUM_THREADS=$(THREADS) \
-		$(LAUNCH) recipes/stage2.py --config $(TOY)/stage2_efficientnet_lite.yaml --seed $$member \
+	@$(STAGE1) --method source_only --output_dir $(QUICKSTART)/source_only
+	@$(STAGE1) --model_name_or_path $(QUICKSTART)/source_only/student --head_width null --learning_rate 1e-3 \
+		--max_train_steps 200 --eval_steps 40 --checkpointing_steps 40 --output_dir $(QUICKSTART)/stage1
+	@$(LABEL) --model $(QUICKSTART)/source_only --output_dir $(QUICKSTART)/labels_source_only
+	@$(LABEL) --model $(QUICKSTART)/stage1 --output_dir $(QUICKSTART)/labels
+	@$(BIN)/python scripts/audit_labels.py $(QUICKSTART)/labels_source_only $(QUICKSTART)/labels \
+		--name_a "labels of the source-only network" --name_b "our pseudo-labels" \
+		--truth $(DATA)/dfc25_track1_extra/train_clean_labels --output $(QUICKSTART)/audit
+	@for member in $(MEMBERS); do $(LAUNCH) recipes/stage2.py --config $(TOY)/stage2_efficientnet_lite.yaml --seed $$member \
 			--model_name_or_path pretrained/efficientnet_lite$$member --data_dir $(SAR) --pseudo_labels $(QUICKSTART)/labels \
 			--output_dir $(QUICKSTART)/lite$$member --resume_from_checkpoint latest || exit 1; done
-	@OMP_NUM_THREADS=$(THREADS) $(LAUNCH) recipes/ensemble.py --model $(MEMBERS:%=$(QUICKSTART)/lite%) --data_dir $(SAR) --split test \
+	@$(LAUNCH) recipes/ensemble.py --model $(MEMBERS:%=$(QUICKSTART)/lite%) --data_dir $(SAR) --split test \
 		--stride 1 --output_dir $(QUICKSTART)/ensemble
-	@OMP_NUM_THREADS=$(THREADS) $(BIN)/hf-seg-predict $(DATA)/scene.tif $(QUICKSTART)/map.tif --model $(QUICKSTART)/ensemble --preview \
+	@$(BIN)/hf-seg-predict $(DATA)/scene.tif $(QUICKSTART)/map.tif --model $(QUICKSTART)/ensemble --preview \
 		--overwrite > $(QUICKSTART)/map.txt
 	@$(BIN)/python scripts/summarize_quickstart.py $(QUICKSTART)
 
 # The same SAR stage with toys of the paper's three architectures, from random weights.
 STOCK := segformer upernet_convnextv2 upernet_swinv2
+quickstart-architectures: export OMP_NUM_THREADS = $(THREADS)
 quickstart-architectures: quickstart
-	@for member in $(STOCK); do OMP_NUM_THREADS=$(THREADS) $(LAUNCH) recipes/stage2.py --config $(TOY)/stage2_$$member.yaml \
+	@for member in $(STOCK); do $(LAUNCH) recipes/stage2.py --config $(TOY)/stage2_$$member.yaml \
 		--data_dir $(SAR) --pseudo_labels $(QUICKSTART)/labels --output_dir $(QUICKSTART)/$$member \
 		--resume_from_checkpoint latest || exit 1; done
-	@OMP_NUM_THREADS=$(THREADS) $(LAUNCH) recipes/ensemble.py --model $(STOCK:%=$(QUICKSTART)/%) --data_dir $(SAR) --split test --stride 1 \
+	@$(LAUNCH) recipes/ensemble.py --model $(STOCK:%=$(QUICKSTART)/%) --data_dir $(SAR) --split test --stride 1 \
 		--output_dir $(QUICKSTART)/ensemble_architectures
 
 pretrained/efficientnet_lite%: | install

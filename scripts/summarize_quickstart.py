@@ -2,7 +2,7 @@
 
     python scripts/summarize_quickstart.py runs/quickstart
 
-Reads what `make quickstart` leaves in a folder: data/, stage1/, labels/, audit/, ensemble/ and map.tif. Writes
+Reads what `make quickstart` leaves in a folder: data/, source_only/, stage1/, audit/, ensemble/ and map.tif. Writes
 quickstart.png into it. All scores are mIoU on exact labels.
 """
 
@@ -106,16 +106,19 @@ def warnings_of(scores: dict[str, dict[str, Any]], histogram: float) -> Iterator
 def main() -> None:
     """Collect, print, draw."""
     folder = parse().folder
-    stage1, audit = read_json(folder / "stage1/eval_results.json"), read_json(folder / "audit/audit.json")
-    ensemble = read_json(folder / "ensemble/eval_results.json")
+    optical = {
+        "source only": read_json(folder / "source_only/eval_results.json"),
+        "adapted": read_json(folder / "stage1/eval_results.json"),
+    }
+    audit, ensemble = read_json(folder / "audit/audit.json"), read_json(folder / "ensemble/eval_results.json")
     baselines, large = score_baselines(folder / "data/dfc25_track1"), score_map(folder)
     labels = audit["truth"]["same_pixels"]
     members = {f"SAR network, {member['origin']}": member for member in ensemble["members"]}
     sar = {**members, "ensemble of the three": ensemble, "map of the large scene": large}
     rows = [
-        ("optical network, source val", stage1["mean_iou"]),
-        ("optical network, target val", stage1["target"]["mean_iou"]),
-        ("simulated noisy labels, train", labels["a"]["mean_iou"]),
+        *((f"optical network, {name}, source val", found["mean_iou"]) for name, found in optical.items()),
+        *((f"optical network, {name}, target val", found["target"]["mean_iou"]) for name, found in optical.items()),
+        ("labels of the source-only network, train", labels["a"]["mean_iou"]),
         ("our pseudo-labels, train", labels["b"]["mean_iou"]),
         *((f"{name}, SAR test", score) for name, score in baselines.items()),
         *((f"{name}{'' if name.startswith('map') else ', test'}", found["mean_iou"]) for name, found in sar.items()),

@@ -40,6 +40,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     make_synthetic_dataset(root / "data", seed=0, source=2, train=10, val=1, test=10, size=96, scene=192)
     (root / "map.tif").write_bytes((root / "data" / "scene_label.tif").read_bytes())
     records = {
+        "source_only": {"mean_iou": 0.65, "target": {"mean_iou": 0.35}},
         "stage1": {"mean_iou": 0.6, "target": {"mean_iou": 0.5}},
         "audit": {"truth": {"same_pixels": {"a": {"mean_iou": 0.4}, "b": {"mean_iou": 0.45}}}},
         "ensemble": {
@@ -60,7 +61,8 @@ def test_the_table_has_every_stage_and_the_baselines(
     summarize_quickstart.main()
     lines = capsys.readouterr().out.splitlines()
     table = dict(line.rsplit(maxsplit=1) for line in lines if line.rstrip()[-4:-3] == "." and "WARNING" not in line)
-    assert table["optical network, target val"] == "0.500" and table["our pseudo-labels, train"] == "0.450"
+    assert table["optical network, adapted, target val"] == "0.500" and table["our pseudo-labels, train"] == "0.450"
+    assert table["optical network, source only, target val"] == "0.350"
     assert table["ensemble of the three, test"] == "1.000" and table["map of the large scene"] == "1.000"
     assert (
         0 < float(table["majority class everywhere, SAR test"]) < float(table["histogram of 9 x 9 windows, SAR test"])
