@@ -83,7 +83,8 @@ def main(argv: list[str] | None = None) -> None:
     mix_seed, batch_size = stream_seed(args.seed, MIX_STREAM), args.per_device_train_batch_size
     images_per_pass = batch_size * accelerator.num_processes
     accelerator.print(
-        f"steps {progress.step} to {args.max_train_steps}: {images_per_pass * args.gradient_accumulation_steps} of "
+        f"{'from the beginning' if checkpoint is None else f'resumed from {checkpoint.name}'}: "
+        f"steps {progress.step} to {args.max_train_steps}, {images_per_pass * args.gradient_accumulation_steps} of "
         f"{len(source_images)} source and of {len(target_images)} target images a step on "
         f"{accelerator.num_processes} process(es), {accelerator.device}"
     )

@@ -72,7 +72,8 @@ def main(argv: list[str] | None = None) -> None:
     loader = load_stream(train_images, transform, args.seed, progress, args, accelerator, student.normalization)
     images_per_pass = args.per_device_train_batch_size * accelerator.num_processes
     accelerator.print(
-        f"steps {progress.step} to {args.max_train_steps}: {images_per_pass * args.gradient_accumulation_steps} of "
+        f"{'from the beginning' if checkpoint is None else f'resumed from {checkpoint.name}'}: "
+        f"steps {progress.step} to {args.max_train_steps}, {images_per_pass * args.gradient_accumulation_steps} of "
         f"{len(train_images)} images a step on {accelerator.num_processes} process(es), {accelerator.device}"
     )
 

@@ -79,7 +79,7 @@ def test_the_last_and_the_best_score_are_printed(finished_run: Path) -> None:
     line = (
         f"mIoU after step {last['step']}: {last['mean_iou']:.4f}; best {best['mean_iou']:.4f} after step {best['step']}"
     )
-    assert line in log.splitlines()
+    assert line in log.splitlines() and "from the beginning: steps 0 to 8" in log
 
 
 def test_results_are_those_of_the_exported_weights(finished_run: Path, oem_sar: Path, tmp_path: Path) -> None:
@@ -168,7 +168,7 @@ def test_damaged_checkpoint_is_skipped(finished_run: Path, oem_sar: Path, tmp_pa
     os.truncate(newest, newest.stat().st_size // 2)
     resumed = run_recipe("stage2", *argv, "--resume_from_checkpoint", "latest", log=tmp_path / "resumed")
     assert f"{newest.parent} is incomplete" in resumed.output
-    assert "steps 3 to 8" in resumed.output
+    assert "resumed from step_00000003: steps 3 to 8" in resumed.output
     assert (output_dir / "model.safetensors").read_bytes() == (finished_run / "model.safetensors").read_bytes()
 
 

@@ -97,8 +97,6 @@ def find_checkpoint(output_dir: Path, choice: str | None) -> Path | None:
             )
         return None
     if choice == "latest":
-        if not existing:
-            logger.info("no checkpoint in %s yet: starting from the beginning", output_dir)
         return existing[-1] if existing else None
     if not _is_complete(Path(choice)):
         others = ", ".join(str(folder) for folder in existing) or "none"
