@@ -53,7 +53,7 @@ quickstart: $(DATA) $(MEMBERS:%=pretrained/efficientnet_lite%)
 			--output_dir $(QUICKSTART)/lite$$member --resume_from_checkpoint latest || exit 1; done
 	@$(LAUNCH) recipes/ensemble.py --model $(MEMBERS:%=$(QUICKSTART)/lite%) --data_dir $(SAR) --split test \
 		--stride 1 --output_dir $(QUICKSTART)/ensemble
-	@$(BIN)/hf-seg-predict $(DATA)/scene.tif $(QUICKSTART)/map.tif --model $(QUICKSTART)/ensemble --preview \
+	@$(BIN)/hf-seg-predict $(DATA)/scene.tif $(QUICKSTART)/map.tif --model $(QUICKSTART)/ensemble --preview --stride 0.75 \
 		--overwrite > $(QUICKSTART)/map.txt
 	@$(BIN)/python scripts/summarize_quickstart.py $(QUICKSTART)
 
