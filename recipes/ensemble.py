@@ -146,21 +146,18 @@ def draw_figures(
 
 
 def print_table(results: dict[str, Any]) -> None:
-    """Print the IoU of each class, a column for each network and the last one for the ensemble."""
+    """Print the IoU of each class that occurs, a column for each network and the last one for the ensemble."""
     members = results["members"]
     for number, member in enumerate(members):
         revision = f"@{member['revision'][:12]}" if member["revision"] else ""
         print(f"member {number}: {member['origin']}{revision}, weight {member['weight']:g}, crop {member['crop']}")
     columns = [*members, results]
-    print(" " * 18, *(f"{number:>8}" for number in range(len(members))), "ensemble")
-    for name in results["iou"]:
-        print(
-            f"{name:18}",
-            *(f"{column['iou'][name]:8.4f}" if column["iou"][name] is not None else f"{'-':>8}" for column in columns),
-        )
+    title = f"{results['n_images']} {results['split']} tiles"
+    print(f"{title:18}", *(f"{number:>8}" for number in range(len(members))), "ensemble")
+    for name in (name for name, iou in results["iou"].items() if iou is not None):
+        print(f"{name:18}", *(f"{column['iou'][name]:8.4f}" for column in columns))
     for key, name in (("mean_iou", "mIoU"), ("overall_accuracy", "overall accuracy")):
         print(f"{name:18}", *(f"{column[key]:8.4f}" for column in columns))
-    print(f"on {results['n_images']} {results['split']} tiles")
 
 
 if __name__ == "__main__":

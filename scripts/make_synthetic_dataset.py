@@ -29,7 +29,7 @@ def main(arguments: list[str] | None = None) -> int:
         except KeyboardInterrupt:
             print("interrupted; nothing was written", file=sys.stderr)
             return 130
-    print(f"OpenEarthMap: {output / SOURCE_FOLDER}\nOpenEarthMap-SAR: {output / TARGET_FOLDER}")
+    print(f"OpenEarthMap: {output / SOURCE_FOLDER}, OpenEarthMap-SAR: {output / TARGET_FOLDER}")
     return 0
 
 

@@ -122,6 +122,7 @@ def test_prints_a_table_of_what_it_wrote(finished: tuple[Path, str], members: li
     (line,) = (line for line in output.splitlines() if line.startswith("mIoU"))
     scores = [*(member["mean_iou"] for member in results["members"]), results["mean_iou"]]
     assert line.split()[1:] == [f"{score:.4f}" for score in scores]
+    assert "3 val tiles" in output and "background" not in output
     (line,) = (line for line in output.splitlines() if line.startswith("water"))
     assert float(line.split()[-1]) == pytest.approx(results["iou"]["water"], abs=1e-4)
 
