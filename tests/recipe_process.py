@@ -8,6 +8,7 @@ import os
 import signal
 import socket
 import sys
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,6 +26,8 @@ import stage2
 from hf_seg.adaptation.mean_teacher import MeanTeacher
 from hf_seg.errors import one_line_errors
 from hf_seg.training import teacher_student
+
+AFTER_A_KILL = 20.0  # seconds that the other processes have
 
 _context = multiprocessing.get_context("forkserver")
 # all that is slow to import; the server of Python 3.11 does not find modules of this folder
@@ -69,11 +72,14 @@ def run_recipe(
     ]
     for process in started:
         process.start()
+    deadline = time.monotonic() + timeout
+    while any(process.is_alive() for process in started) and time.monotonic() < deadline:
+        if any((process.exitcode or 0) < 0 for process in started):  # gloo may not notice that its peer is gone
+            deadline = min(deadline, time.monotonic() + AFTER_A_KILL)
+        time.sleep(0.05)
     for process in started:
-        process.join(timeout)
-        if process.is_alive():
-            process.kill()
-            process.join()
+        process.kill()
+        process.join()
     return Result([process.exitcode for process in started], log.read_text())
 
 
