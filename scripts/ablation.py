@@ -34,6 +34,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("study", type=Path, help="YAML file of the study")
     parser.add_argument("--seeds", metavar="N", type=int, nargs="+", default=[0, 1, 2], help="(0 1 2)")
     parser.add_argument("--rows", metavar="ROW", nargs="+", help="only these, and what they need")
+    parser.add_argument("--worlds", metavar="WORLD", nargs="+", help="only these datasets or folds")
     parser.add_argument("--output_dir", metavar="DIR", type=Path, default=Path("runs/studies"), help="(%(default)s)")
     parser.add_argument("--threads", metavar="N", type=int, default=1, help="of each command on a CPU (%(default)s)")
     parser.add_argument("--dry_run", action="store_true", help="print the commands that are left, run nothing")
@@ -113,7 +114,7 @@ def main(arguments: list[str] | None = None) -> None:
 
         study = read_study(options.study)
         root: Path = options.output_dir.resolve()
-        plan = Plan(study, options.seeds, root, options.rows)
+        plan = Plan(study, options.seeds, root, options.rows, options.worlds)
         if options.dry_run:
             for step in plan.steps:
                 print(f"{'done' if step.record.is_file() else 'left'}  python {' '.join(step.command())}")

@@ -231,6 +231,10 @@ def test_a_world_changes_the_steps_it_names(tmp_path: Path) -> None:
     plan = Plan(read_study(write_study(tmp_path, worlds=worlds)), [0], tmp_path)
     data = [step.flags.get("seed") for step in plan.steps if step.script.startswith("scripts/make")]
     assert data == [None, 9] and {world for world, _, _ in plan.scores} == {"easy", "hard"}
+    plan = Plan(plan.study, [0], tmp_path, worlds=["hard"])
+    assert [step.flags["seed"] for step in plan.steps if step.script.startswith("scripts/make")] == [9]
+    with pytest.raises(UserError, match="did you mean 'hard'"):
+        Plan(plan.study, [0], tmp_path, worlds=["hrd"])
 
 
 def test_folds_are_scored_as_one_dataset(tmp_path: Path) -> None:

@@ -61,13 +61,23 @@ class Plan:
 
     Attributes:
         steps: each once, parents first.
+        worlds: those that are planned.
         scores: {(world, row, seed): the step whose output has the row's score}.
         trained: {(world, row, seed): the step of the row itself}.
         choices: {(world, row, seed): the rows of which the one with the best own validation score counts}.
     """
 
-    def __init__(self, study: Study, seeds: Sequence[int], root: Path, rows: Sequence[str] | None = None) -> None:
+    def __init__(
+        self,
+        study: Study,
+        seeds: Sequence[int],
+        root: Path,
+        rows: Sequence[str] | None = None,
+        worlds: Sequence[str] | None = None,
+    ) -> None:
         require_known(rows or [], study.rows, Path(study.name))
+        require_known(worlds or [], study.worlds, Path(study.name))
+        self.worlds = [*(worlds or study.worlds)]
         self.study = study
         self._chosen = set(rows or study.rows)
         self.root = root
@@ -76,7 +86,7 @@ class Plan:
         self.scores: dict[tuple[str, str, int], Step] = {}
         self.trained: dict[tuple[str, str, int], Step] = {}
         self.choices: dict[tuple[str, str, int], list[str]] = {}
-        for world in study.worlds:
+        for world in self.worlds:
             for seed in seeds:
                 self._add_world(world, seed)
         self._require_seeds(seeds)

@@ -82,7 +82,7 @@ def summarize(plan: Plan, seeds: Sequence[int]) -> dict[str, Any]:
         `study`, `question`, `commit`, `seeds`, `n_tiles`, `rows` and `comparisons`, all fit for JSON. Scores are
         fractions, differences points.
     """
-    found, worlds = collect(plan), list(plan.study.worlds)
+    found, worlds = collect(plan), plan.worlds
     if plan.study.pool:
         found, worlds = _pool(found, worlds), [""]
     rows, comparisons = [], []
