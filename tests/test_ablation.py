@@ -93,11 +93,11 @@ def test_what_determines_a_result_identifies_it(tmp_path: Path, monkeypatch: pyt
     elif changed == "config":
         config.write_text("learning_rate: 2e-3\n", encoding="utf-8")
     else:
-        monkeypatch.setattr(
-            ablation_plan, "code_of", lambda script: "other" if script == "recipes/stage2.py" else script
-        )
-        before = {name for name in before if name.startswith("make")}
-    assert not {name for name in plan(data, row) & before if name.startswith(("stage2", "evaluate"))}
+        code_of = ablation_plan.code_of
+        monkeypatch.setattr(ablation_plan, "code_of", lambda script: "other" if "stage2" in script else code_of(script))
+    after = plan(data, row)
+    assert not {name for name in after & before if name.startswith(("stage2", "evaluate"))}
+    assert {name for name in after & before if name.startswith("make")} or changed == "parent"
 
 
 def test_comments_and_docstrings_are_no_code(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -246,6 +246,12 @@ def test_folds_are_scored_as_one_dataset(tmp_path: Path) -> None:
         for world, row, seed in plan.scores
     }
     finish(plan, tiles)
+    records = [plan.scores["fold 1", row, seed].record for row in right for seed in (0, 1)]
+    for record in records:
+        record.rename(record.with_suffix(".kept"))
+    assert summarize(plan, [0, 1])["rows"] == []  # a fold is missing
+    for record in records:
+        record.with_suffix(".kept").rename(record)
     summary = summarize(plan, [0, 1])
     assert summary["n_tiles"] == 10 and [row["world"] for row in summary["rows"]] == ["", ""]
     counts = ConfusionMatrix()
@@ -334,7 +340,7 @@ def test_what_another_process_works_on_is_left_to_it(tmp_path: Path, monkeypatch
 
     monkeypatch.setattr(script, "run_step", done)
     monkeypatch.setattr(script.time, "sleep", finish_elsewhere)
-    monkeypatch.setattr("hf_seg.studies.ablation_report.summarize", lambda *_: {})
+    monkeypatch.setattr("hf_seg.studies.ablation_report.summarize", lambda *_: {"rows": []})
     monkeypatch.setattr("hf_seg.studies.ablation_report.write_results", lambda *_: None)
     script.run_plan(plan, 1, [0], tmp_path / "tiny")
     assert other not in ran and len(ran) == len(plan.steps) - 1

@@ -13,7 +13,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from hf_seg.bootstrap import REPLICATES, crossed_difference
-from hf_seg.errors import UserError, file_errors
+from hf_seg.errors import file_errors
 from hf_seg.files import write_atomic
 from hf_seg.labels import CLASS_NAMES
 from hf_seg.metrics import ConfusionMatrix
@@ -96,9 +96,7 @@ def summarize(plan: Plan, seeds: Sequence[int]) -> dict[str, Any]:
             if all(entry is not None for entries in pair for entry in entries):
                 a, b = (np.stack([entry[0] for entry in entries if entry is not None]) for entries in pair)
                 comparisons.append({"world": world, **_compare(comparison, a, b)})
-    if not rows:
-        raise UserError(f"no row of study {plan.study.name} is done")
-    n_tiles = len(next(iter(found.values()))[0])
+    n_tiles = len(next(iter(found.values()))[0]) if found else 0
     return {
         "study": plan.study.name,
         "question": plan.study.question,
