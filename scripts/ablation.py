@@ -96,9 +96,8 @@ def run_plan(plan: "Plan", threads: int, seeds: list[int], folder: Path) -> None
                             ran = True
                 except Timeout:
                     continue
-                if (
-                    step.folder in scores and (summary := summarize(plan, seeds))["rows"]
-                ):  # none before all folds are done
+                summary = summarize(plan, seeds) if step.folder in scores else {"rows": []}
+                if summary["rows"]:  # none before all folds are done
                     write_results(summary, folder)
                 break
             left = [step for step in left if not step.record.is_file()]
