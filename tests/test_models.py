@@ -161,12 +161,16 @@ def test_a_saved_model_opens_with_stock_transformers_and_gives_the_same_bits(nam
     network = SegmentationNetwork(model)
     model.save_pretrained(tmp_path)
     stock = AutoModelForSemanticSegmentation.from_pretrained(tmp_path).eval()
+    with torch.no_grad():
+        plain = stock(pixel_values=images()).logits
+    stock = stock.to(memory_format=torch.channels_last)  # as ours
     assert type(stock) is type(model)
     assert stock.config.architectures == [type(model).__name__]
     assert type(model).__module__.startswith("transformers.models.")
     with torch.no_grad():
         ours = network(images()).logits
         theirs = stock(pixel_values=images()).logits
+    torch.testing.assert_close(theirs, plain)
     theirs = nn.functional.interpolate(theirs, size=(64, 64), mode="bilinear", align_corners=False)
     assert torch.equal(ours, theirs)
 
@@ -405,6 +409,7 @@ def test_a_network_on_a_timm_encoder_predicts_as_stock_transformers_and_in_an_en
     image = torch.randint(0, 256, (64, 64, 3), generator=torch.Generator().manual_seed(4), dtype=torch.uint8)
     processor = AutoImageProcessor.from_pretrained(tmp_path / "timm")
     stock = AutoModelForSemanticSegmentation.from_pretrained(tmp_path / "timm").eval()
+    stock = stock.to(memory_format=torch.channels_last)  # as ours
     with torch.no_grad():
         expected = stock(**processor(image.numpy(), return_tensors="pt")).logits
         ours = SegmentationNetwork(model).eval()(to_pixel_values(image.numpy(), normalization_of(model))[None]).logits

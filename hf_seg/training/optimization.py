@@ -26,7 +26,7 @@ def build_optimizer(model: PreTrainedModel, args: OptimisationSettings) -> torch
         exempt.append("*continuous_position_bias_mlp*")
         for group in param_groups_weight_decay(module, args.weight_decay, no_weight_decay_list=exempt):
             groups.append({**group, "lr": rate})
-    return torch.optim.AdamW(groups, betas=(0.9, 0.999), fused=torch.cuda.is_available())
+    return torch.optim.AdamW(groups, betas=(0.9, 0.999), fused=True)
 
 
 def build_schedule(optimizer: torch.optim.Optimizer, args: OptimisationSettings) -> PolyLRScheduler:
