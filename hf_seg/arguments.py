@@ -195,12 +195,15 @@ class PredictionSettings(Settings):
 
 @dataclass(kw_only=True)
 class PseudoLabelArguments(HubSettings, PredictionSettings):
-    """Pseudo-labels: label optical tiles with one or more stage-1 networks."""
+    """Pseudo-labels: label tiles with one or more networks."""
 
-    model: list[str] = setting(["runs/stage1"], "stage-1 folders or Hub ids (id@revision)", free=True, path=True)
+    model: list[str] = setting(["runs/stage1"], "trained networks: folders or Hub ids", free=True, path=True)
     network: Literal["teacher", "student"] = setting("teacher", "which network of each stage-1 run labels")
     data_dir: str = setting("data/dfc25_track1", "root of OpenEarthMap-SAR, as released", free=True, path=True)
-    split: Literal["train", "val", "test"] = setting("train", "split to label; it must have optical images")
+    split: Literal["train", "val", "test"] = setting("train", "split to label")
+    column: Literal["optical", "sar"] = setting(
+        "optical", "which image of each tile the networks label; sar: a second round, by networks of stage 2"
+    )
     output_dir: str = setting("runs/labels", "takes the dataset; if run again, it is completed", free=True, path=True)
     combine: Literal["average", "agreement"] = setting(
         "average", "several networks: the class of their mean; agreement also ignores pixels on which they disagree"

@@ -6,7 +6,8 @@
 `load_dataset("runs/labels")` gives rows {image_id, pseudo_label, confidence}; stage 2 takes them as `--pseudo_labels
 runs/labels`. Probabilities are averaged over the networks and over the views of `--tta`, and the largest wins. Ignored
 (255) are pixels without optical data (every band 0) and, by flag, pixels outside the SAR swath, pixels on which the
-networks disagree, and pixels of little confidence.
+networks disagree, and pixels of little confidence. With `--column sar` networks of stage 2 label the SAR half, for a
+second round.
 
 The shards are shared among the processes, and the result does not depend on their number. Each shard is written
 atomically: after a kill the same command resumes. `manifest.json` comes last and marks a complete dataset.
@@ -69,9 +70,9 @@ def main(argv: list[str] | None = None) -> None:
     with accelerator.main_process_first():  # the first process fetches and indexes, the others find it done
         rows = load_open_earth_map_sar(args.data_dir, args.split)
         networks = find_networks(args)
-    optical, sar = UnlabelledImages(rows, "optical"), UnlabelledImages(rows, "sar")
+    images, sar = UnlabelledImages(rows, args.column), UnlabelledImages(rows, "sar")
     models = [{"name": each.name, "revision": each.revision, "sha256": each.sha256} for each in networks]
-    inputs = {"models": models, "image_ids": optical.image_ids}
+    inputs = {"models": models, "image_ids": images.image_ids}
     check_inputs(output_dir, inputs)
     check_same_recipe(args, output_dir / "recipe.yaml")
     for network in networks:  # what is wrong with one of them shows now, not after hours
@@ -94,11 +95,11 @@ def main(argv: list[str] | None = None) -> None:
 
     # Label, then describe the dataset
     mine = missing[accelerator.process_index :: accelerator.num_processes]
-    label_shards({path: shards[path] for path in mine}, optical, sar, networks, args, accelerator)
+    label_shards({path: shards[path] for path in mine}, images, sar, networks, args, accelerator)
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
         if not (output_dir / "figures" / "panel.png").exists():  # it is drawn last
-            draw_figures(rows, shards, output_dir / "figures")
+            draw_figures(rows, args.column, shards, output_dir / "figures")
         describe_dataset(shards, inputs, args)
         print(f"pseudo-labels, card and figures: {output_dir}")
     accelerator.end_training()
@@ -135,7 +136,7 @@ class Images(Sequence[np.ndarray]):
 
 def label_shards(
     shards: dict[Path, range],
-    optical: UnlabelledImages,
+    images: UnlabelledImages,
     sar: UnlabelledImages,
     networks: list[LoadedNetwork],
     args: PseudoLabelArguments,
@@ -147,12 +148,13 @@ def label_shards(
     hide_progress = passes == 0 or not accelerator.is_main_process
     with tqdm(total=passes, unit="tile", desc="labels", disable=hide_progress) as bar:
         for path, tiles in shards.items():
-            images = Images(optical, tiles)
-            accumulators = predictor.predict_all(images, keep_on=torch.device("cpu"), on_image=bar.update)
+            accumulators = predictor.predict_all(
+                Images(images, tiles), keep_on=torch.device("cpu"), on_image=bar.update
+            )
             write_shard(
                 path,
                 [
-                    label_tile(optical[tile], sar[tile].image, accumulator, args)
+                    label_tile(images[tile], sar[tile].image, accumulator, args)
                     for tile, accumulator in zip(tiles, accumulators, strict=True)
                 ],
             )
@@ -164,8 +166,9 @@ def label_tile(
     """Choose the label of each pixel, or the reason why it has none."""
     label_map, confidence = accumulator.label_map().numpy(), accumulator.confidence().numpy()
     nowhere = np.zeros(label_map.shape, dtype=bool)
+    has_data = sample.valid_mask if args.column == "optical" else ~outside_swath(sar)  # a shadow in SAR is data
     reasons = {
-        "no optical data": ~sample.valid_mask,
+        "no SAR data" if args.column == "sar" else "no optical data": ~has_data,
         "outside the SAR swath": outside_swath(sar) if args.mask_nodata else nowhere,
         "networks disagree": accumulator.disagreement().numpy() > 0 if args.combine == "agreement" else nowhere,
         "little confidence": confidence < args.min_confidence,
@@ -176,25 +179,25 @@ def label_tile(
         sample.image_id,
         label,
         confidence,
-        predicted=np.bincount(label_map[sample.valid_mask], minlength=NUM_LABELS),
+        predicted=np.bincount(label_map[has_data], minlength=NUM_LABELS),
         kept=np.bincount(label[reason == 0], minlength=NUM_LABELS),
         ignored={name: int((reason == number).sum()) for number, name in enumerate(reasons, start=1)},
     )
 
 
-def draw_figures(rows: datasets.Dataset, shards: dict[Path, range], folder: Path) -> None:
-    """Draw confidence, then the optical image, beside official and pseudo-label of a few evenly spread tiles."""
+def draw_figures(rows: datasets.Dataset, column: str, shards: dict[Path, range], folder: Path) -> None:
+    """Draw confidence, then the image, beside official and pseudo-label of a few evenly spread tiles."""
     panel, confidences = [], []
     for index in np.unique(np.linspace(0, len(rows) - 1, 4).round().astype(int)).tolist():
         path, tiles = next((path, tiles) for path, tiles in shards.items() if index in tiles)
         label, confidence = read_maps(path, index - tiles.start)
         row = rows[index]
         official = None if row["label"] is None else np.array(row["label"])
-        panel.append((row["image_id"], np.array(row["optical"]), official, label))
+        panel.append((row["image_id"], np.array(row[column]), official, label))
         confidences.append((row["image_id"], np.dstack([confidence] * 3), official, label))
     names = ("label of the data", "pseudo-label")
     plot_panel(confidences, folder / "confidence.png", titles=("confidence, white = 1", *names))
-    plot_panel(panel, folder / "panel.png", titles=("optical", *names))
+    plot_panel(panel, folder / "panel.png", titles=("SAR" if column == "sar" else column, *names))
 
 
 def describe_dataset(shards: dict[Path, range], inputs: dict[str, Any], args: PseudoLabelArguments) -> None:

@@ -113,13 +113,13 @@ def stock_rows(folder: Path) -> datasets.Dataset:
     return datasets.load_dataset(str(folder), split="train")
 
 
-def expected_probs(tiles: Path, place: Path, **settings: str) -> dict[str, np.ndarray]:
+def expected_probs(tiles: Path, place: Path, column: str = "optical", **settings: str) -> dict[str, np.ndarray]:
     """Predict every tile without the recipe; background gets 0."""
     networks = load_networks(place)
     predictor = Predictor(networks, device=torch.device("cpu"), stride=1, batch_size=16, **settings)
     probs = {}
     for row in load_open_earth_map_sar(tiles, "train"):
-        probs[row["image_id"]] = predictor.predict(np.array(row["optical"])).probs().numpy()
+        probs[row["image_id"]] = predictor.predict(np.array(row[column])).probs().numpy()
         probs[row["image_id"]][BACKGROUND] = 0
     return probs
 
@@ -245,6 +245,19 @@ def test_several_networks_are_averaged_and_agreement_ignores_where_they_disagree
     assert manifest["class_histogram"] == dict(zip(CLASS_NAMES[1:], kept[1:].tolist(), strict=True))
     shares = {name: k / p if p else None for name, k, p in zip(CLASS_NAMES, kept, predicted, strict=True)}
     assert manifest["kept_share"] == {name: shares[name] for name in CLASS_NAMES[1:]}
+
+
+def test_a_second_round_labels_the_sar_images(tiles: Path, stage1: list[Path], tmp_path: Path) -> None:
+    argv = settings(tiles, stage1[:1], tmp_path / "labels", "--column", "sar")
+    result = launch(*argv, log=tmp_path / "log")
+    assert result.exit_codes == [0], result.output
+    rows = load_open_earth_map_sar(tiles, "train")
+    outside = {row["image_id"]: outside_swath(np.array(row["sar"])) for row in rows}
+    assert sum(mask.sum() for mask in outside.values()) > 0
+    check_tiles(tmp_path / "labels", expected_probs(tiles, stage1[0], column="sar"), outside)
+    manifest = json.loads((tmp_path / "labels" / "manifest.json").read_text())
+    assert manifest["ignored"]["no SAR data"] == sum(mask.sum() for mask in outside.values())
+    assert "6 SAR tiles" in (tmp_path / "labels" / "README.md").read_text()
 
 
 def test_manifest_says_what_every_file_is(finished: Path, stage1: list[Path]) -> None:
