@@ -124,6 +124,7 @@ class Stage2Arguments(RecipeArguments):
     pseudo_labels: str | None = setting(None, "folder or Hub id of labels; default: the official ones", path=True)
     mask_nodata: bool = setting(True, "ignore pixels outside the SAR swath (zeros connected with the tile's border)")
     confidence_weights: bool = setting(False, "weigh each pixel's CE and RCE by its pseudo-label's confidence")
+    native_stem: bool = setting(False, "one band: a stem that takes it alone, not the same band three times")
     jitter_gain: float = setting(0.2, "SAR jitter: the amplitude is multiplied by exp(U(-this, this))", low=0, high=2)
     speckle_prob: float = setting(0.0, "probability of extra multiplicative speckle", low=0, high=1)
     ce_weight: float = setting(1.0, "weight of cross entropy", low=0)

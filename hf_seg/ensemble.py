@@ -30,6 +30,7 @@ from hf_seg.inference.load import (
     LoadedNetwork,
     load_networks,
     normalized_weights,
+    shared_bands,
 )
 from hf_seg.inference.predict import Predictor
 from hf_seg.inference.vote import VoteAccumulator
@@ -77,6 +78,7 @@ class EnsembleForSemanticSegmentation(
         super().__init__()
         self.members = tuple(members)
         self.weights = normalized_weights(self.members)
+        shared_bands(self.members)
         self.networks = nn.ModuleList(member.module for member in members if member.module is not None)
         self.id2label, self.label2id = dict(ID2LABEL), dict(LABEL2ID)
         # follows .to() and .half(), for members that are still on disk

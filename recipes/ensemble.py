@@ -25,6 +25,7 @@ from typing import Any
 from accelerate import Accelerator
 
 from hf_seg import EnsembleForSemanticSegmentation
+from hf_seg.bands import Bands
 from hf_seg.data.open_earth_map import load_open_earth_map_sar
 from hf_seg.data.provenance import read_provenance
 from hf_seg.data.samples import LabelledImages
@@ -46,7 +47,7 @@ def main(argv: list[str] | None = None) -> None:
     output_dir = Path(args.output_dir)
     with accelerator.main_process_first():  # the first process fetches and indexes, the others find it done
         ensemble = EnsembleForSemanticSegmentation.from_members(args.model, args.weights)
-        images = load_images(args) if args.eval else None
+        images = load_images(args, ensemble.members[0].bands) if args.eval else None
     check_output(output_dir, ensemble)
     accelerator.print(
         f"{len(ensemble.members)} network(s), {0 if images is None else len(images)} tiles to score, "
@@ -68,14 +69,14 @@ def main(argv: list[str] | None = None) -> None:
         publish(output_dir, args)
 
 
-def load_images(args: EnsembleArguments) -> LabelledImages:
+def load_images(args: EnsembleArguments, bands: Bands | None) -> LabelledImages:
     """Load the tiles to score on.
 
     Raises:
         DatasetError: there are none, or some have no image or no label.
     """
     try:
-        return LabelledImages(load_open_earth_map_sar(args.data_dir, args.split), args.column)
+        return LabelledImages(load_open_earth_map_sar(args.data_dir, args.split), args.column, bands=bands)
     except DatasetError as error:
         raise DatasetError(f"{error}; or export without scores: --eval false") from None
 

@@ -32,6 +32,7 @@ import torch
 from accelerate import Accelerator, InitProcessGroupKwargs
 from tqdm import tqdm
 
+from hf_seg.bands import Bands
 from hf_seg.data.nodata import outside_swath
 from hf_seg.data.open_earth_map import load_open_earth_map_sar
 from hf_seg.data.provenance import read_provenance
@@ -70,7 +71,7 @@ def main(argv: list[str] | None = None) -> None:
     with accelerator.main_process_first():  # the first process fetches and indexes, the others find it done
         rows = load_open_earth_map_sar(args.data_dir, args.split)
         networks = find_networks(args)
-    images, sar = UnlabelledImages(rows, args.column), UnlabelledImages(rows, "sar")
+    images, sar = UnlabelledImages(rows, args.column, bands=networks[0].bands), load_sar(rows, args)
     models = [{"name": each.name, "revision": each.revision, "sha256": each.sha256} for each in networks]
     inputs = {"models": models, "image_ids": images.image_ids}
     check_inputs(output_dir, inputs)
@@ -99,12 +100,19 @@ def main(argv: list[str] | None = None) -> None:
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
         if not (output_dir / "figures" / "panel.png").exists():  # it is drawn last
-            draw_figures(rows, args.column, shards, output_dir / "figures")
+            draw_figures(rows, images, shards, output_dir / "figures")
         describe_dataset(shards, inputs, args)
         print(f"pseudo-labels, card and figures: {output_dir}")
     accelerator.end_training()
     if accelerator.is_main_process:
         publish(output_dir, args)
+
+
+def load_sar(rows: datasets.Dataset, args: PseudoLabelArguments) -> UnlabelledImages:
+    """Load the SAR tiles, of which only the places without data are needed."""
+    names = (read_provenance(args.data_dir, "OpenEarthMap-SAR")["bands"] or {}).get("sar")
+    any_stretch = None if names is None else Bands(tuple(names), (0.0,) * len(names), (1.0,) * len(names))
+    return UnlabelledImages(rows, "sar", bands=any_stretch)
 
 
 def find_networks(args: PseudoLabelArguments) -> list[LoadedNetwork]:
@@ -185,19 +193,20 @@ def label_tile(
     )
 
 
-def draw_figures(rows: datasets.Dataset, column: str, shards: dict[Path, range], folder: Path) -> None:
+def draw_figures(rows: datasets.Dataset, images: UnlabelledImages, shards: dict[Path, range], folder: Path) -> None:
     """Draw confidence, then the image, beside official and pseudo-label of a few evenly spread tiles."""
     panel, confidences = [], []
     for index in np.unique(np.linspace(0, len(rows) - 1, 4).round().astype(int)).tolist():
         path, tiles = next((path, tiles) for path, tiles in shards.items() if index in tiles)
         label, confidence = read_maps(path, index - tiles.start)
-        row = rows[index]
-        official = None if row["label"] is None else np.array(row["label"])
-        panel.append((row["image_id"], np.array(row[column]), official, label))
-        confidences.append((row["image_id"], np.dstack([confidence] * 3), official, label))
+        image_id, image, _ = images[index]
+        official = rows[index]["label"]
+        official = None if official is None else np.array(official)
+        panel.append((image_id, image, official, label))
+        confidences.append((image_id, np.dstack([confidence] * 3), official, label))
     names = ("label of the data", "pseudo-label")
     plot_panel(confidences, folder / "confidence.png", titles=("confidence, white = 1", *names))
-    plot_panel(panel, folder / "panel.png", titles=("SAR" if column == "sar" else column, *names))
+    plot_panel(panel, folder / "panel.png", titles=("SAR" if images.column == "sar" else images.column, *names))
 
 
 def describe_dataset(shards: dict[Path, range], inputs: dict[str, Any], args: PseudoLabelArguments) -> None:

@@ -35,12 +35,13 @@ from hf_seg.adaptation.class_mix import mix_domains, sample_class_mask
 from hf_seg.adaptation.mean_teacher import MeanTeacher
 from hf_seg.adaptation.pseudo_labels import CollapseWatch, describe_pseudo_labels, weigh_pseudo_labels
 from hf_seg.adaptation.strong_augmentation import strong_augment
+from hf_seg.data.band_images import BandStatistics
 from hf_seg.data.dataloaders import seed_at, stream_seed
 from hf_seg.data.open_earth_map import load_open_earth_map, load_open_earth_map_sar
 from hf_seg.data.samples import LabelledImages, UnlabelledImages
 from hf_seg.data.scan import scan_open_earth_map_sar
 from hf_seg.data.transforms import ResolutionAlignment, optical_transform
-from hf_seg.errors import one_line_errors
+from hf_seg.errors import UserError, one_line_errors
 from hf_seg.labels import CLASS_NAMES
 from hf_seg.losses import cross_entropy
 from hf_seg.models import SegmentationLogits
@@ -48,7 +49,7 @@ from hf_seg.normalization import Normalization
 from hf_seg.report.panels import plot_mix_panel
 from hf_seg.training.checkpoints import Progress, StopSignal, load_checkpoint, save_or_stop
 from hf_seg.training.evaluation import draw_results, trained_predictor
-from hf_seg.training.run import build_network, build_optimization, finish_run, load_stream, open_run
+from hf_seg.training.run import build_network, build_optimization, find_bands, finish_run, load_stream, open_run
 from hf_seg.training.run_log import RunLog
 from hf_seg.training.teacher_student import evaluate_both, export_both, mean_ious
 
@@ -62,9 +63,9 @@ def main(argv: list[str] | None = None) -> None:
     accelerator, checkpoint = open_run(args)
 
     # Data, student, teacher, optimizer
-    source_images, target_images, val_images = load_images(args, accelerator)
+    source_images, target_images, val_images, statistics = load_images(args, accelerator)
     set_seed(args.seed)
-    student = build_network(args, accelerator)
+    student = build_network(args, accelerator, statistics)
     optimizer, schedule = build_optimization(student.model, args)
     teacher = MeanTeacher(student, args.ema_decay, batch_norm=args.teacher_batch_norm)  # before the student is wrapped
     student, optimizer = accelerator.prepare(student, optimizer)
@@ -195,23 +196,35 @@ def main(argv: list[str] | None = None) -> None:
 
 def load_images(
     args: Stage1Arguments, accelerator: Accelerator
-) -> tuple[LabelledImages, UnlabelledImages, dict[str, LabelledImages]]:
-    """Load labelled source images, target images, and what validates: source, and target if it has both."""
+) -> tuple[LabelledImages, UnlabelledImages, dict[str, LabelledImages], BandStatistics | None]:
+    """Load labelled source images, target images, what validates (source, and target if it has both), and the bands.
+
+    Each domain is stretched by its own values; the network keeps those of the target.
+    """
     with accelerator.main_process_first():  # the first process checks and indexes the files, the others find the index
         source_rows = load_open_earth_map(args.source_dir, "train")
-        source = LabelledImages(source_rows, "image", keep_background=args.keep_background)
-        target = UnlabelledImages(load_open_earth_map_sar(args.data_dir, "train"), "optical")
+        target_rows = load_open_earth_map_sar(args.data_dir, "train")
+        progress = accelerator.is_main_process
+        source_bands = find_bands(args, source_rows, "image", args.source_dir, "OpenEarthMap", progress=progress)
+        statistics = find_bands(args, target_rows, "optical", args.data_dir, "OpenEarthMap-SAR", progress=progress)
+        of_source, of_target = (each and each.bands for each in (source_bands, statistics))
+        numbers = [len(bands.names) if bands else 3 for bands in (of_source, of_target)]
+        if numbers[0] != numbers[1]:
+            raise UserError(f"source images have {numbers[0]} bands, target images {numbers[1]}; they must be the same")
+        source = LabelledImages(source_rows, "image", bands=of_source, keep_background=args.keep_background)
+        target = UnlabelledImages(target_rows, "optical", bands=of_target)
         val: dict[str, LabelledImages] = {}
         if args.eval_steps:
-            val["source"] = LabelledImages(load_open_earth_map(args.source_dir, "val"), "image")
-            target_rows = scan_open_earth_map_sar(args.data_dir).rows["val"]
-            if target_rows and all(row.files["optical"] and row.files["label"] for row in target_rows):
-                val["target"] = LabelledImages(load_open_earth_map_sar(args.data_dir, "val"), "optical")
+            val["source"] = LabelledImages(load_open_earth_map(args.source_dir, "val"), "image", bands=of_source)
+            val_rows = scan_open_earth_map_sar(args.data_dir).rows["val"]
+            if val_rows and all(row.files["optical"] and row.files["label"] for row in val_rows):
+                rows = load_open_earth_map_sar(args.data_dir, "val")
+                val["target"] = LabelledImages(rows, "optical", bands=of_target)
     by_target = args.select_best_by == "target" and args.eval_steps > 0
     args.require(
         "select_best_by", not by_target or "target" in val, "source or weight: val has no labelled optical tiles"
     )
-    return source, target, val
+    return source, target, val, statistics
 
 
 def load_domain(
@@ -232,6 +245,7 @@ def load_domain(
         max_class_share=args.max_class_share if is_source else 1.0,
         resolution_alignment=alignment if is_source else None,
         jitter_prob=args.jitter_prob if is_source else 0.0,
+        is_rgb=len(normalization.mean) == 3,
     )
     return load_stream(images, transform, stream_seed(args.seed, stream), progress, args, accelerator, normalization)
 

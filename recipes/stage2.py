@@ -26,6 +26,7 @@ from accelerate.utils import broadcast, send_to_device, set_seed
 from torch import Tensor
 
 from hf_seg.adaptation.mean_teacher import MeanTeacher
+from hf_seg.data.band_images import BandStatistics
 from hf_seg.data.open_earth_map import load_open_earth_map_sar
 from hf_seg.data.provenance import read_provenance
 from hf_seg.data.pseudo_label_dataset import load_pseudo_labels
@@ -37,7 +38,7 @@ from hf_seg.losses import noise_robust_loss
 from hf_seg.models import SegmentationLogits, SegmentationNetwork
 from hf_seg.training.checkpoints import Progress, StopSignal, load_checkpoint, save_or_stop
 from hf_seg.training.evaluation import draw_results, evaluate_network, trained_predictor
-from hf_seg.training.run import build_network, build_optimization, finish_run, load_stream, open_run
+from hf_seg.training.run import build_network, build_optimization, find_bands, finish_run, load_stream, open_run
 from hf_seg.training.run_log import RunLog
 
 
@@ -48,9 +49,9 @@ def main(argv: list[str] | None = None) -> None:
     accelerator, checkpoint = open_run(args)
 
     # Data, network, optimizer
-    train_images, val_images = load_images(args, accelerator)
+    train_images, val_images, statistics = load_images(args, accelerator)
     set_seed(args.seed)
-    network = build_network(args, accelerator)
+    network = build_network(args, accelerator, statistics, native_stem=args.native_stem)
     optimizer, schedule = build_optimization(network.model, args)
     average = MeanTeacher(network, args.ema_decay) if args.ema_decay else None  # before the network is wrapped
     network, optimizer = accelerator.prepare(network, optimizer)
@@ -136,8 +137,10 @@ def main(argv: list[str] | None = None) -> None:
     finish_run(accelerator, args)
 
 
-def load_images(args: Stage2Arguments, accelerator: Accelerator) -> tuple[LabelledImages, LabelledImages | None]:
-    """Load SAR training images with their noisy labels, and validation images with their manual ones."""
+def load_images(
+    args: Stage2Arguments, accelerator: Accelerator
+) -> tuple[LabelledImages, LabelledImages | None, BandStatistics | None]:
+    """Load SAR training images with their noisy labels, validation images with their manual ones, and their bands."""
     with accelerator.main_process_first():  # the first process checks and indexes the files, the others find the index
         columns = ["image_id", "pseudo_label"]
         if args.confidence_weights:
@@ -147,14 +150,18 @@ def load_images(args: Stage2Arguments, accelerator: Accelerator) -> tuple[Labell
         args.require("confidence_weights", has_confidence, "false, since the pseudo-labels have no confidence")
         train_rows = load_open_earth_map_sar(args.data_dir, "train")
         val_rows = load_open_earth_map_sar(args.data_dir, "val") if args.eval_steps else None
+        progress = accelerator.is_main_process
+        statistics = find_bands(args, train_rows, "sar", args.data_dir, "OpenEarthMap-SAR", progress=progress)
+    bands = statistics and statistics.bands
     train_images = LabelledImages(
         train_rows,
         "sar",
         pseudo_labels=pseudo_labels,
+        bands=bands,
         keep_background=args.keep_background,
         mask_nodata=args.mask_nodata,
     )
-    return train_images, None if val_rows is None else LabelledImages(val_rows, "sar")
+    return train_images, None if val_rows is None else LabelledImages(val_rows, "sar", bands=bands), statistics
 
 
 def training_loss(

@@ -72,9 +72,10 @@ def main() -> None:
     disable_progress_bar()
     accelerator = Accelerator(cpu=not torch.accelerator.is_available())
     with accelerator.main_process_first():
-        images = LabelledImages(load_open_earth_map_sar(args.data_dir, args.split), args.column)
+        rows = load_open_earth_map_sar(args.data_dir, args.split)
         networks = load_networks(args.model)
     predictor = Predictor.with_settings(networks, settings, device=accelerator.device)
+    images = LabelledImages(rows, args.column, bands=predictor.bands)
     tiles = TileScores(shown=0)
     results, _ = evaluate(predictor, images, accelerator, title=args.split, on_prediction=tiles.add)
     mine = zip(tiles.image_ids, tiles.mean_ious, tiles.matrices(), strict=True)

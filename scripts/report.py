@@ -82,7 +82,8 @@ def load(args: argparse.Namespace) -> "tuple[LabelledImages, list[str] | None, d
     from hf_seg.inference.load import load_networks
     from hf_seg.studies.label_sets import read_regions
 
-    images = LabelledImages(load_open_earth_map_sar(args.data_dir, args.split), args.column)
+    rows = load_open_earth_map_sar(args.data_dir, args.split)
+    images = LabelledImages(rows, args.column, bands=load_networks(args.model, low_memory=True)[0].bands)
     audit = read_record(args.label_audit / "audit.json") if args.label_audit else {}
     if args.label_audit and "verdict" not in audit:
         raise UserError(f"--label_audit {args.label_audit}: no audit.json; make it with scripts/audit_labels.py")

@@ -11,17 +11,18 @@ LEAVES = sorted([*PROJECT.glob("recipes/*.py"), *PROJECT.glob("scripts/*.py")])
 
 # A folder (or a module at the top) imports itself and what stands above it in this list, nothing beside or below it.
 RANKS = (
-    "errors labels",
+    "bands errors labels",
     "files settings normalization",
     "arguments bootstrap calibration losses metrics adaptation timm_encoder",
     "data models land_cover_iou report",
+    "stem",
     "inference",
     "hub synthetic",
     "ensemble",
     "training mapping studies",
 )
 RANK_OF = {name: rank for rank, names in enumerate(RANKS) for name in names.split()}
-PURE = ("labels", "normalization", "bootstrap", "calibration", "losses", "metrics", "adaptation")
+PURE = ("bands", "labels", "normalization", "bootstrap", "calibration", "losses", "metrics", "adaptation")
 
 
 def name_of(path: Path) -> str:

@@ -24,16 +24,16 @@ def strong_augment(
     """Jitter the colours of each image and blur it, each with its own probability.
 
     Args:
-        pixel_values: (B, 3, H, W) normalised RGB.
+        pixel_values: (B, 3, H, W) normalised RGB, or other bands, which have neither saturation nor hue.
         generators: B generators of the CPU, the only source of randomness, so that the augmentation of an image does
             not depend on the others in the batch.
         jitter_prob, blur_prob: of each image.
         normalization: of `pixel_values`.
 
     Returns:
-        (B, 3, H, W), a new tensor. Nodata, black in all bands, stays black.
+        As `pixel_values`, a new tensor. Nodata, black in all bands, stays black.
     """
-    mean, std = (pixel_values.new_tensor(values).view(3, 1, 1) for values in (normalization.mean, normalization.std))
+    mean, std = (pixel_values.new_tensor(values)[:, None, None] for values in (normalization.mean, normalization.std))
     augmented = []
     for normalised, generator in zip(pixel_values, generators, strict=True):
         draws = torch.rand(7, generator=generator).tolist()  # always seven, whether they are used or not
@@ -41,10 +41,14 @@ def strong_augment(
         nodata = (image < 0.5 / 255).all(dim=0)
         if draws[0] < jitter_prob:
             brightness, contrast, saturation = (1 + JITTER * (2 * draw - 1) for draw in draws[1:4])
-            image = F.adjust_brightness(image, brightness)
-            image = F.adjust_contrast(image, contrast)
-            image = F.adjust_saturation(image, saturation)
-            image = F.adjust_hue(image, JITTER * (2 * draws[4] - 1))
+            if len(image) == 3:
+                image = F.adjust_brightness(image, brightness)
+                image = F.adjust_contrast(image, contrast)
+                image = F.adjust_saturation(image, saturation)
+                image = F.adjust_hue(image, JITTER * (2 * draws[4] - 1))
+            else:  # torchvision knows grey and RGB only
+                image = (image * brightness).clamp(0, 1)
+                image = (contrast * image + (1 - contrast) * image.mean(dim=(1, 2), keepdim=True)).clamp(0, 1)
         if draws[5] < blur_prob:
             sigma = BLUR_SIGMA[0] + (BLUR_SIGMA[1] - BLUR_SIGMA[0]) * draws[6]
             image = F.gaussian_blur(image, [_BLUR_SIDE, _BLUR_SIDE], [sigma, sigma])

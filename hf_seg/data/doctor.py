@@ -3,9 +3,11 @@
 import os
 import warnings
 from collections import Counter
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +18,7 @@ from rasterio.errors import NotGeoreferencedWarning, RasterioError
 from tqdm.auto import tqdm
 
 from hf_seg.data.open_earth_map import read_row
+from hf_seg.data.provenance import declared_bands
 from hf_seg.data.scan import FROM_XBD, NO_LIST, SCANS, XBD_HINT, Row, Scan
 from hf_seg.errors import DatasetError
 from hf_seg.labels import CLASS_NAMES, NUM_LABELS
@@ -108,7 +111,8 @@ def examine(data_dir: str | Path, *, num_workers: int | None = None) -> DatasetR
     # Warning filters belong to the process, so they are set around the threads, not in them.
     with warnings.catch_warnings(), ThreadPoolExecutor(num_workers or min(8, os.cpu_count() or 1)) as pool:
         warnings.simplefilter("ignore", NotGeoreferencedWarning)
-        findings = pool.map(_examine_row, (row for _, row in jobs))
+        bands = declared_bands(scan.root, kind)
+        findings = pool.map(partial(_examine_row, bands=bands), (row for _, row in jobs))
         for (name, _), finding in zip(jobs, tqdm(findings, total=len(jobs), desc="Examining", unit="row"), strict=True):
             splits[name].add(finding)
     for name, split in splits.items():
@@ -138,8 +142,8 @@ def _detect(data_dir: str | Path) -> tuple[str, Scan]:
     return scans.popitem()
 
 
-def _examine_row(row: Row) -> SplitReport:
-    pixels, problems = read_row(row)
+def _examine_row(row: Row, bands: Mapping[str, Sequence[str]]) -> SplitReport:
+    pixels, problems = read_row(row, bands)
     paths = {column: path for column, path in row.files.items() if path is not None}
     report = SplitReport(rows=1, labelled=int("label" in paths), files=len(paths), problems=problems)
     if "sar" not in row.files:  # only OpenEarthMap names its regions
@@ -152,6 +156,6 @@ def _examine_row(row: Row) -> SplitReport:
     if "label" in pixels:
         report.class_pixels = np.bincount(pixels["label"].ravel(), minlength=NUM_LABELS)
     if "sar" in pixels:
-        report.sar_pixels = pixels["sar"].size
-        report.sar_zeros = report.sar_pixels - int(np.count_nonzero(pixels["sar"]))
+        report.sar_pixels = pixels["sar"][0].size
+        report.sar_zeros = report.sar_pixels - int(np.count_nonzero((pixels["sar"] != 0).any(axis=0)))
     return report

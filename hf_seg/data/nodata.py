@@ -17,7 +17,14 @@ NO_NODE = -1  # pixel that belongs to no node
 
 
 def outside_swath(sar: np.ndarray) -> np.ndarray:
-    """Return (H, W) bool for (H, W) uint8: True outside the SAR swath, on zeros connected with the image's border."""
+    """Return (H, W) bool, True outside the SAR swath.
+
+    Args:
+        sar: (H, W) uint8, of which zeros connected with the border are outside; or (H, W, bands) uint8 of
+            `hf_seg.bands`, where 0 in all bands says that there is no data.
+    """
+    if sar.ndim == 3:
+        return (sar == 0).all(axis=2)
     zeros = sar == 0
     return ZeroCollar([zeros]).mask(0, zeros)
 

@@ -19,13 +19,16 @@ France and the USA (Xia et al., arXiv:2501.10891).
 
 Both: uint8 GeoTIFF; 3-band optical, 1-band SAR and label. Classes: 0 background/unknown, 1 bareland, 2 rangeland,
 3 developed space, 4 road, 5 tree, 6 water, 7 agriculture land, 8 building.
+
+Data of your own in one of these layouts may have other bands of any number type: `dataset.json` in its root names them
+(`hf_seg.data.provenance`). Such a column yields {path, bytes}, which `hf_seg.data.band_images` reads.
 """
 
 import hashlib
 import logging
 import os
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +38,7 @@ import rasterio
 from datasets.exceptions import DatasetGenerationError
 from rasterio.errors import NotGeoreferencedWarning, RasterioError
 
+from hf_seg.data.provenance import declared_bands
 from hf_seg.data.scan import SCANS, SPLITS, Row
 from hf_seg.errors import DatasetError, UserError, file_errors
 from hf_seg.labels import NUM_LABELS
@@ -47,15 +51,21 @@ COLUMNS = {
 }
 BANDS = {"image": 3, "optical": 3, "sar": 1, "label": 1}
 DOWNLOAD_HINT = "Download it again; `python scripts/prepare_data.py check DIR` lists every such file."
-CONVERT_HINT = "Keep those bands and scale to 0..255, e.g. with gdal_translate -b 1 -ot Byte -scale."
+CONVERT_HINT = (
+    "Keep those bands and scale to 0..255, e.g. with gdal_translate -b 1 -ot Byte -scale; or name the bands that all "
+    'images have in dataset.json: "bands": {"sar": ["VV", "VH"]}.'
+)
 REWRITE_HINT = "Rewrite it, e.g. with gdal_translate -co COMPRESS=DEFLATE -colorinterp_1 gray (red for RGB)."
 CACHE_HINT = "free disk space, or choose another folder with the environment variable HF_DATASETS_CACHE"
 
 
-def read_tile(path: str, column: str) -> np.ndarray:
-    """Return the (C, H, W) uint8 pixels of a GeoTIFF that can be trained on.
+def read_tile(path: str, column: str, names: Sequence[str] = ()) -> np.ndarray:
+    """Return the (C, H, W) pixels of a GeoTIFF that can be trained on.
 
     It is complete, has the column's bands, type and class ids, and Pillow decodes it to the same pixels.
+
+    Args:
+        names: of the column's bands, if `dataset.json` says so: as many real numbers a pixel, of any type.
 
     Raises:
         DatasetError: naming the file, what was found, what was expected and how to fix it.
@@ -67,6 +77,11 @@ def read_tile(path: str, column: str) -> np.ndarray:
         start = f"{Path(path).read_bytes()[:16]!r}..." if os.access(path, os.R_OK) else "no readable file"
         found = f"{start} ({error.__cause__ or error})"
         raise DatasetError(f"{path}: expected a complete GeoTIFF, found {found}. {DOWNLOAD_HINT}") from None
+    if names:
+        if len(pixels) != len(names) or np.iscomplexobj(pixels):
+            found = f"{len(pixels)} x {pixels.dtype}"
+            raise DatasetError(f"{path}: dataset.json says that {column} has {', '.join(names)}; found bands {found}")
+        return pixels
     if (len(pixels), pixels.dtype) != (BANDS[column], np.uint8):
         expected, found = f"{BANDS[column]} x uint8 ({column})", f"{len(pixels)} x {pixels.dtype}"
         raise DatasetError(f"{path}: expected bands {expected}, found {found}. {CONVERT_HINT}")
@@ -83,14 +98,18 @@ def read_tile(path: str, column: str) -> np.ndarray:
     return pixels
 
 
-def read_row(row: Row) -> tuple[dict[str, np.ndarray], list[str]]:
-    """Return the (C, H, W) uint8 pixels of a row's valid files by column, and what is wrong with the row."""
+def read_row(row: Row, bands: Mapping[str, Sequence[str]]) -> tuple[dict[str, np.ndarray], list[str]]:
+    """Return the (C, H, W) pixels of a row's valid files by column, and what is wrong with the row.
+
+    Args:
+        bands: of `declared_bands`.
+    """
     pixels: dict[str, np.ndarray] = {}
     problems = []
     for column, path in row.files.items():
         try:
             if path is not None:
-                pixels[column] = read_tile(path, column)
+                pixels[column] = read_tile(path, column, bands.get(column, ()))
         except DatasetError as error:
             problems.append(str(error))
     if len({tile.shape[1:] for tile in pixels.values()}) > 1:
@@ -99,12 +118,12 @@ def read_row(row: Row) -> tuple[dict[str, np.ndarray], list[str]]:
     return pixels, problems
 
 
-def _examples(rows: list[Row], embed: bool = False) -> Iterator[dict[str, Any]]:
+def _examples(rows: list[Row], bands: Mapping[str, Sequence[str]], embed: bool = False) -> Iterator[dict[str, Any]]:
     """Check each row, and yield it with its files' bytes (`embed`) or their paths."""
     for row in rows:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", NotGeoreferencedWarning)
-            _, problems = read_row(row)
+            _, problems = read_row(row, bands)
         if problems:
             raise DatasetError(problems[0])
         example: dict[str, Any] = {"image_id": row.image_id, **row.files}
@@ -155,12 +174,16 @@ def _load(
         raise DatasetError(f"{scan.root}: split {split!r} has no usable tile; found {missing or 'no file of it'}")
     level = logging.WARNING if missing else logging.DEBUG
     logger.log(level, "%s: %d %s tiles in %s; missing: %s", layout, len(rows), split, scan.root, missing or "none")
-    columns = {name: _image_feature(name) if name in BANDS else datasets.Value("string") for name in COLUMNS[layout]}
+    bands = declared_bands(scan.root, layout)
+    columns = {
+        name: _image_feature(name, decode=name not in bands) if name in BANDS else datasets.Value("string")
+        for name in COLUMNS[layout]
+    }
     options: dict[str, Any] = {"features": datasets.Features(columns), "split": split}
-    options["gen_kwargs"] = {"rows": rows, "embed": embed}
+    options["gen_kwargs"] = {"rows": rows, "bands": bands, "embed": embed}
     if streaming:
         return datasets.IterableDataset.from_generator(_examples, **options)
-    options["fingerprint"] = _fingerprint(rows, f"{layout} {split} {embed}")
+    options["fingerprint"] = _fingerprint(rows, f"{layout} {split} {embed} {bands or ''}")
     options["writer_batch_size"] = 16  # rows in memory: an embedded one takes 5 MB
     with file_errors(datasets.config.HF_DATASETS_CACHE, "cannot be used as a cache", CACHE_HINT):
         try:
@@ -168,7 +191,9 @@ def _load(
         except DatasetGenerationError as error:
             if isinstance(error.__cause__, UserError | OSError):
                 raise error.__cause__.with_traceback(None) from None
-            for _ in _examples(rows):  # an exception in a worker process arrives without its cause, so find it again
+            for _ in _examples(
+                rows, bands
+            ):  # an exception in a worker process arrives without its cause, so find it again
                 pass
             raise
 
@@ -183,5 +208,5 @@ def _fingerprint(rows: list[Row], options: str) -> str:
     return digest.hexdigest()[:16]
 
 
-def _image_feature(column: str) -> datasets.Image:
-    return datasets.Image(mode="L" if column == "label" else None)
+def _image_feature(column: str, *, decode: bool = True) -> datasets.Image:
+    return datasets.Image(mode="L" if column == "label" else None, decode=decode)

@@ -3,9 +3,11 @@
 A dataset may describe itself in `dataset.json` in its root folder:
 
     {"name": "...", "layout": "OpenEarthMap", "description": "one sentence", "license": "Apache-2.0",
-     "synthetic": true, "labels": {"train": "simulated noisy labels", "val": "exact"}}
+     "synthetic": true, "labels": {"train": "simulated noisy labels", "val": "exact"},
+     "bands": {"sar": ["VV", "VH"]}}
 
-`name` and `layout` are required.
+`name` and `layout` are required. `bands` names the bands of a column whose images are not the 8-bit SAR or RGB images
+of the release: any number of bands, of any number type.
 """
 
 import json
@@ -21,7 +23,7 @@ _RELEASED: dict[str, dict[str, set[int]]] = {
     "OpenEarthMap": {"train": {2303, 3000}, "val": {384, 500}, "test": {1151, 1500}},
     "OpenEarthMap-SAR": {"train": {4333}, "val": {210}, "test": {490}},
 }
-_UNKNOWN = {"description": None, "license": None, "synthetic": False, "labels": None}
+_UNKNOWN = {"description": None, "license": None, "synthetic": False, "labels": None, "bands": None}
 _KEYS: dict[str, tuple[type | tuple[type, ...], str]] = {  # type, and how the error calls it
     "name": (str, "text"),
     "layout": (str, "text"),
@@ -29,11 +31,12 @@ _KEYS: dict[str, tuple[type | tuple[type, ...], str]] = {  # type, and how the e
     "license": ((str, type(None)), "text or null"),
     "synthetic": (bool, "true or false"),
     "labels": ((dict, type(None)), "an object {split: kind of labels} or null"),
+    "bands": ((dict, type(None)), "an object {column: names of bands} or null"),
 }
 
 
 def read_provenance(data_dir: str | Path, layout: str) -> dict[str, Any]:
-    """Return what a dataset is: name, layout, description, license, synthetic, released, labels.
+    """Return what a dataset is: name, layout, description, license, synthetic, released, labels, bands.
 
     Args:
         data_dir: as for the loaders.
@@ -42,7 +45,8 @@ def read_provenance(data_dir: str | Path, layout: str) -> dict[str, Any]:
     Returns:
         The content of `dataset.json` if there is one. Otherwise the name is that of the release if the numbers of tiles
         are the release's, else "data laid out as ...". `description`, `license` (the name of a license) and `labels`
-        ({split: kind of labels}) are None where they are not known; `released` is True for the release only.
+        ({split: kind of labels}) are None where they are not known, `bands` where the images are those of the release;
+        `released` is True for the release only.
 
     Raises:
         DatasetError: no such dataset, or a `dataset.json` that cannot be used.
@@ -54,6 +58,33 @@ def read_provenance(data_dir: str | Path, layout: str) -> dict[str, Any]:
     released = bool(counts) and all(n in _RELEASED[layout][split] for split, n in counts.items())
     name = layout if released else f"data laid out as {layout}"
     return {"name": name, "layout": layout, **_UNKNOWN, "released": released}
+
+
+def declared_bands(data_dir: str | Path, layout: str) -> dict[str, tuple[str, ...]]:
+    """Return {column: names of its bands} for the columns that are not 8-bit SAR or RGB images.
+
+    Args:
+        data_dir: root of the dataset.
+        layout: "OpenEarthMap" or "OpenEarthMap-SAR".
+
+    Raises:
+        DatasetError: a `dataset.json` that cannot be used.
+    """
+    file = Path(data_dir) / DATASET_FILE
+    bands = (_read(file, layout)["bands"] if file.exists() else None) or {}
+    return {column: tuple(names) for column, names in bands.items()}
+
+
+def _check_bands(file: Path, bands: dict[str, Any], layout: str) -> None:
+    columns = {"OpenEarthMap": ("image",), "OpenEarthMap-SAR": ("optical", "sar")}[layout]
+    for column, names in bands.items():
+        if column not in columns:
+            raise DatasetError(f"{file}: bands has {column!r}; the images of {layout} are {' and '.join(columns)}")
+        is_list = isinstance(names, list) and names and all(isinstance(name, str) and name for name in names)
+        if not is_list or len({name.lower() for name in names}) < len(names):
+            raise DatasetError(
+                f'{file}: bands of {column} must be different names, e.g. ["VV", "VH"]; they are {names}'
+            )
 
 
 def _read(file: Path, layout: str) -> dict[str, Any]:
@@ -69,6 +100,7 @@ def _read(file: Path, layout: str) -> dict[str, Any]:
     for key, (kind, expected) in _KEYS.items():
         if not isinstance(content[key], kind):
             raise DatasetError(f"{file}: {key} must be {expected}; it is {json.dumps(content[key])}; {hint}")
+    _check_bands(file, content["bands"] or {}, layout)
     if content["layout"] != layout:
         raise DatasetError(f"{file}: layout is {content['layout']!r}, but the folder is laid out as {layout}; {hint}")
     return content

@@ -9,6 +9,8 @@ import datasets
 import numpy as np
 from tqdm import tqdm
 
+from hf_seg.bands import Bands
+from hf_seg.data.band_images import read_bands
 from hf_seg.data.nodata import outside_swath
 from hf_seg.errors import DatasetError
 from hf_seg.labels import BACKGROUND, IGNORE_INDEX, NUM_LABELS
@@ -18,7 +20,7 @@ class Sample(NamedTuple):
     """One image with its label, before any transform."""
 
     image_id: str
-    image: np.ndarray  # (H, W) or (H, W, 3) uint8
+    image: np.ndarray  # (H, W) or (H, W, bands) uint8
     label: np.ndarray  # (H, W) uint8 class ids, IGNORE_INDEX where there is none
     confidence: np.ndarray | None = None  # (H, W) uint8 of the label, 255 = 1.0
 
@@ -27,7 +29,7 @@ class UnlabelledSample(NamedTuple):
     """One image without a label, before any transform."""
 
     image_id: str
-    image: np.ndarray  # (H, W) or (H, W, 3) uint8
+    image: np.ndarray  # (H, W) or (H, W, bands) uint8
     valid_mask: np.ndarray  # (H, W) bool, False on nodata: zero in every band
 
 
@@ -102,11 +104,28 @@ def _has_image(rows: datasets.Dataset, column: str) -> list[bool]:
     return list(undecoded[:][column].is_valid().to_pylist())
 
 
-def _require_images(rows: datasets.Dataset, column: str) -> None:
+def _require_images(rows: datasets.Dataset, column: str, bands: Bands | None) -> None:
+    has_bands = not rows.features[column].decode
+    if has_bands != (bands is not None):
+        found = "bands that dataset.json names" if has_bands else "8-bit SAR or RGB"
+        takes = "8-bit SAR or RGB" if bands is None else f"bands {', '.join(bands.names)}"
+        raise DatasetError(f"the {column} tiles are of {found}, but the network takes {takes}")
     present = _has_image(rows, column)
     if not all(present):
         first = rows["image_id"][present.index(False)]
         raise DatasetError(f"{present.count(False)} of {len(present)} tiles have no {column} image, first {first}")
+
+
+def _decode(value: Any, bands: Bands | None) -> np.ndarray:
+    """Return (H, W) or (H, W, bands) uint8."""
+    if bands is None:
+        return np.array(value)
+    raw, valid = read_bands(value)
+    if len(raw) != len(bands.names):
+        raise DatasetError(
+            f"{value['path']} has {len(raw)} bands; the network takes {len(bands.names)}: {', '.join(bands.names)}"
+        )
+    return np.ascontiguousarray(np.moveaxis(bands.to_uint8(raw, valid), 0, -1))
 
 
 class LabelledImages(CachedImages[Sample]):
@@ -117,6 +136,7 @@ class LabelledImages(CachedImages[Sample]):
         column: its image column: "sar", "optical" or "image".
         pseudo_labels: rows `{image_id, pseudo_label}` that replace the label column, joined by `image_id`; their
             `confidence` comes with each sample, if there is one.
+        bands: of the images, if they are neither 8-bit SAR nor RGB.
         keep_background: keep class 0 as a class.
         mask_nodata: ignore pixels outside the SAR swath (`outside_swath`); for column "sar" only.
 
@@ -131,12 +151,14 @@ class LabelledImages(CachedImages[Sample]):
         column: str,
         *,
         pseudo_labels: datasets.Dataset | None = None,
+        bands: Bands | None = None,
         keep_background: bool = False,
         mask_nodata: bool = False,
     ) -> None:
         super().__init__(rows["image_id"][:])
-        _require_images(rows, column)
+        _require_images(rows, column, bands)
         self.column = column
+        self.bands = bands
         self.pseudo_labels = pseudo_labels
         self.keep_background = keep_background
         self.mask_nodata = mask_nodata
@@ -168,7 +190,7 @@ class LabelledImages(CachedImages[Sample]):
                 labelled = self.pseudo_labels[self._row_of[image_id]]
                 label = np.array(labelled["pseudo_label"])
                 confidence = np.array(labelled["confidence"]) if "confidence" in labelled else None
-            image = np.array(row[self.column])
+            image = _decode(row[self.column], self.bands)
         if confidence is not None and confidence.shape != label.shape:
             raise DatasetError(f"{image_id}: the confidence is {confidence.shape} and the label {label.shape} pixels")
         if image.shape[:2] != label.shape:
@@ -189,19 +211,21 @@ class UnlabelledImages(CachedImages[UnlabelledSample]):
     Args:
         rows: a dataset of `hf_seg.data.open_earth_map`.
         column: its image column: "optical", "sar" or "image".
+        bands: of the images, if they are neither 8-bit SAR nor RGB.
 
     Raises:
         DatasetError: an image is missing, naming it; on access, an image that cannot be read.
     """
 
-    def __init__(self, rows: datasets.Dataset, column: str) -> None:
+    def __init__(self, rows: datasets.Dataset, column: str, *, bands: Bands | None = None) -> None:
         super().__init__(rows["image_id"][:])
+        _require_images(rows, column, bands)
         self.rows = rows.select_columns([column])
         self.column = column
-        _require_images(rows, column)
+        self.bands = bands
 
     def _read(self, index: int) -> UnlabelledSample:
         with _read_errors(self.image_ids[index]):
-            image = np.array(self.rows[index][self.column])
+            image = _decode(self.rows[index][self.column], self.bands)
         valid_mask = np.atleast_3d(image).max(axis=2) > 0
         return UnlabelledSample(self.image_ids[index], image, valid_mask)

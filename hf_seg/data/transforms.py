@@ -144,7 +144,7 @@ class ResolutionAlignment(A.DualTransform):
 class SARJitter(A.ImageOnlyTransform):
     """Gain and gamma of a SAR amplitude image, as scenes differ by calibration and incidence angle.
 
-    Exact zeros are nodata and stay zero; no other pixel becomes zero.
+    All bands of an image change alike. Exact zeros are nodata and stay zero; no other pixel becomes zero.
 
     Args:
         gain: the amplitude is multiplied by exp(U(-gain, gain)).
@@ -214,6 +214,7 @@ def optical_transform(
     max_class_share: float = 1.0,
     resolution_alignment: ResolutionAlignment | None = None,
     jitter_prob: float = 0.5,
+    is_rgb: bool = True,
 ) -> A.Compose:
     """Augment optical images for training: scaled crop, the eight flips and rotations, colour jitter.
 
@@ -222,10 +223,14 @@ def optical_transform(
 
     Args:
         resolution_alignment: comes before the jitter; for the source domain only.
+        is_rgb: other bands have no saturation and hue: they get brightness and contrast of the same ranges.
     """
     transforms = [RandomScaledCrop(crop_size, scale_range, max_class_share), A.D4(p=1)]
     if resolution_alignment is not None:
         transforms.append(resolution_alignment)
     hue = 18 / 180  # as a share of the circle; the release counts it in OpenCV's 180 steps
+    if not is_rgb:
+        jitter = A.RandomBrightnessContrast(0.2, 0.5, brightness_by_max=False, p=jitter_prob)
+        return A.Compose([*transforms, jitter])
     jitter = A.ColorJitter((0.8, 1.2), contrast=(0.5, 1.5), saturation=(0.5, 1.5), hue=(-hue, hue), p=jitter_prob)
     return A.Compose([*transforms, jitter])

@@ -110,8 +110,15 @@ def _describe_network(folder: Path, recipe: dict[str, Any]) -> tuple[str, ModelC
         "other_terms": other_terms,
         "is_free": header.license == "apache-2.0",
         "crop": read_record(folder / "preprocessor_config.json")["size"]["height"],
+        **_input_facts(config),
     }
     return f"{config['model_type']}.md", header, facts
+
+
+def _input_facts(config: dict[str, Any]) -> dict[str, Any]:
+    """Return the bands that a network takes, and their number."""
+    encoder = config.get("backbone_config") or config
+    return {"input_bands": config.get("input_bands"), "n_channels": encoder.get("num_channels", 3)}
 
 
 def _describe_ensemble(folder: Path, recipe: dict[str, Any]) -> tuple[str, ModelCardData, dict[str, Any]]:
@@ -136,6 +143,7 @@ def _describe_ensemble(folder: Path, recipe: dict[str, Any]) -> tuple[str, Model
         license_name="terms-of-the-members",
     )
     facts = {"members": members, "image_kind": image_kind, "data": data, "datasets": [data], "columns": columns}
+    facts |= _input_facts(read_record(folder / members[0]["folder"] / "config.json"))
     return "ensemble.md", header, facts
 
 

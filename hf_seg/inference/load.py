@@ -27,11 +27,13 @@ from transformers import (
     UperNetForSemanticSegmentation,
 )
 
+from hf_seg.bands import Bands
 from hf_seg.errors import UserError
 from hf_seg.files import sha256_of
 from hf_seg.labels import BACKGROUND, ID2LABEL
 from hf_seg.models import SegmentationNetwork, load_weights, require_supported
 from hf_seg.normalization import IMAGENET, Normalization
+from hf_seg.stem import input_bands_of
 
 ENSEMBLE_FILE = "ensemble.json"
 ENSEMBLE_FORMAT = {"version": 1, "masked_classes": [BACKGROUND]}
@@ -45,16 +47,18 @@ class LoadedNetwork:
     Args:
         crop_size: side in pixels of the crop that it was trained at, and of the window to predict with.
         normalization: of its input.
+        bands: of its input, and their stretch to uint8; None: 8-bit SAR or RGB.
         weight: relative to the other networks of an ensemble.
         origin: folder or Hub id.
         revision: commit on the Hub; None for a folder.
         folder: of its files; None for a network in memory.
-        module: the network, (B, 3, h, w) float32 -> logits (B, 9, any, any), bare or as `.logits` of its output; None
-            leaves it on disk.
+        module: the network, (B, bands, h, w) float32 -> logits (B, 9, any, any), bare or as `.logits` of its output;
+            None leaves it on disk.
     """
 
     crop_size: int
     normalization: Normalization = IMAGENET
+    bands: Bands | None = None
     weight: float = 1.0
     origin: str = "memory"
     revision: str | None = None
@@ -132,15 +136,15 @@ def use_network(module: nn.Module, *, crop_size: int | None = None) -> LoadedNet
     Raises:
         UserError: the crop size is unknown.
     """
-    described = None
+    described, bands = None, None
     if isinstance(module, SegformerForSemanticSegmentation | UperNetForSemanticSegmentation):
-        described = _find_processor(module)
+        described, bands = _find_processor(module), input_bands_of(module)
         module = SegmentationNetwork(module)  # stock UperNet would also compute its auxiliary head
     if described is None and crop_size is None:
         raise UserError("this network does not tell the crop that it was trained at: pass window=..., in pixels")
     of_encoder = module.normalization if isinstance(module, SegmentationNetwork) else IMAGENET
     crop, normalization = described or (0, of_encoder)
-    return LoadedNetwork(crop_size=crop_size or crop, normalization=normalization, module=module)
+    return LoadedNetwork(crop_size=crop_size or crop, normalization=normalization, bands=bands, module=module)
 
 
 def normalized_weights(networks: Sequence[LoadedNetwork]) -> list[float]:
@@ -155,6 +159,19 @@ def normalized_weights(networks: Sequence[LoadedNetwork]) -> list[float]:
         if not 0 < network.weight < math.inf:
             raise UserError(f"the weight of {network.origin} must be above 0 and finite; it is {network.weight}")
     return [network.weight / sum(each.weight for each in networks) for network in networks]
+
+
+def shared_bands(networks: Sequence[LoadedNetwork]) -> Bands | None:
+    """Return the bands that all networks take; None for 8-bit SAR or RGB images.
+
+    Raises:
+        UserError: they differ, or are stretched differently.
+    """
+    bands = {each.bands for each in networks}
+    if len(bands) > 1:
+        found = " and ".join(sorted({", ".join(each.names) if each else "8-bit images" for each in bands}))
+        raise UserError(f"networks of one ensemble take the same bands with the same stretch; these take {found}")
+    return bands.pop()
 
 
 def find_folder(name: str, patterns: Sequence[str], **hub: Any) -> tuple[Path, str | None]:
@@ -191,7 +208,12 @@ def _describe(folder: Path, name: str, **known: Any) -> LoadedNetwork:
     if absent := [pattern for pattern in MODEL_FILES if not any(folder.glob(pattern))]:
         raise UserError(f"{name} is incomplete: it has no {absent[0]}; fetch or export it again")
     crop_size, normalization = _read_processor(folder)
-    return LoadedNetwork(crop_size=crop_size, normalization=normalization, folder=folder, **known)
+    try:
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        bands = Bands.from_config(config.get("input_bands"))
+    except (OSError, ValueError, AttributeError) as error:
+        raise UserError(f"{name}: config.json cannot be read ({error})") from None
+    return LoadedNetwork(crop_size=crop_size, normalization=normalization, bands=bands, folder=folder, **known)
 
 
 def _read_processor(folder: Path) -> tuple[int, Normalization]:

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from hf_seg.arguments import PredictionSettings
 from hf_seg.errors import UserError
-from hf_seg.inference.load import LoadedNetwork, normalized_weights
+from hf_seg.inference.load import LoadedNetwork, normalized_weights, shared_bands
 from hf_seg.inference.sliding_window import sliding_window_probs
 from hf_seg.inference.tta import TTA_PRESETS, average_views
 from hf_seg.inference.vote import VoteAccumulator
@@ -45,6 +45,7 @@ class Predictor:
 
     Attributes:
         weights: of the networks, with a sum of 1.
+        bands: of the images; None: 8-bit SAR or RGB.
         seconds: spent in the networks.
 
     Raises:
@@ -70,6 +71,7 @@ class Predictor:
         self.device, self.tta, self.mixed_precision, self.dtype = device, tta, mixed_precision, dtype
         self.stride, self.batch_size = stride, batch_size
         self.weights = normalized_weights(self.networks)
+        self.bands = shared_bands(self.networks)
         self.seconds = 0.0
         for loaded in self.networks:
             if loaded.module is not None:
@@ -211,7 +213,7 @@ class Predictor:
         digest = hashlib.sha256(repr((self.device.type, self.tta, self.mixed_precision, self.weights)).encode())
         for loaded in self.networks:
             network = loaded.network()
-            digest.update(repr((loaded.crop_size, loaded.normalization, network)).encode())
+            digest.update(repr((loaded.crop_size, loaded.normalization, loaded.bands or "", network)).encode())
             for name, tensor in network.state_dict().items():
                 digest.update(name.encode())
                 digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())

@@ -46,7 +46,7 @@ def _for_display(pixels: np.ndarray) -> np.ndarray:
     values = pixels[pixels > 0]
     low, high = np.percentile(values, (1, 99)) if values.size else (0.0, 255.0)
     shown = np.clip((pixels - low) / max(high - low, 1.0), 0, 1)
-    return shown[0] if len(shown) == 1 else np.moveaxis(shown * 255, 0, -1).astype(np.uint8)
+    return shown[0] if len(shown) < 3 else np.moveaxis(shown * 255, 0, -1).astype(np.uint8)
 
 
 def _legend(classes: np.ndarray) -> list[Patch]:

@@ -58,12 +58,29 @@ def open_raster(name: str) -> rasterio.DatasetReader:
     return dataset
 
 
-def choose_bands(dataset: rasterio.DatasetReader, bands: Sequence[int] | None) -> list[int]:
+def choose_bands(
+    dataset: rasterio.DatasetReader, bands: Sequence[int] | None, names: Sequence[str] | None = None
+) -> list[int]:
     """Return the bands to read, 1-based: `bands`, or the only band, or red, green and blue.
 
+    Args:
+        names: of the bands that the network takes, if they are not 8-bit SAR or RGB: those with these descriptions, or
+            all bands in the order of the file, if they are as many.
+
     Raises:
-        UserError: a band that does not exist, or neither one nor three.
+        UserError: a band that does not exist, or neither one nor three, or not as many as there are names.
     """
+    if names is not None:
+        descriptions = [(description or "").lower() for description in dataset.descriptions]
+        if bands is None and {name.lower() for name in names} <= {*descriptions}:
+            bands = [1 + descriptions.index(name.lower()) for name in names]
+        found = list(bands or dataset.indexes)
+        if len(found) != len(names) or not set(found) <= set(dataset.indexes):
+            raise UserError(
+                f"{dataset.name} has bands 1 to {dataset.count}; the network takes {len(names)}: {', '.join(names)}; "
+                "choose them with --bands, in this order"
+            )
+        return found
     if bands is None:
         colors = dict(zip(dataset.colorinterp, dataset.indexes, strict=True))
         if colors.keys() >= set(RED_GREEN_BLUE):

@@ -102,6 +102,7 @@ class MapJob:
             units=options.units,
             stretch=options.stretch,
             zero_collar=options.zero_collar,
+            input_bands=predictor.bands,
             cached_rows=max(windows) + ROWS_AT_ONCE + READ_ROWS,
         )
         self._mapper = BandMapper(predictor, self.scene, self.geometry, options)

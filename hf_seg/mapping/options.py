@@ -19,7 +19,9 @@ class SceneOptions:
     """Reading the scene."""
 
     bands: list[int] | None = setting(
-        None, "1-based band numbers: one (SAR) or three (optical); default: the only band, or red, green and blue"
+        None,
+        "1-based band numbers: one (SAR), three (optical) or as many as the network takes; default: the only band, or "
+        "red, green and blue, or all",
     )
     units: Units = setting("linear", "units of the values: amplitude (linear), power, or decibels (db)")
     stretch: list[float] | None = setting(

@@ -16,6 +16,7 @@ from pathlib import Path
 import numpy as np
 from rasterio.windows import Window
 
+from hf_seg.bands import Bands, valid_pixels
 from hf_seg.data.nodata import ZeroCollar
 from hf_seg.errors import FileError, UserError
 from hf_seg.mapping.gdal import GDAL_ERRORS, choose_bands, declares_nodata, gdal_reason, open_raster
@@ -40,6 +41,7 @@ class Scene(contextlib.AbstractContextManager["Scene"]):
         bands, units, stretch, zero_collar: see `SceneOptions`. The stretch is in linear units; if it is None, two
             percentiles of the valid pixels are mapped to their values in the training data, and the attribute `stretch`
             tells the values used.
+        input_bands: the bands that the network takes and their stretch, from its training; None: 8-bit SAR or RGB.
         cached_rows: rows kept in memory, so that overlapping reads are cheap.
 
     Raises:
@@ -54,28 +56,36 @@ class Scene(contextlib.AbstractContextManager["Scene"]):
         units: str = "linear",
         stretch: Sequence[float] | None = None,
         zero_collar: bool = True,
+        input_bands: Bands | None = None,
         cached_rows: int = 2 * READ_ROWS,
     ) -> None:
         if units not in UNITS:
             raise UserError(f"unknown units {units!r}; choose one of {', '.join(UNITS)}")
         if stretch is not None and not (len(stretch) == 2 and -math.inf < stretch[0] < stretch[1] < math.inf):
             raise UserError(f"stretch must be two ascending numbers, for 0 and 255; got {list(stretch)}")
+        if input_bands is not None and (stretch is not None or units != "linear"):
+            raise UserError(
+                "this network has the stretch of its training data, so the scene must be in the units of those; "
+                "leave out --stretch and --units"
+            )
         self.name = str(source)
         self.dataset = open_raster(self.name)
-        self.bands = choose_bands(self.dataset, bands)
+        self.input_bands = input_bands
+        self.bands = choose_bands(self.dataset, bands, input_bands and input_bands.names)
         self.height, self.width = self.dataset.height, self.dataset.width
         self.units = units
         self._declares_nodata = any(declares_nodata(self.dataset, band) for band in self.bands)
         self._collar: ZeroCollar | None = None
         self._chunk = functools.lru_cache(maxsize=cached_rows // READ_ROWS + 2)(self._read_chunk)
-        if zero_collar and not self._declares_nodata:
+        if zero_collar and not self._declares_nodata and input_bands is None:
             tops = range(0, self.height, READ_ROWS)
             self._collar = ZeroCollar(_is_zero(self._read(top, READ_ROWS)[0]) for top in tops)
         self.stretch: tuple[float, float] | None = None
         if stretch is not None:
             self.stretch = (float(stretch[0]), float(stretch[1]))
-        elif units != "linear" or any(self.dataset.dtypes[band - 1] != "uint8" for band in self.bands):
-            self.stretch = self._find_stretch()
+        elif input_bands is None:
+            is_uint8 = all(self.dataset.dtypes[band - 1] == "uint8" for band in self.bands)
+            self.stretch = None if is_uint8 and units == "linear" else self._find_stretch()
 
     def __exit__(self, *_: object) -> None:
         self.close()
@@ -103,7 +113,7 @@ class Scene(contextlib.AbstractContextManager["Scene"]):
         """Read the whole scene at the size of `valid`, (h, w) bool; (bands, h, w) uint8, 0 where not valid."""
         with self._reading("a reduced image"):
             raw = self.dataset.read(self.bands, out_shape=(len(self.bands), *valid.shape))
-        return self._to_uint8(raw, valid)
+        return self._to_uint8(raw, valid & np.isfinite(raw).all(axis=0))
 
     @contextlib.contextmanager
     def _reading(self, what: str) -> Iterator[None]:
@@ -126,10 +136,8 @@ class Scene(contextlib.AbstractContextManager["Scene"]):
         with self._reading(f"rows {top} to {bottom - 1}"):
             raw = self.dataset.read(self.bands, window=window)
             masks = self.dataset.read_masks(self.bands, window=window) > 0
-        # an integer pixel is nodata if all its bands are, since 0 also occurs in colours; of floats one suffices
-        if np.issubdtype(raw.dtype, np.floating):
-            return raw, (masks & np.isfinite(raw)).all(axis=0)
-        return raw, masks.any(axis=0)
+        is_explicit = self.input_bands is None or self._declares_nodata  # else 0 in all integer bands is nodata
+        return raw, valid_pixels(raw, masks if is_explicit else None)
 
     def _to_linear(self, raw: np.ndarray) -> np.ndarray:
         """Return float32 amplitudes; raw values are finite."""
@@ -144,6 +152,8 @@ class Scene(contextlib.AbstractContextManager["Scene"]):
 
     def _to_uint8(self, raw: np.ndarray, valid: np.ndarray) -> np.ndarray:
         """Stretch to 1..255, since 0 is nodata; without a stretch the values are unchanged."""
+        if self.input_bands is not None:
+            return self.input_bands.to_uint8(raw, valid)
         if self.stretch is None:
             return np.where(valid, raw, np.uint8(0))
         low, high = self.stretch

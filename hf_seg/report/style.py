@@ -73,7 +73,8 @@ def show_image(
     """Draw an image without ticks.
 
     Args:
-        image: (H, W), which is stretched, or (H, W, 3) uint8; if None, an empty cell with the text `missing`.
+        image: (H, W), which is stretched, (H, W, 3) uint8, or (H, W, bands), of which the first three are drawn as RGB,
+            or the first alone if there are fewer; if None, an empty cell with the text `missing`.
     """
     axes.set_title(title, loc="left", fontsize=10)
     axes.set(xticks=[], yticks=[], aspect="equal", facecolor="#f0f0f0")  # not white, which is road
@@ -81,6 +82,8 @@ def show_image(
     if image is None:
         axes.text(0.5, 0.5, missing, transform=axes.transAxes, ha="center", va="center", color="#777777")
     else:
+        if image.ndim == 3:
+            image = image[..., :3] if image.shape[2] >= 3 else image[..., 0]
         shown = stretch(image) if image.ndim == 2 else image
         axes.imshow(shown, cmap="gray", vmin=0, vmax=1, interpolation=interpolation)
 

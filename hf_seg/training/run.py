@@ -5,22 +5,27 @@ from pathlib import Path
 from typing import Any
 
 import albumentations as A
+import datasets
 import torch
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
 from timm.scheduler import PolyLRScheduler
-from transformers import PreTrainedModel, UperNetForSemanticSegmentation
+from transformers import AutoConfig, PreTrainedModel, UperNetForSemanticSegmentation
 from transformers.utils.logging import disable_progress_bar
 
 from hf_seg.arguments import HubSettings, RecipeArguments, check_same_recipe
+from hf_seg.bands import Bands
+from hf_seg.data.band_images import BandStatistics, measure_bands
 from hf_seg.data.dataloaders import AugmentedStream, StreamLoader, train_dataloader
+from hf_seg.data.provenance import read_provenance
 from hf_seg.data.rare_classes import RareClassSampling, class_pixels
 from hf_seg.data.samples import LabelledImages, UnlabelledImages
 from hf_seg.errors import UserError
 from hf_seg.hub.push import check_login, publish
-from hf_seg.models import SegmentationNetwork, build_model, synchronize_batch_norm
+from hf_seg.models import SegmentationNetwork, build_model, normalization_of, synchronize_batch_norm
 from hf_seg.normalization import Normalization
 from hf_seg.report.plots import plot_curves
+from hf_seg.stem import set_input_bands
 from hf_seg.training.checkpoints import Progress, find_checkpoint
 from hf_seg.training.optimization import build_optimizer, build_schedule
 from hf_seg.training.run_log import check_tracker
@@ -95,14 +100,57 @@ def _require_login(args: HubSettings, accelerator: Accelerator) -> None:
         raise UserError(problem)
 
 
-def build_network(args: RecipeArguments, accelerator: Accelerator) -> SegmentationNetwork:
-    """Build the network that is trained, ready for several processes."""
+def find_bands(
+    args: RecipeArguments, rows: datasets.Dataset, column: str, data_dir: str, layout: str, *, progress: bool
+) -> BandStatistics | None:
+    """Find the bands of a training set: those that the model to continue from has, else measured.
+
+    Returns:
+        None for 8-bit SAR or RGB images.
+
+    Raises:
+        UserError: the model has other bands than the data.
+    """
+    names = (read_provenance(data_dir, layout)["bands"] or {}).get(column)
+    trained = None if args.from_scratch else _trained_bands(args.model_name_or_path)
+    if trained is not None and list(trained.bands.names) != names:
+        has = ", ".join(names) if names else "8-bit images"
+        raise UserError(
+            f"{args.model_name_or_path} takes bands {', '.join(trained.bands.names)}, but {data_dir} has {has}"
+        )
+    return trained if names is None or trained else measure_bands(rows, column, names, progress=progress)
+
+
+def _trained_bands(name: str) -> BandStatistics | None:
+    """Return the bands of a trained model; None for an encoder, and for a model of 8-bit SAR or RGB images."""
+    try:
+        config = AutoConfig.from_pretrained(name)
+        bands = Bands.from_config(getattr(config, "input_bands", None))
+    except (OSError, ValueError):
+        return None  # an encoder of timm or a preset; what is wrong with a model shows when it is built
+    return bands and BandStatistics(bands, Normalization(tuple(config.image_mean), tuple(config.image_std)))
+
+
+def build_network(
+    args: RecipeArguments,
+    accelerator: Accelerator,
+    statistics: BandStatistics | None = None,
+    *,
+    native_stem: bool = False,
+) -> SegmentationNetwork:
+    """Build the network that is trained, ready for several processes.
+
+    Args:
+        statistics: of bands other than 8-bit SAR or RGB.
+        native_stem: the stem takes one band, not the same band three times.
+    """
     model = build_model(
         args.model_name_or_path,
         crop_size=args.crop_size,
         from_scratch=args.from_scratch,
         head_width=args.head_width,
     )
+    _set_bands(model, statistics, native_stem, args.from_scratch)
     network = SegmentationNetwork(model)
     if args.gradient_checkpointing:
         network.enable_gradient_checkpointing()
@@ -111,6 +159,24 @@ def build_network(args: RecipeArguments, accelerator: Accelerator) -> Segmentati
     if isinstance(model, UperNetForSemanticSegmentation):  # BatchNorm of its 1 x 1 pooling branch
         args.require("per_device_train_batch_size", args.per_device_train_batch_size > 1, "at least 2 for UperNet")
     return network
+
+
+def _set_bands(
+    model: PreTrainedModel, statistics: BandStatistics | None, native_stem: bool, from_scratch: bool
+) -> None:
+    """Fit a model's stem to the bands, unless it was trained on them."""
+    if getattr(model.config, "input_bands", None) is not None:
+        return
+    encoder = normalization_of(model)
+    bands, normalization = statistics or (None, encoder)
+    names = bands.names if bands else ("band",)
+    if bands is None and not native_stem:
+        return
+    if len(names) == 1 and not native_stem:  # the band three times
+        names, normalization = names * 3, encoder
+    elif bands is None:
+        normalization = Normalization((sum(encoder.mean) / 3,), (sum(encoder.std) / 3,))
+    set_input_bands(model, names, normalization, bands=bands, from_scratch=from_scratch)
 
 
 def load_stream(
