@@ -18,6 +18,7 @@ from hf_seg.data.rare_classes import RareClassSampling, class_pixels
 from hf_seg.data.samples import LabelledImages, UnlabelledImages
 from hf_seg.errors import UserError
 from hf_seg.hub.push import check_login, publish
+from hf_seg.labels import LabelSet
 from hf_seg.models import SegmentationNetwork, build_model, synchronize_batch_norm
 from hf_seg.normalization import Normalization
 from hf_seg.report.plots import plot_curves
@@ -95,13 +96,14 @@ def _require_login(args: HubSettings, accelerator: Accelerator) -> None:
         raise UserError(problem)
 
 
-def build_network(args: RecipeArguments, accelerator: Accelerator) -> SegmentationNetwork:
+def build_network(args: RecipeArguments, accelerator: Accelerator, label_set: LabelSet) -> SegmentationNetwork:
     """Build the network that is trained, ready for several processes."""
     model = build_model(
         args.model_name_or_path,
         crop_size=args.crop_size,
         from_scratch=args.from_scratch,
         head_width=args.head_width,
+        label_set=label_set,
     )
     network = SegmentationNetwork(model)
     if args.gradient_checkpointing:
