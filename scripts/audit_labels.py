@@ -19,10 +19,10 @@ from typing import TYPE_CHECKING, Any
 
 from hf_seg.errors import DatasetError, UserError, file_errors, one_line_errors
 from hf_seg.files import atomic_folder, write_atomic
+from hf_seg.labels import OPEN_EARTH_MAP, LabelSet
 from hf_seg.settings import Parser
 
 if TYPE_CHECKING:
-    from hf_seg.labels import LabelSet
     from hf_seg.studies.label_audit_report import GalleryRow
     from hf_seg.studies.label_maps import LabelMaps
 
@@ -139,7 +139,9 @@ def read_gallery(
     return rows
 
 
-def write_audit(output: Path, result: dict[str, Any], rows: "Sequence[GalleryRow]", label_set: "LabelSet") -> None:
+def write_audit(
+    output: Path, result: dict[str, Any], rows: "Sequence[GalleryRow]", label_set: LabelSet = OPEN_EARTH_MAP
+) -> None:
     """Write the five files into a folder that replaces an earlier audit."""
     from hf_seg.studies import label_audit_report as report
 

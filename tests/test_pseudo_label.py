@@ -407,7 +407,7 @@ def test_mistake_gives_one_line_and_writes_nothing(
     save_network(tmp_path / "alone", seed=0)
     shutil.copytree(tmp_path / "alone", tmp_path / "other")
     config = json.loads((tmp_path / "other" / "config.json").read_text())
-    config["id2label"]["8"] = "house"
+    config["id2label"]["0"] = "sky"
     (tmp_path / "other" / "config.json").write_text(json.dumps(config))
     (tmp_path / "empty").mkdir()
     more = [word.format(tmp=tmp_path) for word in more]

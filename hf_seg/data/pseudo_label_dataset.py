@@ -126,7 +126,7 @@ def _list_networks(models: list[dict[str, str]]) -> str:
     return ", ".join(f"{model['name']} (sha256 {model['sha256'][:12]})" for model in models)
 
 
-def summarize(shards: Sequence[Path], label_set: LabelSet) -> dict[str, Any]:
+def summarize(shards: Sequence[Path], label_set: LabelSet = OPEN_EARTH_MAP) -> dict[str, Any]:
     """Add up the pixel counts of all shards.
 
     Returns:

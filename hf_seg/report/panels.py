@@ -98,7 +98,7 @@ def plot_mix_panel(
     save_figure(figure, output)
 
 
-def _mean_iou(label: np.ndarray, prediction: np.ndarray, label_set: LabelSet) -> float | None:
+def _mean_iou(label: np.ndarray, prediction: np.ndarray, label_set: LabelSet = OPEN_EARTH_MAP) -> float | None:
     """Return the mean IoU over the classes in one label map, without background and ignored pixels; None if none is."""
     confusion = ConfusionMatrix(label_set)
     confusion.update(

@@ -129,7 +129,7 @@ def paint_comparison(a: np.ndarray, b: np.ndarray, truth: np.ndarray | None) -> 
 
 def _classes(result: Mapping[str, Any]) -> list[str]:
     """Return the names of the classes from 1 up."""
-    return [*result["class_share"]["a"]]
+    return [*result["agreement"]["iou"]]
 
 
 def _draw_transition(axes: Axes, rows: str, columns: str, counts: np.ndarray, classes: Sequence[str]) -> None:
