@@ -92,8 +92,8 @@ def _check_class(row: Any, number: int, source: str) -> dict[str, Any]:
         raise UserError(f"{where} must have the keys id and name; it is {_shown(row)}")
     _refuse_unknown(row, _CLASS_KEYS, where)
     index, name = row.get("id"), row.get("name")
-    if not _is_whole(index):
-        raise UserError(f"{where} must have an id, a whole number from 1 on; it is {index!r}")
+    if not _is_whole(index) or not 0 <= index <= _MOST_CLASSES:
+        raise UserError(f"{where} must have an id, a whole number 1..{_MOST_CLASSES}; it is {index!r}")
     if index == BACKGROUND:
         raise UserError(f"{where} has id 0, which is background: list its pixel values under `background:`")
     if not isinstance(name, str) or not name.strip() or "\n" in name:
@@ -113,12 +113,10 @@ def _check_class(row: Any, number: int, source: str) -> dict[str, Any]:
 
 
 def _order(classes: list[dict[str, Any]], source: str) -> list[dict[str, Any]]:
-    """Sort classes by id; UserError for an id of two classes, out of range, or missing between others."""
+    """Sort classes by id; UserError for an id of two classes, or missing between others."""
     name_of: dict[int, str] = {}
     for row in classes:
         index = row["id"]
-        if not 1 <= index <= _MOST_CLASSES:
-            raise UserError(f"{source}: id {index} ({row['name']}) is out of range; ids are 1..{len(classes)}")
         if index in name_of:
             raise UserError(f"{source}: id {index} has two names, {name_of[index]!r} and {row['name']!r}; keep one")
         name_of[index] = row["name"]
@@ -137,7 +135,7 @@ def _choose_colors(classes: list[dict[str, Any]], source: str) -> list[tuple[int
             if color in owner_of:
                 raise UserError(f"{source}: {owner_of[color]} and {row['name']} have one colour, {row['color']}")
             owner_of[color] = row["name"]
-    free = (color for color in _distinct_colors() if color not in owner_of)
+    free = (color for color in dict.fromkeys(_distinct_colors()) if color not in owner_of)
     return [next(free) if row["color"] is None else _parse_color(row["color"]) for row in classes]
 
 
