@@ -20,11 +20,7 @@ from hf_seg.mapping.cli import run as map_scenes
 from hf_seg.models import build_model
 
 SCRIPTS = Path(__file__).parents[1] / "scripts"
-WATER_LAND = """\
-classes:
-  - {id: 1, name: water, colour: "#0045ff", values: [6]}
-  - {id: 2, name: land, colour: "#c0c0c0", values: [1, 2, 3, 4, 5, 7, 8]}
-"""
+WATER_LAND = Path(__file__).parents[1] / "recipes/configs/label_sets/water_land.yaml"
 TINY = {
     "model_name_or_path": "toy-segformer",
     "from_scratch": "true",
@@ -58,29 +54,22 @@ def script(name: str) -> Callable[..., Any]:
 
 
 @pytest.fixture(scope="module")
-def label_set(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("classes") / "water_land.yaml"
-    path.write_text(WATER_LAND)
-    return path
-
-
-@pytest.fixture(scope="module")
-def run(oem_sar: Path, label_set: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def run(oem_sar: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A network of stage 2."""
     folder = tmp_path_factory.mktemp("runs") / "stage2"
-    launch("stage2", folder, **TINY, data_dir=oem_sar, label_set=label_set)
+    launch("stage2", folder, **TINY, data_dir=oem_sar, label_set=WATER_LAND)
     return folder
 
 
 @pytest.fixture(scope="module")
-def ensemble(run: Path, oem_sar: Path, label_set: Path) -> Path:
+def ensemble(run: Path, oem_sar: Path) -> Path:
     """The network twice."""
     folder = run.parent / "ensemble"
-    launch("ensemble", folder, model=[run, run / "best"], data_dir=oem_sar, label_set=label_set)
+    launch("ensemble", folder, model=[run, run / "best"], data_dir=oem_sar, label_set=WATER_LAND)
     return folder
 
 
-def test_the_network_its_scores_and_its_card_have_the_two_classes(run: Path, label_set: Path) -> None:
+def test_the_network_its_scores_and_its_card_have_the_two_classes(run: Path) -> None:
     config, results = (json.loads((run / name).read_text()) for name in ("config.json", "eval_results.json"))
     assert config["id2label"] == {"0": "background", "1": "water", "2": "land"}
     assert config["label_colors"] == ["#000000", "#0045ff", "#c0c0c0"]
@@ -90,7 +79,7 @@ def test_the_network_its_scores_and_its_card_have_the_two_classes(run: Path, lab
     card = (run / "README.md").read_text()
     assert "| 1 | water | `#0045FF` |\n| 2 | land | `#C0C0C0` |\n" in card
     assert f"| water | {results['iou']['water']:.4f} |" in card and "building" not in card
-    assert "--label_set water_land.yaml" in card and str(label_set) not in card
+    assert "--label_set water_land.yaml" in card and str(WATER_LAND) not in card
 
 
 def test_the_truth_is_that_of_the_label_files(run: Path, oem_sar: Path) -> None:
@@ -104,7 +93,7 @@ def test_the_truth_is_that_of_the_label_files(run: Path, oem_sar: Path) -> None:
 
 
 def test_another_evaluation_gives_the_same_scores_and_needs_the_label_set(
-    run: Path, oem_sar: Path, label_set: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    run: Path, oem_sar: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     words = ["evaluate_model.py", "--model", str(run), "--data_dir", str(oem_sar), "--output", str(tmp_path / "s.json")]
     main = script("evaluate_model.py")
@@ -115,7 +104,7 @@ def test_another_evaluation_gives_the_same_scores_and_needs_the_label_set(
         f"class 1 is 'water' in {run} and 'bareland' in the labels; give the --label_set that the networks were "
         "trained with"
     )
-    monkeypatch.setattr(sys, "argv", [*words, "--label_set", str(label_set)])
+    monkeypatch.setattr(sys, "argv", [*words, "--label_set", str(WATER_LAND)])
     main()
     scores, expected = (json.loads(path.read_text()) for path in (tmp_path / "s.json", run / "eval_results.json"))
     assert {key: scores[key] for key in ("iou", "confusion_matrix")} == {
@@ -133,11 +122,11 @@ def test_the_ensemble_has_the_classes_of_its_members(ensemble: Path) -> None:
     assert "| 2 | land | `#C0C0C0` |" in (ensemble / "README.md").read_text()
 
 
-def test_networks_of_other_classes_are_no_ensemble(run: Path, oem_sar: Path, label_set: Path, tmp_path: Path) -> None:
+def test_networks_of_other_classes_are_no_ensemble(run: Path, oem_sar: Path, tmp_path: Path) -> None:
     other = tmp_path / "nine"
     nine = build_model("toy-segformer", crop_size=32, from_scratch=True)
     export_model(nine, other, crop_size=32, recipe="", results=None)
-    settings = {"model": [run, other], "data_dir": oem_sar, "label_set": label_set}
+    settings = {"model": [run, other], "data_dir": oem_sar, "label_set": WATER_LAND}
     line = launch("ensemble", tmp_path / "mixed", exit_code=2, **settings)
     assert line == f"error: class 1 is 'water' in {run} and 'bareland' in {other}"
 
@@ -163,11 +152,9 @@ def test_a_map_has_two_colours_and_their_names(ensemble: Path, oem_sar: Path, tm
     assert {*zip(class_ids.tolist(), class_names, strict=True)} <= {(1, "water"), (2, "land")}
 
 
-def test_pseudo_labels_keep_the_classes_and_are_checked(
-    run: Path, oem_sar: Path, label_set: Path, tmp_path: Path
-) -> None:
+def test_pseudo_labels_keep_the_classes_and_are_checked(run: Path, oem_sar: Path, tmp_path: Path) -> None:
     labels, data = tmp_path / "labels", {"data_dir": oem_sar}
-    launch("pseudo_label", labels, model=run, column="sar", **data, label_set=label_set)
+    launch("pseudo_label", labels, model=run, column="sar", **data, label_set=WATER_LAND)
     manifest = json.loads((labels / "manifest.json").read_text())
     assert manifest["label_set"] == {
         "names": ["background", "water", "land"],
@@ -177,21 +164,19 @@ def test_pseudo_labels_keep_the_classes_and_are_checked(
     assert "| 2 | land |" in (labels / "README.md").read_text()
     line = launch("stage2", tmp_path / "wrong", exit_code=2, **TINY, **data, pseudo_labels=labels)
     assert f"error: class 1 is 'water' in {labels} and 'bareland' in the label set" in line
-    launch("stage2", tmp_path / "second", **TINY, **data, pseudo_labels=labels, label_set=label_set)
+    launch("stage2", tmp_path / "second", **TINY, **data, pseudo_labels=labels, label_set=WATER_LAND)
     results = json.loads((tmp_path / "second" / "eval_results.json").read_text())
     assert [*results["iou"]] == ["background", "water", "land"]
 
     audit = script("audit_labels.py")
-    audit([str(oem_sar / "train/labels"), str(labels), "--label_set", str(label_set), "--output", str(tmp_path / "a")])
+    audit([str(oem_sar / "train/labels"), str(labels), "--label_set", str(WATER_LAND), "--output", str(tmp_path / "a")])
     result = json.loads((tmp_path / "a" / "audit.json").read_text())
     assert np.array(result["agreement"]["transition"]).shape == (3, 3)
     assert [*result["agreement"]["iou"]] == ["water", "land"]
 
 
-def test_self_training_and_its_report_have_the_two_classes(
-    oem: Path, oem_sar: Path, label_set: Path, tmp_path: Path
-) -> None:
-    folder, data = tmp_path / "stage1", {"data_dir": oem_sar, "source_dir": oem, "label_set": label_set}
+def test_self_training_and_its_report_have_the_two_classes(oem: Path, oem_sar: Path, tmp_path: Path) -> None:
+    folder, data = tmp_path / "stage1", {"data_dir": oem_sar, "source_dir": oem, "label_set": WATER_LAND}
     launch("stage1", folder, **TINY, **data, panel_steps=2)
     log = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     shares = [key for key in log[0] if key.startswith("pseudo_share_")]
@@ -208,6 +193,6 @@ def test_self_training_and_its_report_have_the_two_classes(
         "--output",
         str(tmp_path / "r.html"),
     ]
-    report([str(folder), *where, "--label_set", str(label_set), "--tiles", "1"])
+    report([str(folder), *where, "--label_set", str(WATER_LAND), "--tiles", "1"])
     intervals = json.loads((tmp_path / "r.json").read_text())["intervals"]["tiles"]["iou"]
     assert [*intervals] == ["water", "land"]
