@@ -69,6 +69,20 @@ class LabelSet:
         table[list(self.values)] = list(self.values.values())
         return _frozen(table)
 
+    def to_ids(self, pixels: np.ndarray, *, are_ids: bool = False) -> np.ndarray:
+        """Translate the pixel values of a label file to class ids, (H, W) int16; -1 for a value outside the set.
+
+        Args:
+            pixels: (H, W) whole numbers. `IGNORE_INDEX` means no label, unless a class has that value.
+            are_ids: the pixels are class ids already, as in pseudo-labels.
+        """
+        values = np.arange(256, dtype=np.int16)
+        table = np.where(values < self.num_labels, values, -1) if are_ids else self.table.copy()
+        if table[IGNORE_INDEX] < 0:
+            table[IGNORE_INDEX] = IGNORE_INDEX
+        as_bytes = pixels.astype(np.uint8)
+        return np.where(as_bytes == pixels, table[as_bytes], np.int16(-1))
+
 
 def _frozen(array: np.ndarray) -> np.ndarray:
     array.setflags(write=False)

@@ -199,7 +199,7 @@ def draw_figures(
         path, tiles = next((path, tiles) for path, tiles in shards.items() if index in tiles)
         label, confidence = read_maps(path, index - tiles.start)
         row = rows[index]
-        official = None if row["label"] is None else label_set.table[np.array(row["label"])]
+        official = None if row["label"] is None else label_set.to_ids(np.array(row["label"]))
         panel.append((row["image_id"], np.array(row[column]), official, label))
         confidences.append((row["image_id"], np.dstack([confidence] * 3), official, label))
     names = ("label of the data", "pseudo-label")

@@ -307,7 +307,7 @@ def test_a_model_keeps_its_classes(water_land: LabelSet) -> None:
 
 def test_a_model_of_another_origin_is_named() -> None:
     coloured = {**config_of(OPEN_EARTH_MAP), "label_colors": ["#000000"]}
-    with pytest.raises(UserError, match="^x: label_colors must be 9 colours like '#0045ff'; it is"):
+    with pytest.raises(UserError, match=r"^x: label_colors must be 9 colours like '#0045ff'; it is"):
         label_set_of(coloured, "x")
     for id2label, first in (({0: "wall", 1: "sky", 2: "sea"}, "'wall'"), ({}, "None"), ({"a": "b"}, "None")):
         with pytest.raises(UserError, match=f"^x is no segmentation model of this project: .*the first is {first}$"):

@@ -141,11 +141,6 @@ class LabelledImages(CachedImages[Sample]):
         self.column = column
         self.pseudo_labels = pseudo_labels
         self.label_set = label_set
-        self._id_of = label_set.table.copy()  # by pixel value, -1 for a wrong one
-        if pseudo_labels is not None:
-            self._id_of = np.where(np.arange(256) < label_set.num_labels, np.arange(256), -1)
-        if self._id_of[IGNORE_INDEX] < 0:  # rows made in memory may have it
-            self._id_of[IGNORE_INDEX] = IGNORE_INDEX
         self.keep_background = keep_background
         self.mask_nodata = mask_nodata
         if pseudo_labels is None:
@@ -190,9 +185,8 @@ class LabelledImages(CachedImages[Sample]):
 
     def _to_ids(self, image_id: str, label: np.ndarray) -> np.ndarray:
         """Translate pixel values to class ids, (H, W) uint8."""
-        values = label.astype(np.uint8)
-        ids = self._id_of[values]
-        if (wrong := label[(ids < 0) | (values != label)]).size:
+        ids = self.label_set.to_ids(label, are_ids=self.pseudo_labels is not None)
+        if (wrong := label[ids < 0]).size:
             last = self.label_set.num_labels - 1
             if self.pseudo_labels is not None or self.label_set == OPEN_EARTH_MAP:
                 raise DatasetError(f"{image_id}: label {wrong[0]} is no class 0..{last}, nor {IGNORE_INDEX} for none")

@@ -80,14 +80,9 @@ class LabelMaps:
 
     def _to_ids(self, label: np.ndarray, place: str) -> np.ndarray:
         """Return (H, W) uint8 class ids, 0 = no label, of pixel values; DatasetError for one that is no class."""
-        table, last = self.label_set.table.copy(), self.label_set.num_labels - 1
-        if self.rows is not None:
-            table = np.where(np.arange(256) <= last, np.arange(256), -1)
-        if table[IGNORE_INDEX] < 0:
-            table[IGNORE_INDEX] = IGNORE_INDEX
-        ids = np.where((label >= 0) & (label < 256), table[label.astype(np.uint8)], -1)
+        ids = self.label_set.to_ids(label, are_ids=self.rows is not None)
         if (wrong := label[ids < 0]).size:
-            allowed = f"0..{last}, or {IGNORE_INDEX} for no label"
+            allowed = f"0..{self.label_set.num_labels - 1}, or {IGNORE_INDEX} for no label"
             if self.rows is None and self.label_set != OPEN_EARTH_MAP:
                 allowed = "see `values` of the label set"
             raise DatasetError(f"{place}: {wrong[0]} is not a class id ({allowed}); remap it")
