@@ -29,6 +29,15 @@ class HubSettings(Settings):
 
 
 @dataclass(kw_only=True)
+class ClassSettings(Settings):
+    """Classes."""
+
+    label_set: str | None = setting(
+        None, "YAML file of the classes, or OpenEarthMap; default: the dataset.json's, else OpenEarthMap", path=True
+    )
+
+
+@dataclass(kw_only=True)
 class DataSettings(Settings):
     """Data and output."""
 
@@ -112,7 +121,7 @@ class RunSettings(Settings):
 
 @dataclass(kw_only=True)
 class RecipeArguments(
-    HubSettings, RunSettings, OptimisationSettings, AugmentationSettings, ModelSettings, DataSettings
+    HubSettings, RunSettings, OptimisationSettings, AugmentationSettings, ModelSettings, ClassSettings, DataSettings
 ):
     """What every training recipe needs; each recipe adds its own fields."""
 
@@ -195,7 +204,7 @@ class PredictionSettings(Settings):
 
 
 @dataclass(kw_only=True)
-class PseudoLabelArguments(HubSettings, PredictionSettings):
+class PseudoLabelArguments(HubSettings, PredictionSettings, ClassSettings):
     """Pseudo-labels: label tiles with one or more networks."""
 
     model: list[str] = setting(["runs/stage1"], "trained networks: folders or Hub ids", free=True, path=True)
@@ -215,7 +224,7 @@ class PseudoLabelArguments(HubSettings, PredictionSettings):
 
 
 @dataclass(kw_only=True)
-class EnsembleArguments(HubSettings, PredictionSettings):
+class EnsembleArguments(HubSettings, PredictionSettings, ClassSettings):
     """Ensemble: several SAR networks as one."""
 
     model: list[str] = setting(["runs/stage2"], "trained networks: folders or Hub ids (id@revision)", path=True)

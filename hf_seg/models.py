@@ -30,7 +30,8 @@ from transformers import (
 )
 
 from hf_seg.errors import UserError
-from hf_seg.labels import ID2LABEL, IGNORE_INDEX, LABEL2ID
+from hf_seg.label_sets import config_of
+from hf_seg.labels import IGNORE_INDEX, OPEN_EARTH_MAP, LabelSet
 from hf_seg.normalization import IMAGENET, Normalization
 from hf_seg.timm_encoder import find_timm_encoder, load_timm_weights, require_timm_architecture, timm_backbone_config
 
@@ -85,9 +86,14 @@ _TOY_HEAD_WIDTHS = {"toy-convnextv2": 64, "toy-swinv2": 64, "toy-efficientnet-li
 
 
 def build_model(
-    model_name_or_path: str, *, crop_size: int, from_scratch: bool = False, head_width: int | None = None
+    model_name_or_path: str,
+    *,
+    crop_size: int,
+    from_scratch: bool = False,
+    head_width: int | None = None,
+    label_set: LabelSet = OPEN_EARTH_MAP,
 ) -> PreTrainedModel:
-    """Build a stock segmentation model of the nine land-cover classes.
+    """Build a stock segmentation model.
 
     Args:
         model_name_or_path: Hub id or folder of an encoder (SegFormer's MiT, ConvNeXtV2, SwinV2, or one of timm, see
@@ -96,6 +102,7 @@ def build_model(
         from_scratch: random weights (drawn from torch's global generator) instead of pretrained ones.
         head_width: channels of the decoder that UperNet adds to an encoder; its auxiliary head has half as many.
             None: 512, or 64 for a toy.
+        label_set: its classes, whose names and colours its config gets.
 
     Returns:
         `SegformerForSemanticSegmentation` or `UperNetForSemanticSegmentation`; `normalization_of` tells its input's.
@@ -114,7 +121,7 @@ def build_model(
     if head_width is not None and not is_encoder:
         raise UserError(f"head_width is for UperNet on an encoder; {name} is a whole {config.model_type}")
     if is_encoder:
-        config = _upernet_config(config, head_width or _TOY_HEAD_WIDTHS.get(name, _HEAD_WIDTH))
+        config = _upernet_config(config, head_width or _TOY_HEAD_WIDTHS.get(name, _HEAD_WIDTH), label_set)
     if timm_encoder:
         config.update(
             {"image_mean": [*timm_encoder.normalization.mean], "image_std": [*timm_encoder.normalization.std]}
@@ -126,7 +133,8 @@ def build_model(
         "segformer": (SegformerForSemanticSegmentation, "semantic_loss_ignore_index"),
         "upernet": (UperNetForSemanticSegmentation, "loss_ignore_index"),
     }[config.model_type]
-    config.update({"id2label": ID2LABEL, "label2id": LABEL2ID, ignore: IGNORE_INDEX})
+    vars(config).pop("label_colors", None)  # of a whole model that had other classes
+    config.update({**config_of(label_set), ignore: IGNORE_INDEX})
     if not from_scratch and not is_encoder:
         model = load_weights(stock, name, config, may_be_new=("decode_head", "auxiliary_head"))
     else:
@@ -182,9 +190,9 @@ def _find_config(name: str, from_scratch: bool) -> PretrainedConfig:
         ) from None
 
 
-def _upernet_config(encoder: PretrainedConfig, width: int) -> UperNetConfig:
+def _upernet_config(encoder: PretrainedConfig, width: int, label_set: LabelSet) -> UperNetConfig:
     # a classifier's thousands of label names have no place in the saved config
-    encoder.update({"id2label": ID2LABEL, "label2id": LABEL2ID})
+    encoder.update({"id2label": label_set.id2label, "label2id": label_set.label2id})
     if encoder.model_type != "timm_backbone":  # whose levels are chosen already
         encoder.update({"out_features": _STAGES})
     return UperNetConfig(

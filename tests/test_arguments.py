@@ -29,7 +29,7 @@ STAGE2_CONFIGS = sorted([*CONFIGS.glob("stage2/*.yaml"), *CONFIGS.glob("toy/stag
 STAGE1_CONFIGS = sorted([*CONFIGS.glob("stage1/*.yaml"), *CONFIGS.glob("toy/stage1*.yaml")])
 RECIPES = [(Stage1Arguments, path) for path in STAGE1_CONFIGS] + [(Stage2Arguments, path) for path in STAGE2_CONFIGS]
 # Where things lie and how one launch goes; a step count, although it may change on resume, makes the result.
-WHERE_AND_WHEN = {"config", "data_dir", "output_dir", "pseudo_labels", "resume_from_checkpoint"}
+WHERE_AND_WHEN = {"config", "data_dir", "label_set", "output_dir", "pseudo_labels", "resume_from_checkpoint"}
 SETTINGS = (Stage1Arguments, Stage2Arguments, PseudoLabelArguments, EnsembleArguments)
 FREE_ON_RESUME = {field.name for each in SETTINGS for field in dataclasses.fields(each) if field.metadata["free"]}
 HUB_SETTINGS = {field.name for field in dataclasses.fields(HubSettings)} - {"config"}
@@ -226,6 +226,7 @@ def other_value(name: str) -> Any:
         "head_width": 64,
     }
     special |= {"resume_from_checkpoint": "latest", "pseudo_labels": "labels", "config": "other.yaml"}
+    special["label_set"] = "OpenEarthMap"
     value = getattr(Stage2Arguments(), name)
     if name in special:
         return special[name]

@@ -13,6 +13,7 @@ import time
 import zlib
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from tqdm import tqdm
@@ -86,12 +87,14 @@ class MapJob:
         self.predictor, self.destination, self.options = predictor, Path(destination), options
         if options.disagreement and len(predictor.networks) < 2:
             raise UserError("disagreement needs an ensemble; this model is a single network")
-        self.layers = choose_layers(options)
+        self.layers = choose_layers(options, predictor.label_set)
         self._extras: dict[Path, Callable[[Path, Path], None]] = {}  # file: writes it, given the class map
         if options.preview:
             self._extras[self.destination.with_name(f"{self.destination.stem}_preview.png")] = self._draw_preview
         if options.polygons is not None:
-            self._extras[options.polygon_path(self.destination)] = write_polygons
+            self._extras[options.polygon_path(self.destination)] = functools.partial(
+                write_polygons, label_set=predictor.label_set
+            )
         self.folder = self.destination.with_name(f".{self.destination.name}.partial")
         self._check_targets(Path(source))
         windows = [network.crop_size for network in predictor.networks]
@@ -167,6 +170,7 @@ class MapJob:
             column_borders=self._mapper.borders(self.scene.width),
             crs=dataset.crs,
             transform=dataset.transform,
+            label_set=self.predictor.label_set,
         )
         with self._writing_errors():
             for top, (class_map,) in self._read_bands(self.layers[0]):
@@ -179,7 +183,8 @@ class MapJob:
             paths = []
             for layer in self.layers:
                 path, read_bands = layer.path(self.folder / "layer.tif"), functools.partial(self._read_bands, layer)
-                paths.append(write_layer(path, layer, read_bands, scene=dataset, tags=tags, cog=self.options.cog))
+                how: dict[str, Any] = {"tags": tags, "label_set": self.predictor.label_set, "cog": self.options.cog}
+                paths.append(write_layer(path, layer, read_bands, scene=dataset, **how))
             for target, write in self._extras.items():
                 with atomic_file(target) as temporary:
                     write(paths[0], temporary)
@@ -259,4 +264,5 @@ class MapJob:
     def _draw_preview(self, class_map: Path, output: Path) -> None:
         from hf_seg.mapping.figure import plot_map  # matplotlib is slow to import
 
-        plot_map(class_map, self.scene, output, title=Path(self.scene.name).name)
+        title = Path(self.scene.name).name
+        plot_map(class_map, self.scene, output, title=title, label_set=self.predictor.label_set)

@@ -7,12 +7,12 @@ import numpy as np
 import rasterio
 import rasterio.features
 
-from hf_seg.labels import BACKGROUND, CLASS_NAMES
+from hf_seg.labels import BACKGROUND, OPEN_EARTH_MAP, LabelSet
 
 BATCH_SIZE = 10_000  # polygons per write
 
 
-def write_polygons(class_map: Path, output: Path) -> None:
+def write_polygons(class_map: Path, output: Path, label_set: LabelSet = OPEN_EARTH_MAP) -> None:
     """Write each connected area of one class as a polygon with the fields `class_id` and `class_name`.
 
     GDAL finds all areas before the first is written, so memory grows with their number, but not with the map's size.
@@ -20,6 +20,7 @@ def write_polygons(class_map: Path, output: Path) -> None:
     Args:
         class_map: GeoTIFF of class ids.
         output: vector file in the map's CRS, of the format that its suffix names; replaced if it exists.
+        label_set: names of the classes.
 
     Raises:
         OSError: it cannot be written.
@@ -40,7 +41,7 @@ def write_polygons(class_map: Path, output: Path) -> None:
                 pyogrio.raw.write(
                     str(output),
                     geometry=np.array([to_wkb(shape(geometry)) for geometry, _ in batch], dtype=object),
-                    field_data=[ids, np.array(CLASS_NAMES, dtype=object)[ids]],
+                    field_data=[ids, np.array(label_set.names, dtype=object)[ids]],
                     fields=np.array(["class_id", "class_name"]),
                     geometry_type="Polygon",
                     crs=crs,

@@ -22,6 +22,7 @@ from hf_seg.data.rare_classes import RareClassSampling, class_pixels
 from hf_seg.data.samples import LabelledImages, UnlabelledImages
 from hf_seg.errors import UserError
 from hf_seg.hub.push import check_login, publish
+from hf_seg.labels import LabelSet
 from hf_seg.models import SegmentationNetwork, build_model, normalization_of, synchronize_batch_norm
 from hf_seg.normalization import Normalization
 from hf_seg.report.plots import plot_curves
@@ -134,6 +135,7 @@ def _trained_bands(name: str) -> BandStatistics | None:
 def build_network(
     args: RecipeArguments,
     accelerator: Accelerator,
+    label_set: LabelSet,
     statistics: BandStatistics | None = None,
     *,
     native_stem: bool = False,
@@ -141,6 +143,7 @@ def build_network(
     """Build the network that is trained, ready for several processes.
 
     Args:
+        label_set: the classes.
         statistics: of bands other than 8-bit SAR or RGB.
         native_stem: the stem takes one band, not the same band three times.
     """
@@ -149,6 +152,7 @@ def build_network(
         crop_size=args.crop_size,
         from_scratch=args.from_scratch,
         head_width=args.head_width,
+        label_set=label_set,
     )
     _set_bands(model, statistics, native_stem, args.from_scratch)
     network = SegmentationNetwork(model)
