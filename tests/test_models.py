@@ -167,7 +167,8 @@ def test_a_saved_model_opens_with_stock_transformers_and_gives_the_same_bits(nam
     stock = AutoModelForSemanticSegmentation.from_pretrained(tmp_path).eval()
     with torch.no_grad():
         plain = stock(pixel_values=images()).logits
-    stock = stock.to(memory_format=torch.channels_last)  # as ours
+    if name != "toy-segformer":
+        stock = stock.to(memory_format=torch.channels_last)  # as ours
     assert type(stock) is type(model)
     assert stock.config.architectures == [type(model).__name__]
     assert type(model).__module__.startswith("transformers.models.")
