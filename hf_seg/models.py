@@ -276,8 +276,8 @@ class SegmentationNetwork(nn.Module):
     def __init__(self, model: PreTrainedModel) -> None:
         super().__init__()
         self.model = model
-        # Faster, on a CPU by a fifth. Not for SegFormer: in this layout torch 2.13 computes a bf16 convolution wrongly on
-        # a CPU if its kernel is 8 x 8 and as large as its input.
+        # Faster, on a CPU by a fifth. Not for SegFormer: in this layout torch 2.13 computes a bf16 convolution wrongly
+        # on a CPU if its kernel is 8 x 8 and as large as its input.
         if isinstance(model, UperNetForSemanticSegmentation):
             model.to(memory_format=torch.channels_last)  # type: ignore[call-arg]
         self.normalization = normalization_of(model)
