@@ -13,7 +13,7 @@ LEAVES = sorted([*PROJECT.glob("recipes/*.py"), *PROJECT.glob("scripts/*.py")])
 RANKS = (
     "bands errors labels",
     "files settings normalization",
-    "arguments bootstrap calibration losses metrics adaptation timm_encoder",
+    "arguments bootstrap calibration losses metrics adaptation timm_encoder encoders",
     "data models land_cover_iou report",
     "stem",
     "inference",
