@@ -65,8 +65,7 @@ def fit_encoder(
     Raises:
         UserError: the encoder gives no levels, or not at this crop; the message says at which.
     """
-    values = json.dumps({key: value for key, value in config.to_diff_dict().items() if key not in _NOT_OF_SHAPES})
-    kind: Any = type(config)
+    kind, values = _as_key(config)
     fit = functools.partial(_fit, kind, values, keep_levels=keep_levels)
     resize = from_scratch or _follows_crop(kind, values, crop_size)
     try:
@@ -102,6 +101,12 @@ def published_normalization(name: str) -> Normalization:
     except (OSError, KeyError, TypeError, ValueError):
         return IMAGENET
     return Normalization(mean, std) if len(mean) == len(std) == 3 else IMAGENET
+
+
+def _as_key(config: PretrainedConfig) -> tuple[Any, str]:
+    """Return the class of a configuration and its settings as JSON, to look up what is known of it."""
+    settings = {key: value for key, value in config.to_diff_dict().items() if key not in _NOT_OF_SHAPES}
+    return type(config), json.dumps(settings)
 
 
 @functools.lru_cache(maxsize=64)
@@ -158,11 +163,16 @@ def _build(config: PretrainedConfig, device: str) -> Any:
         raise UnfitError(_one_line(error)) from None
 
 
+@functools.lru_cache(maxsize=2)
+def _build_on_meta(kind: Any, values: str) -> Any:
+    return _build(kind.from_dict(json.loads(values)), "meta")
+
+
 def _run(config: PretrainedConfig, crop_size: int) -> tuple[Any, Sequence[Tensor]]:
     """Build a backbone and return it with its feature maps of one crop."""
     problem = ""
     for device in ("meta", "cpu"):  # a few backbones compute with values, which the meta device does not have
-        backbone = _build(config, device)
+        backbone = _build_on_meta(*_as_key(config)) if device == "meta" else _build(config, device)
         pixel_values = torch.zeros(1, getattr(config, "num_channels", 3), crop_size, crop_size, device=device)
         try:
             with torch.device(device):

@@ -16,7 +16,7 @@ RANKS = (
     "arguments bootstrap calibration losses metrics adaptation timm_encoder encoders",
     "data models land_cover_iou report",
     "stem",
-    "inference",
+    "inference lora",
     "hub synthetic",
     "ensemble",
     "training mapping studies",
