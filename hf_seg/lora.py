@@ -29,8 +29,8 @@ _NAME = "default"  # of the only adapter, in peft's names of tensors
 def add_adapters(model: PreTrainedModel, *, rank: int, alpha: float, targets: Sequence[str], base: str) -> None:
     """Freeze the encoder of a stock model and give its layers adapters, which change nothing at first.
 
-    The heads stay trained as a whole, and so do the parts of the encoder that no pretrained file has (the norms of
-    levels, BEiT's pyramid). BatchNorm of the encoder keeps the statistics of the pretraining, in training too, so that
+    The heads stay trained as a whole, and so do the parts of the encoder that no pretrained file has: the norms of
+    levels, BEiT's pyramid, a stem of other bands than RGB. BatchNorm of the encoder keeps the statistics of the pretraining, in training too, so that
     the adapter contains all that was learned.
 
     Args:
@@ -49,7 +49,9 @@ def add_adapters(model: PreTrainedModel, *, rank: int, alpha: float, targets: Se
     encoder, heads = encoder_and_heads(model)
     names = {module: name for name, module in model.named_modules()}
     learned = [*heads, *_new_parts(encoder)]
-    layers = [f"{names[encoder]}.{name}" for name in _find_layers(encoder, targets)]
+    if getattr(model.config, "input_bands", None) is not None or _stem(encoder).in_channels != 3:
+        learned.append(_stem(encoder))
+    layers = [f"{names[encoder]}.{name}" for name, layer in _find_layers(encoder, targets) if layer not in learned]
     config = LoraConfig(r=rank, lora_alpha=alpha, target_modules=layers)  # type: ignore[arg-type]
     for name, part in encoder.named_children():
         if part not in learned:
@@ -117,15 +119,24 @@ def _new_parts(encoder: nn.Module) -> list[nn.Module]:
     return [part for name, part in encoder.named_children() if name in new]
 
 
-def _find_layers(encoder: nn.Module, targets: Sequence[str]) -> list[str]:
-    """Return the names of the layers in an encoder that get adapters."""
-    linear = [name for name, module in encoder.named_modules() if isinstance(module, nn.Linear)]
-    if list(targets) == [_ALL_LINEAR] and linear:
-        return linear
-    whole = [name for name, module in encoder.named_modules() if isinstance(module, nn.Conv2d) and module.groups == 1]
+def _stem(encoder: nn.Module) -> nn.Conv2d:
+    return next(module for module in encoder.modules() if isinstance(module, nn.Conv2d))
+
+
+def _find_layers(encoder: nn.Module, targets: Sequence[str]) -> list[tuple[str, nn.Module]]:
+    """Return the layers of an encoder that get adapters, by name."""
+    modules = dict(encoder.named_modules())
+    linear = [name for name, module in modules.items() if isinstance(module, nn.Linear)]
+    whole = [name for name, module in modules.items() if isinstance(module, nn.Conv2d) and module.groups == 1]
     possible = linear + whole
-    found = {end: [name for name in possible if name == end or name.endswith(f".{end}")] for end in targets}
-    if missing := [end for end, names in found.items() if not names]:
-        ends = sorted({name.rpartition(".")[2] for name in possible})
-        raise UserError(f"lora_targets: {missing[0]} is no layer of the encoder; it has {', '.join(ends)}")
-    return [name for name in possible if any(name in names for names in found.values())]
+    if list(targets) == [_ALL_LINEAR] and linear:
+        return [(name, modules[name]) for name in linear]
+    for end in targets:
+        if not any(_ends(name, end) for name in possible):
+            ends = sorted({name.rpartition(".")[2] for name in possible})
+            raise UserError(f"lora_targets: {end} is no layer of the encoder; it has {', '.join(ends)}")
+    return [(name, modules[name]) for name in possible if any(_ends(name, end) for end in targets)]
+
+
+def _ends(name: str, end: str) -> bool:
+    return name == end or name.endswith(f".{end}")
