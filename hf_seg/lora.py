@@ -30,8 +30,8 @@ def add_adapters(model: PreTrainedModel, *, rank: int, alpha: float, targets: Se
     """Freeze the encoder of a stock model and give its layers adapters, which change nothing at first.
 
     The heads stay trained as a whole, and so do the parts of the encoder that no pretrained file has: the norms of
-    levels, BEiT's pyramid, a stem of other bands than RGB. BatchNorm of the encoder keeps the statistics of the pretraining, in training too, so that
-    the adapter contains all that was learned.
+    levels, BEiT's pyramid, a stem of another number of bands. BatchNorm of the encoder keeps the statistics of the
+    pretraining, in training too, so that the adapter contains all that was learned.
 
     Args:
         rank: of the adapters' matrices.
@@ -49,8 +49,9 @@ def add_adapters(model: PreTrainedModel, *, rank: int, alpha: float, targets: Se
     encoder, heads = encoder_and_heads(model)
     names = {module: name for name, module in model.named_modules()}
     learned = [*heads, *_new_parts(encoder)]
-    if getattr(model.config, "input_bands", None) is not None or _stem(encoder).in_channels != 3:
-        learned.append(_stem(encoder))
+    stem = next(module for module in encoder.modules() if isinstance(module, nn.Conv2d))
+    if stem.in_channels != 3:
+        learned.append(stem)
     layers = [f"{names[encoder]}.{name}" for name, layer in _find_layers(encoder, targets) if layer not in learned]
     config = LoraConfig(r=rank, lora_alpha=alpha, target_modules=layers)  # type: ignore[arg-type]
     for name, part in encoder.named_children():
@@ -117,10 +118,6 @@ def _new_parts(encoder: nn.Module) -> list[nn.Module]:
         return []
     new = {key.partition(".")[0] for key in tensors_of_backbone_alone(encoder)}
     return [part for name, part in encoder.named_children() if name in new]
-
-
-def _stem(encoder: nn.Module) -> nn.Conv2d:
-    return next(module for module in encoder.modules() if isinstance(module, nn.Conv2d))
 
 
 def _find_layers(encoder: nn.Module, targets: Sequence[str]) -> list[tuple[str, nn.Module]]:

@@ -20,6 +20,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers import (
     AutoConfig,
     ConvNextV2Config,
+    DINOv3ConvNextConfig,
     PretrainedConfig,
     PreTrainedModel,
     SegformerConfig,
@@ -59,6 +60,9 @@ def _presets() -> dict[str, PretrainedConfig]:
     }
     presets["facebook/convnextv2-base-22k-384"] = ConvNextV2Config(
         depths=[3, 3, 27, 3], hidden_sizes=[128, 256, 512, 1024], image_size=384
+    )
+    presets["facebook/dinov3-convnext-base-pretrain-lvd1689m"] = DINOv3ConvNextConfig(
+        depths=[3, 3, 27, 3], hidden_sizes=[128, 256, 512, 1024]
     )
     presets["microsoft/swinv2-base-patch4-window12to24-192to384-22kto1k-ft"] = Swinv2Config(
         image_size=384,

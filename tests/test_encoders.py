@@ -18,6 +18,7 @@ from hf_seg.hub.export import export_model
 from hf_seg.inference.load import load_networks
 from hf_seg.models import SegmentationNetwork, build_model, normalization_of
 from hf_seg.normalization import IMAGENET, Normalization
+from hf_seg.stem import set_input_bands
 
 VIT = {"hidden_size": 16, "num_hidden_layers": 8, "num_attention_heads": 2, "image_size": 32, "patch_size": 16}
 STAGES = {"depths": [1, 1, 1, 1]}
@@ -172,6 +173,13 @@ def test_what_gives_no_levels_is_refused(tmp_path: Path) -> None:
         UserError, match=r"vitpose_backbone gives UperNet no levels .*16 x 16, not 16 channels x height"
     ):
         build_model(str(tmp_path), crop_size=64, from_scratch=True)
+
+
+def test_an_encoder_whose_config_has_no_number_of_bands_keeps_three(tmp_path: Path) -> None:
+    AutoConfig.for_model("pp_lcnet", scale=0.25).save_pretrained(tmp_path)
+    model = build_model(str(tmp_path), crop_size=64, from_scratch=True, head_width=16)
+    with pytest.raises(UserError, match="a pp_lcnet has no number of bands: it takes 3 alone"):
+        set_input_bands(model, ["vv", "vh"], Normalization((0.5,) * 2, (0.5,) * 2))
 
 
 def test_asking_an_encoder_draws_no_random_number() -> None:

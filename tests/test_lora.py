@@ -18,8 +18,10 @@ from hf_seg.adaptation.mean_teacher import MeanTeacher
 from hf_seg.arguments import Stage2Arguments
 from hf_seg.errors import UserError
 from hf_seg.hub.export import export_model
-from hf_seg.lora import add_adapters, count_parameters, has_adapters, merge_adapters
+from hf_seg.lora import add_adapters, count_parameters, has_adapters, merge_adapters, save_adapter
 from hf_seg.models import SegmentationNetwork, build_model, encoder_and_heads
+from hf_seg.normalization import Normalization
+from hf_seg.stem import set_input_bands
 from hf_seg.training.optimization import build_optimizer
 
 CASES = {
@@ -139,6 +141,27 @@ def test_a_teacher_averages_adapters_and_keeps_the_encoder(tmp_path: Path) -> No
         torch.testing.assert_close(merged, expected, rtol=1e-5, atol=1e-5)
     # the encoder's BatchNorm is frozen in both, so the teacher does not normalise by the batch there
     assert not any(isinstance(module, torch.nn.BatchNorm2d) for module in student.model.backbone.modules())
+
+
+def test_a_stem_of_other_bands_is_trained_and_saved(tmp_path: Path) -> None:
+    def build_for_bands() -> PreTrainedModel:
+        model = build("toy-swinv2", tmp_path)
+        set_input_bands(model, ["vv", "vh"], Normalization((0.5,) * 2, (0.5,) * 2))
+        return model
+
+    model = build_for_bands()
+    add_adapters(model, rank=2, alpha=4, targets=["query"], base="toy-swinv2")
+    stem = "backbone.embeddings.patch_embeddings.projection"
+    trained = {key for key, parameter in model.named_parameters() if parameter.requires_grad}
+    assert {key for key in trained if not is_learned(key)} == {f"{stem}.weight", f"{stem}.bias"}
+    with torch.no_grad():
+        model.get_parameter(f"{stem}.weight").mul_(2)
+    save_adapter(model, tmp_path / "adapter")
+    opened = PeftModel.from_pretrained(build_for_bands(), str(tmp_path / "adapter")).eval()
+    pixel_values = images()[:, :2]
+    with torch.no_grad():
+        expected = SegmentationNetwork(model).eval()(pixel_values).logits
+        torch.testing.assert_close(opened(pixel_values=pixel_values).logits, expected, rtol=1e-5, atol=1e-5)
 
 
 def test_layers_without_a_target_are_named(tmp_path: Path) -> None:

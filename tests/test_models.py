@@ -140,6 +140,7 @@ def test_presets_have_the_published_numbers_of_parameters() -> None:
     assert [wholes[f"nvidia/mit-b{size}"] for size in (0, 3, 5)] == pytest.approx([3.7, 47.2, 84.6], rel=0.02)
     assert encoders["facebook/convnextv2-base-22k-384"] == pytest.approx(87.7, rel=0.01)  # 88.7 with the classifier
     assert encoders["microsoft/swinv2-base-patch4-window12to24-192to384-22kto1k-ft"] == pytest.approx(87, rel=0.01)
+    assert encoders["facebook/dinov3-convnext-base-pretrain-lvd1689m"] == pytest.approx(87.6, rel=0.01)
     assert max(wholes[name] for name in TOYS) < 2
 
 
