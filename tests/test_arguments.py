@@ -224,6 +224,7 @@ def other_value(name: str) -> Any:
         "max_scale": 3.0,
         "warmup_steps": 9,
         "head_width": 64,
+        "lora_targets": ["query"],
     }
     special |= {"resume_from_checkpoint": "latest", "pseudo_labels": "labels", "config": "other.yaml"}
     special["label_set"] = "OpenEarthMap"
@@ -360,8 +361,9 @@ def test_there_are_recipes() -> None:
 @pytest.mark.parametrize(("settings", "path"), RECIPES, ids=[f"{path.parent.name}/{path.stem}" for _, path in RECIPES])
 def test_a_recipe_states_every_setting_that_makes_the_result(settings: type[RecipeArguments], path: Path) -> None:
     text = path.read_text(encoding="utf-8")
-    parse_arguments(settings, ["--config", str(path)])
+    args = parse_arguments(settings, ["--config", str(path)])
     stated = set(re.findall(r"^(\w+):", text, re.MULTILINE))
+    stated |= set() if args.lora_rank else {"lora_alpha", "lora_targets"}  # of adapters that there are none of
     missing = {field.name for field in dataclasses.fields(settings)} - MAY_BE_ABSENT - stated
     assert not missing, f"{path} leaves {sorted(missing)} to the defaults"
     assert len(text.splitlines()) <= 48

@@ -17,8 +17,8 @@ from transformers import (
     ConvNextV2ForImageClassification,
     ConvNextV2Model,
     DPTConfig,
+    MobileNetV2Config,
     PreTrainedModel,
-    ResNetConfig,
     SegformerForImageClassification,
     Swinv2Config,
     Swinv2ForImageClassification,
@@ -144,6 +144,7 @@ def test_presets_have_the_published_numbers_of_parameters() -> None:
     assert [wholes[f"nvidia/mit-b{size}"] for size in (0, 3, 5)] == pytest.approx([3.7, 47.2, 84.6], rel=0.02)
     assert encoders["facebook/convnextv2-base-22k-384"] == pytest.approx(87.7, rel=0.01)  # 88.7 with the classifier
     assert encoders["microsoft/swinv2-base-patch4-window12to24-192to384-22kto1k-ft"] == pytest.approx(87, rel=0.01)
+    assert encoders["facebook/dinov3-convnext-base-pretrain-lvd1689m"] == pytest.approx(87.6, rel=0.01)
     assert max(wholes[name] for name in TOYS) < 2
 
 
@@ -452,7 +453,10 @@ def test_head_width_is_for_encoders(tmp_path: Path) -> None:
     [
         ("timm/tf_efficientnet_lite9", "timm .* has no architecture 'tf_efficientnet_lite9'"),
         ("timm/tf_efficientnet_lite0.in99k", r"Invalid pretrained tag \(in99k\)"),
-        ("timm/test_vit", "UperNet needs levels of strides 4, 8, 16 and 32 as NCHW; test_vit has 16 as NCHW"),
+        (
+            "timm/test_maxvit",
+            r"test_maxvit does not fit crop_size 64 \(.*divisible by window.*; sizes that fit: 160, 320",
+        ),
         ("timm/swin_tiny_patch4_window7_224", "has 4, 8, 16, 32 as NHWC"),
     ],
 )
@@ -546,14 +550,15 @@ def test_a_toy_has_no_pretrained_weights(name: str) -> None:
     ("config", "kind"),
     [
         (ViTConfig(), "vit"),
-        (ResNetConfig(), "resnet"),
+        (MobileNetV2Config(), "mobilenet_v2"),
         (DPTConfig(backbone_config=Swinv2Config()), "dpt on swinv2"),
     ],
 )
 def test_another_architecture_is_refused_by_name(config: Any, kind: str, from_scratch: bool, tmp_path: Path) -> None:
     config.save_pretrained(tmp_path)
     with pytest.raises(
-        UserError, match=f"{tmp_path} is a {kind}; supported are SegFormer, ConvNeXtV2, SwinV2, encoders"
+        UserError,
+        match=f"{tmp_path} is a {kind}; supported are SegFormer, encoders of timm, those that transformers has",
     ):
         build_model(str(tmp_path), crop_size=64, from_scratch=from_scratch)
 
