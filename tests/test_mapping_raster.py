@@ -277,7 +277,9 @@ def test_polygons_cover_the_area_of_each_class(tmp_path: Path, suffix: str, monk
     image[:, :20] = 0
     write_tiff(tmp_path / "a.tif", image, crs="EPSG:32633", transform=ROTATED)
     predict(pointwise(), tmp_path / "a.tif", tmp_path / "b.tif", polygons=suffix)
-    meta, _, geometry, (ids, names) = pyogrio.raw.read(tmp_path / f"b{suffix}")
+    meta, _, geometry, (ids, names) = pyogrio.raw.read(
+        tmp_path / f"b{suffix}", layer="land_cover" if suffix == ".gpkg" else None
+    )
     assert meta["crs"] == "EPSG:32633" and meta["geometry_type"] == "Polygon" and len(geometry) > 300
     assert all(OPEN_EARTH_MAP.names[index] == name for index, name in zip(ids, names, strict=True))
     areas = shapely.area(shapely.from_wkb(geometry))

@@ -53,6 +53,8 @@ class LoadedNetwork:
         weight: relative to the other networks of an ensemble.
         origin: folder or Hub id.
         revision: commit on the Hub; None for a folder.
+        model, model_revision: name and commit of the model or ensemble that it was loaded with: the Hub id, or the last
+            part of a folder, whose commit is None; no name for a network in memory.
         folder: of its files; None for a network in memory.
         module: the network, (B, bands, h, w) float32 -> logits (B, N, any, any), bare or as `.logits` of its output;
             None leaves it on disk.
@@ -65,6 +67,8 @@ class LoadedNetwork:
     weight: float = 1.0
     origin: str = "memory"
     revision: str | None = None
+    model: str = ""
+    model_revision: str | None = None
     folder: Path | None = None
     module: nn.Module | None = field(default=None, repr=False)
     label_set: LabelSet = OPEN_EARTH_MAP
@@ -124,8 +128,10 @@ def load_networks(
         raise UserError(f"{name} has no folder {subfolder} with a model")
     else:
         raise UserError(f"{name} is neither a model nor an ensemble: it has no config.json and no {ENSEMBLE_FILE}")
-    if not low_memory:
-        for loaded in networks:
+    for loaded in networks:
+        loaded.model = str(name).partition("@")[0] if revision else folder.resolve().name
+        loaded.model_revision = revision
+        if not low_memory:
             loaded.module = loaded.network()
     return networks
 

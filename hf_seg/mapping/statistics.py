@@ -14,6 +14,7 @@ from hf_seg.labels import BACKGROUND, OPEN_EARTH_MAP, LabelSet
 
 # WGS 84: semi-major axis in metres, squared eccentricity
 SEMI_MAJOR_AXIS, ECCENTRICITY_2 = 6378137.0, 0.00669437999014
+GIS_SUFFIXES = (".aux.xml", ".qml")  # of the files that give a GIS the legend of the map
 
 
 @dataclass(frozen=True)
@@ -39,7 +40,9 @@ class MapSummary:
         lines.append(f"seam score {score} (class changes across window borders over those elsewhere; 1: no seams)")
         percentage = 100 * self.network_seconds / max(self.seconds, 1e-9)
         lines.append(f"{self.seconds:.1f} s, {percentage:.0f} % of it in the networks")
-        return "\n".join([*lines, *(f"written: {file}" for file in self.files)])
+        beside = [file for file in self.files if file.name.endswith(GIS_SUFFIXES)]
+        lines += [f"written: {file}" for file in self.files if file not in beside]
+        return "\n".join([*lines, f"class names and colours for a GIS: {', '.join(file.name for file in beside)}"])
 
 
 class MapStatistics:
