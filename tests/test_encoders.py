@@ -42,6 +42,8 @@ SIZES: dict[str, dict[str, Any]] = {
     "dinov3_vit": {**VIT, "intermediate_size": 32},
     "vitdet": VIT,
 }
+LIKE_ANOTHER = ("maskformer-swin", "bit", "dinov2_with_registers", "vitdet")
+KINDS = [pytest.param(kind, marks=[pytest.mark.slow] if kind in LIKE_ANOTHER else []) for kind in SIZES]
 PLAIN = ("dinov2", "dinov2_with_registers", "dinov3_vit", "vitdet")
 
 
@@ -61,7 +63,7 @@ def save_pretrained_encoder(kind: str, folder: Path, **changes: Any) -> dict[str
     return dict(model.state_dict())
 
 
-@pytest.mark.parametrize("kind", SIZES)
+@pytest.mark.parametrize("kind", KINDS)
 def test_an_encoder_trains_under_upernet_and_opens_with_stock_transformers(kind: str, tmp_path: Path) -> None:
     config_of(kind).save_pretrained(tmp_path / "config")
     torch.manual_seed(0)
