@@ -193,7 +193,7 @@ def draw(summary: Mapping[str, Any], path: Path) -> None:
         right.plot(each["per_seed"], [place] * len(each["per_seed"]), "|", color="#8a8a8a", markersize=8)
         names.append(_title(each["world"], f"{each['row']} - {each['against']}"))
     right.axvline(0, color=LINE_COLORS[0], linewidth=1)
-    _label(right, "Differences with 95 % intervals; a tick per seed", names, "points of mIoU")
+    _label(right, "Differences, 95 % intervals; a tick a seed", names, "points of mIoU")
     save_figure(figure, path)
 
 
