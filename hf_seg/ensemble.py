@@ -249,9 +249,10 @@ class EnsembleForSemanticSegmentation(
         settings: dict[str, Any] = {"tta": tta, "stride": stride, "batch_size": batch_size, "dtype": self.dtype}
         predictor = Predictor(self.members, device=self.device, **settings)
         results = []
+        n_bands = len(self.members[0].normalization.mean)
         for first in range(0, len(queue), group_size):
             group = range(len(queue))[first : first + group_size]
-            arrays = [read_image(queue[number], name=f"image {number}") for number in group]
+            arrays = [read_image(queue[number], name=f"image {number}", n_bands=n_bands) for number in group]
             accumulators = predictor.predict_all(arrays)
             results += [self._describe(accumulator, return_uncertainty) for accumulator in accumulators]
         self.train(was_training)

@@ -10,12 +10,13 @@ from hf_seg.errors import UserError
 ImageInput = Image.Image | np.ndarray | str | Path
 
 
-def read_image(image: ImageInput, *, name: str = "image") -> np.ndarray:
+def read_image(image: ImageInput, *, name: str = "image", n_bands: int = 3) -> np.ndarray:
     """Read one image; grey stays grey, and other colours and palettes become RGB.
 
     Args:
         image: a file that PIL opens, a PIL image, or (H, W) or (H, W, bands) uint8.
         name: what an error calls it; a file has its own name.
+        n_bands: of an image that is not grey.
 
     Returns:
         (H, W) or (H, W, bands) uint8.
@@ -33,9 +34,9 @@ def read_image(image: ImageInput, *, name: str = "image") -> np.ndarray:
     if isinstance(image, Image.Image):
         is_wide = image.mode.startswith(("I", "F"))  # PIL would cut its values off at 255
         image = np.array(image if is_wide or image.mode == "L" else image.convert("RGB"))
-    if image.dtype != np.uint8 or image.ndim not in (2, 3) or not image.size:
+    if image.dtype != np.uint8 or image.shape[2:] not in ((), (n_bands,)) or not image.size:
         raise UserError(
-            f"{name}: expected (H, W) or (H, W, bands) uint8, got {image.shape} {image.dtype}; bring it to 0..255 as "
+            f"{name}: expected (H, W) or (H, W, {n_bands}) uint8, got {image.shape} {image.dtype}; bring it to 0..255 as "
             "the training images were"
         )
     return image
