@@ -36,7 +36,7 @@ def read_image(image: ImageInput, *, name: str = "image", n_bands: int = 3) -> n
         image = np.array(image if is_wide or image.mode == "L" else image.convert("RGB"))
     if image.dtype != np.uint8 or image.shape[2:] not in ((), (n_bands,)) or not image.size:
         raise UserError(
-            f"{name}: expected (H, W) or (H, W, {n_bands}) uint8, got {image.shape} {image.dtype}; bring it to 0..255 as "
-            "the training images were"
+            f"{name}: expected (H, W) or (H, W, {n_bands}) uint8, got {image.shape} {image.dtype}; bring it to 0..255 "
+            "as the training images were"
         )
     return image
