@@ -7,6 +7,9 @@ A model is a folder that stock transformers opens: config.json, model.safetensor
 is a folder of such folders and
 
     ensemble.json    {"version", "masked_classes", "members": [{"folder", "origin", "crop", "weight", "revision"}, ...]}
+
+A network or an ensemble that was exported to ONNX is one file, and counts as one network. The model classes of
+transformers are imported only where a model of theirs is opened.
 """
 
 import functools
@@ -20,20 +23,13 @@ from typing import Any
 
 from huggingface_hub import snapshot_download
 from torch import nn
-from transformers import (
-    AutoConfig,
-    AutoImageProcessor,
-    SegformerForSemanticSegmentation,
-    UperNetForSemanticSegmentation,
-)
 
 from hf_seg.bands import Bands
 from hf_seg.errors import UserError
 from hf_seg.files import sha256_of
+from hf_seg.inference.exported import find_exported, open_exported
 from hf_seg.labels import BACKGROUND, ID2LABEL
-from hf_seg.models import SegmentationNetwork, load_weights, require_supported
 from hf_seg.normalization import IMAGENET, Normalization
-from hf_seg.stem import input_bands_of
 
 ENSEMBLE_FILE = "ensemble.json"
 ENSEMBLE_FORMAT = {"version": 1, "masked_classes": [BACKGROUND]}
@@ -81,7 +77,7 @@ class LoadedNetwork:
     def sha256(self) -> str | None:
         """Digest of the files of weights, config and processor, in hexadecimal; None for a network in memory."""
         if self.folder is None:
-            return None
+            return getattr(self.module, "sha256", None)  # an exported network has one of its file
         files = sorted([*self.folder.glob("*config.json"), *self.folder.glob("*.safetensors")])
         return hashlib.sha256("".join(f"{file.name} {sha256_of(file)}\n" for file in files).encode()).hexdigest()
 
@@ -92,7 +88,8 @@ def load_networks(
     """Load a trained network, or the networks of an ensemble.
 
     Args:
-        name: folder, or Hub id; `id@revision` pins a commit, branch or tag.
+        name: folder, or Hub id; `id@revision` pins a commit, branch or tag; or an exported network, a file .onnx or
+            the folder that contains it.
         subfolder: folder of a single network in it, e.g. "student".
         low_memory: leave the networks on disk, to be loaded one at a time.
         hub: settings of `snapshot_download`: revision (that of the name wins), token, cache_dir, force_download,
@@ -104,6 +101,8 @@ def load_networks(
     Raises:
         UserError: not found, incomplete or damaged, or of other classes; the message names it.
     """
+    if not subfolder and (exported := find_exported(str(name))):
+        return [_describe_exported(exported, str(name))]
     prefix = f"{subfolder}/" if subfolder else ""
     patterns = [f"{prefix}{file}" for file in MODEL_FILES]
     if not subfolder:
@@ -136,6 +135,11 @@ def use_network(module: nn.Module, *, crop_size: int | None = None) -> LoadedNet
     Raises:
         UserError: the crop size is unknown.
     """
+    from transformers import SegformerForSemanticSegmentation, UperNetForSemanticSegmentation
+
+    from hf_seg.models import SegmentationNetwork
+    from hf_seg.stem import input_bands_of
+
     described, bands = None, None
     if isinstance(module, SegformerForSemanticSegmentation | UperNetForSemanticSegmentation):
         described, bands = _find_processor(module), input_bands_of(module)
@@ -216,8 +220,22 @@ def _describe(folder: Path, name: str, **known: Any) -> LoadedNetwork:
     return LoadedNetwork(crop_size=crop_size, normalization=normalization, bands=bands, folder=folder, **known)
 
 
+def _describe_exported(path: Path, name: str) -> LoadedNetwork:
+    """Open an exported network, which takes pixels as they are: it normalises them itself."""
+    module = open_exported(path)
+    metadata = module.metadata
+    if metadata.class_names != ID2LABEL:
+        raise UserError(f"{name} is no segmentation model of the {len(ID2LABEL)} land-cover classes")
+    identity = Normalization(mean=(0.0,) * metadata.bands, std=(1.0,) * metadata.bands, scale=1.0)
+    return LoadedNetwork(
+        crop_size=metadata.crop_size, normalization=identity, bands=metadata.stretch, origin=name, module=module
+    )
+
+
 def _read_processor(folder: Path) -> tuple[int, Normalization]:
     """Return the crop size and the normalisation that the image processor of a folder has."""
+    from transformers import AutoImageProcessor
+
     try:
         processor = AutoImageProcessor.from_pretrained(folder)
         scale = 1 / processor.rescale_factor if processor.do_rescale else 1.0
@@ -241,8 +259,12 @@ def _find_processor(model: Any) -> tuple[int, Normalization] | None:
         return None
 
 
-def _open_model(folder: Path, name: str) -> SegmentationNetwork:
-    """Load every tensor of a model of the nine classes."""
+def _open_model(folder: Path, name: str) -> nn.Module:
+    """Load every tensor of a model of the nine classes, as a `SegmentationNetwork`."""
+    from transformers import AutoConfig, SegformerForSemanticSegmentation, UperNetForSemanticSegmentation
+
+    from hf_seg.models import SegmentationNetwork, load_weights, require_supported
+
     try:
         config = AutoConfig.from_pretrained(folder)
     except (OSError, ValueError) as error:
