@@ -29,6 +29,15 @@ class HubSettings(Settings):
 
 
 @dataclass(kw_only=True)
+class ClassSettings(Settings):
+    """Classes."""
+
+    label_set: str | None = setting(
+        None, "YAML file of the classes, or OpenEarthMap; default: the dataset.json's, else OpenEarthMap", path=True
+    )
+
+
+@dataclass(kw_only=True)
 class DataSettings(Settings):
     """Data and output."""
 
@@ -45,6 +54,11 @@ class ModelSettings(Settings):
     from_scratch: bool = setting(False, "random weights at the size of the named encoder or preset; no download")
     crop_size: int = setting(896, "training crop and inference window in pixels; a multiple of 32", low=32)
     head_width: int | None = setting(None, "channels of UperNet's decoder; default: 512, or 64 for a toy", low=8)
+    lora_rank: int = setting(0, "rank of LoRA adapters on the encoder, which is frozen; 0: all is trained", low=0)
+    lora_alpha: float = setting(16.0, "the adapters' output is scaled by this over lora_rank", above=0)
+    lora_targets: list[str] = setting(
+        ["all-linear"], "layers with adapters: all-linear, or ends of names of linear and convolutional ones"
+    )
     gradient_checkpointing: bool = setting(False, "recompute activations: less memory, slower", free=True)
 
     def __post_init__(self) -> None:
@@ -112,7 +126,7 @@ class RunSettings(Settings):
 
 @dataclass(kw_only=True)
 class RecipeArguments(
-    HubSettings, RunSettings, OptimisationSettings, AugmentationSettings, ModelSettings, DataSettings
+    HubSettings, RunSettings, OptimisationSettings, AugmentationSettings, ModelSettings, ClassSettings, DataSettings
 ):
     """What every training recipe needs; each recipe adds its own fields."""
 
@@ -195,7 +209,7 @@ class PredictionSettings(Settings):
 
 
 @dataclass(kw_only=True)
-class PseudoLabelArguments(HubSettings, PredictionSettings):
+class PseudoLabelArguments(HubSettings, PredictionSettings, ClassSettings):
     """Pseudo-labels: label tiles with one or more networks."""
 
     model: list[str] = setting(["runs/stage1"], "trained networks: folders or Hub ids", free=True, path=True)
@@ -215,7 +229,7 @@ class PseudoLabelArguments(HubSettings, PredictionSettings):
 
 
 @dataclass(kw_only=True)
-class EnsembleArguments(HubSettings, PredictionSettings):
+class EnsembleArguments(HubSettings, PredictionSettings, ClassSettings):
     """Ensemble: several SAR networks as one."""
 
     model: list[str] = setting(["runs/stage2"], "trained networks: folders or Hub ids (id@revision)", path=True)
@@ -238,7 +252,7 @@ def portable_settings(args: Settings) -> dict[str, Any]:
         value, is_path = getattr(args, field.name), field.metadata["path"]
         is_folder = is_path and field.metadata["free"] and not isinstance(value, list)
         if not is_folder and field.name not in of_one_launch:
-            kept[field.name] = _without_folders(value) if is_path else value
+            kept[field.name] = without_folders(value) if is_path else value
     return kept
 
 
@@ -248,10 +262,10 @@ def result_settings(args: Settings) -> dict[str, Any]:
     return {key: value for key, value in portable_settings(args).items() if key not in free}
 
 
-def _without_folders(value: Any) -> Any:
+def without_folders(value: Any) -> Any:
     """Shorten a local path, or each of a list, to its last part; Hub ids and presets stay."""
     if isinstance(value, list):
-        return [_without_folders(each) for each in value]
+        return [without_folders(each) for each in value]
     return Path(value).resolve().name if value is not None and Path(value).exists() else value
 
 

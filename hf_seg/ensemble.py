@@ -28,13 +28,13 @@ from hf_seg.inference.load import (
     ENSEMBLE_FORMAT,
     MODEL_FILES,
     LoadedNetwork,
+    common_label_set,
     load_networks,
     normalized_weights,
     shared_bands,
 )
 from hf_seg.inference.predict import Predictor
 from hf_seg.inference.vote import VoteAccumulator
-from hf_seg.labels import ID2LABEL, LABEL2ID
 from hf_seg.models import SegmentationNetwork
 from hf_seg.settings import packaged_folder
 
@@ -44,9 +44,9 @@ IMAGES_PER_LOAD = 16  # with low_memory: running sums kept while a network is lo
 class Prediction(NamedTuple):
     """The map of one image; the last two only where they were asked for."""
 
-    label_map: np.ndarray  # (H, W) uint8 class ids 1..8
+    label_map: np.ndarray  # (H, W) uint8 class ids from 1 up
     class_names: dict[int, str]  # of the ids that occur
-    entropy: np.ndarray | None = None  # (H, W) float32, of the mean: 0 nats certain, ln 8 = 2.08 uniform
+    entropy: np.ndarray | None = None  # (H, W) float32, of the mean: 0 nats certain; uniform: ln 8 = 2.08 for 8 classes
     disagreement: np.ndarray | None = None  # (H, W) float32: weight, 0..1, of the members that choose another class
 
 
@@ -58,7 +58,7 @@ class EnsembleForSemanticSegmentation(
     tags=["remote-sensing", "land-cover", "sar"],
     model_card_template=(packaged_folder("model_cards") / "ensemble_alone.md").read_text(encoding="utf-8"),
 ):
-    """Networks of the nine land-cover classes whose probabilities are averaged in float32; class 0 never wins.
+    """Networks of the same classes whose probabilities are averaged in float32; class 0 never wins.
 
     Created by `from_members` and `from_pretrained`, in eval mode.
 
@@ -68,10 +68,10 @@ class EnsembleForSemanticSegmentation(
     Attributes:
         networks: the networks, each with its stock model in `.model`; empty with `low_memory`.
         weights: the members' weights, scaled to a sum of 1.
-        id2label, label2id: the nine classes.
+        label_set, id2label, label2id: the classes.
 
     Raises:
-        UserError: no member, or a weight that is not above 0.
+        UserError: no member, a weight that is not above 0, or members of different classes.
     """
 
     def __init__(self, members: Sequence[LoadedNetwork]) -> None:
@@ -80,7 +80,8 @@ class EnsembleForSemanticSegmentation(
         self.weights = normalized_weights(self.members)
         shared_bands(self.members)
         self.networks = nn.ModuleList(member.module for member in members if member.module is not None)
-        self.id2label, self.label2id = dict(ID2LABEL), dict(LABEL2ID)
+        self.label_set = common_label_set(self.members)
+        self.id2label, self.label2id = self.label_set.id2label, self.label_set.label2id
         # follows .to() and .half(), for members that are still on disk
         self.register_buffer("_place", torch.empty(0), persistent=False)
         self.eval()

@@ -9,6 +9,7 @@ from typing import Any
 import datasets
 import evaluate
 
+from hf_seg.labels import OPEN_EARTH_MAP, LabelSet
 from hf_seg.metrics import ConfusionMatrix
 
 _DESCRIPTION = """\
@@ -49,18 +50,21 @@ Examples:
 class LandCoverIoU(evaluate.Metric):
     """Count maps as they come; memory is that of one confusion matrix, whatever the size of the set.
 
+    `label_set` gives other classes than OpenEarthMap's: `evaluate.load(FILE, label_set=read_label_set("FILE"))`.
+
     The base class would write every map to an Arrow file and score them all at the end. Here `add` and `add_batch`
     count at once, `compute` scores the counts and starts anew.
     """
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
+    def __init__(self, *args: Any, label_set: LabelSet = OPEN_EARTH_MAP, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         if self.num_process != 1:
             raise ValueError(
                 f"LandCoverIoU counts in its own process, got num_process={self.num_process}: gather the maps first, "
                 "or sum `hf_seg.metrics.ConfusionMatrix.matrix` over the processes"
             )
-        self._confusion = ConfusionMatrix()
+        self._label_set = label_set
+        self._confusion = ConfusionMatrix(label_set)
 
     def _info(self) -> evaluate.MetricInfo:
         label_map = datasets.Sequence(datasets.Sequence(datasets.Value("uint8")))
@@ -82,7 +86,7 @@ class LandCoverIoU(evaluate.Metric):
         _refuse(kwargs)
         if predictions is None or references is None:
             raise ValueError("LandCoverIoU needs predictions and references, got None")
-        counts = ConfusionMatrix()
+        counts = ConfusionMatrix(self._label_set)
         if isinstance(predictions, list | tuple) or isinstance(references, list | tuple):
             if len(predictions) != len(references):
                 raise ValueError(f"{len(predictions)} predictions do not match {len(references)} references")
@@ -98,7 +102,7 @@ class LandCoverIoU(evaluate.Metric):
         if predictions is not None or references is not None:
             self.add_batch(predictions=predictions, references=references)
         scores = self._confusion.compute()
-        self._confusion = ConfusionMatrix()
+        self._confusion = ConfusionMatrix(self._label_set)
         return scores
 
 

@@ -8,7 +8,7 @@ from typing import Any, Self
 import numpy as np
 from torch import Tensor
 
-from hf_seg.labels import BACKGROUND, CLASS_NAMES, IGNORE_INDEX, NUM_LABELS
+from hf_seg.labels import BACKGROUND, IGNORE_INDEX, OPEN_EARTH_MAP, LabelSet
 
 
 class ConfusionMatrix:
@@ -19,13 +19,18 @@ class ConfusionMatrix:
     counted like any other truth: a land-cover class predicted there is a false positive of that class and an error of
     `overall_accuracy`. To predict 0 is allowed; it misses the true class.
 
+    Args:
+        classes: label set, or number of ids, background included, whose names are the ids then.
+        ignore_index: label of pixels that are not counted.
+
     Attributes:
         matrix: (num_labels, num_labels) int64 pixel counts, rows = truth, columns = prediction. Several processes
             reduce their sets by summing it.
     """
 
-    def __init__(self, num_labels: int = NUM_LABELS, ignore_index: int = IGNORE_INDEX) -> None:
-        self.num_labels = num_labels
+    def __init__(self, classes: LabelSet | int = OPEN_EARTH_MAP, ignore_index: int = IGNORE_INDEX) -> None:
+        self.names = classes.names if isinstance(classes, LabelSet) else tuple(map(str, range(classes)))
+        num_labels = self.num_labels = len(self.names)
         self.ignore_index = ignore_index
         self.matrix = np.zeros((num_labels, num_labels), dtype=np.int64)
 
@@ -52,7 +57,7 @@ class ConfusionMatrix:
         self._check_range(predicted, "prediction", "every pixel needs a class")
         self._check_range(truth, "label", f"pixels without a class must be {self.ignore_index}")
         n_codes = self.num_labels**2
-        dtype = np.min_scalar_type(n_codes)  # uint8 for 9 classes
+        dtype = np.min_scalar_type(n_codes)  # uint8 for 9 ids
         codes = truth.astype(dtype) * dtype.type(self.num_labels) + predicted.astype(dtype)
         codes = np.maximum(codes, ignored * dtype.type(n_codes))  # one more code collects the ignored pixels
         counts = np.bincount(codes.ravel(), minlength=n_codes)[:n_codes]
@@ -76,7 +81,7 @@ class ConfusionMatrix:
             `mean_iou`: mean over the classes from 1 up that occur in the truth; None if none does.
             `overall_accuracy`: share of the counted pixels that are right; None if there are none.
             `iou`: {class name: IoU, or None if the class does not occur in the truth}; background is listed, though no
-            part of the mean. The name of a class is its id where there are not the land-cover classes.
+            part of the mean.
             `n_classes_present`: number of classes in the mean.
             `confusion_matrix`: the counts as nested lists, rows = truth.
         """
@@ -85,11 +90,10 @@ class ConfusionMatrix:
         iou = [float(c / u) if t else None for c, u, t in zip(correct, union, truth, strict=True)]
         scored = [value for index, value in enumerate(iou) if index != BACKGROUND and value is not None]
         n_pixels = int(truth.sum())
-        names = CLASS_NAMES if self.num_labels == NUM_LABELS else [str(index) for index in range(self.num_labels)]
         return {
             "mean_iou": sum(scored) / len(scored) if scored else None,
             "overall_accuracy": int(correct.sum()) / n_pixels if n_pixels else None,
-            "iou": dict(zip(names, iou, strict=True)),
+            "iou": dict(zip(self.names, iou, strict=True)),
             "n_classes_present": len(scored),
             "confusion_matrix": self.matrix.tolist(),
         }

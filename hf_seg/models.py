@@ -4,8 +4,8 @@
     network = SegmentationNetwork(model)                         # what the loops train
     logits, auxiliary_logits = network(pixel_values)
 
-UperNet takes ConvNeXtV2, SwinV2 or an encoder of timm. Whatever is saved opens with
-`AutoModelForSemanticSegmentation`.
+UperNet takes any encoder of transformers or timm that gives feature levels (`hf_seg.encoders`). Whatever is saved opens
+with `AutoModelForSemanticSegmentation`.
 """
 
 import functools
@@ -20,6 +20,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers import (
     AutoConfig,
     ConvNextV2Config,
+    DINOv3ConvNextConfig,
     PretrainedConfig,
     PreTrainedModel,
     SegformerConfig,
@@ -29,16 +30,23 @@ from transformers import (
     UperNetForSemanticSegmentation,
 )
 
+from hf_seg.encoders import fit_encoder, is_encoder, published_normalization, tensors_of_backbone_alone
 from hf_seg.errors import UserError
-from hf_seg.labels import ID2LABEL, IGNORE_INDEX, LABEL2ID
+from hf_seg.label_sets import config_of
+from hf_seg.labels import IGNORE_INDEX, OPEN_EARTH_MAP, LabelSet
 from hf_seg.normalization import IMAGENET, Normalization
-from hf_seg.timm_encoder import find_timm_encoder, load_timm_weights, require_timm_architecture, timm_backbone_config
+from hf_seg.timm_encoder import (
+    TimmEncoder,
+    find_timm_encoder,
+    load_timm_weights,
+    require_timm_architecture,
+    timm_backbone_config,
+)
 
 logger = logging.getLogger(__name__)
 
 _MIT_DEPTHS = {"b0": (2, 2, 2, 2), "b1": (2, 2, 2, 2), "b2": (3, 4, 6, 3), "b3": (3, 4, 18, 3)}
 _MIT_DEPTHS |= {"b4": (3, 8, 27, 3), "b5": (3, 6, 40, 3)}
-_STAGES = ["stage1", "stage2", "stage3", "stage4"]
 
 
 def _presets() -> dict[str, PretrainedConfig]:
@@ -53,6 +61,9 @@ def _presets() -> dict[str, PretrainedConfig]:
     }
     presets["facebook/convnextv2-base-22k-384"] = ConvNextV2Config(
         depths=[3, 3, 27, 3], hidden_sizes=[128, 256, 512, 1024], image_size=384
+    )
+    presets["facebook/dinov3-convnext-base-pretrain-lvd1689m"] = DINOv3ConvNextConfig(
+        depths=[3, 3, 27, 3], hidden_sizes=[128, 256, 512, 1024]
     )
     presets["microsoft/swinv2-base-patch4-window12to24-192to384-22kto1k-ft"] = Swinv2Config(
         image_size=384,
@@ -85,57 +96,65 @@ _TOY_HEAD_WIDTHS = {"toy-convnextv2": 64, "toy-swinv2": 64, "toy-efficientnet-li
 
 
 def build_model(
-    model_name_or_path: str, *, crop_size: int, from_scratch: bool = False, head_width: int | None = None
+    model_name_or_path: str,
+    *,
+    crop_size: int,
+    from_scratch: bool = False,
+    head_width: int | None = None,
+    label_set: LabelSet = OPEN_EARTH_MAP,
 ) -> PreTrainedModel:
-    """Build a stock segmentation model of the nine land-cover classes.
+    """Build a stock segmentation model.
 
     Args:
-        model_name_or_path: Hub id or folder of an encoder (SegFormer's MiT, ConvNeXtV2, SwinV2, or one of timm, see
-            `find_timm_encoder`) or of a complete SegFormer or UperNet; with `from_scratch` also one of `PRESETS`.
-        crop_size: training crop and inference window in pixels. SwinV2 fixes its windows and shifts by it.
+        model_name_or_path: Hub id or folder of an encoder (SegFormer's MiT, a backbone of transformers, or one of timm,
+            see `find_timm_encoder`) or of a complete SegFormer or UperNet; with `from_scratch` also one of `PRESETS`.
+        crop_size: training crop and inference window in pixels. SwinV2 fixes its windows and shifts by it, and not
+            every encoder takes every size.
         from_scratch: random weights (drawn from torch's global generator) instead of pretrained ones.
         head_width: channels of the decoder that UperNet adds to an encoder; its auxiliary head has half as many.
             None: 512, or 64 for a toy.
+        label_set: its classes, whose names and colours its config gets.
 
     Returns:
         `SegformerForSemanticSegmentation` or `UperNetForSemanticSegmentation`; `normalization_of` tells its input's.
 
     Raises:
-        UserError: no such model here or on the Hub, an architecture that is not supported, or weights that do not
-            fill the encoder.
+        UserError: no such model here or on the Hub, an architecture that is not supported, one that does not fit the
+            crop, or weights that do not fill the encoder.
     """
     name = model_name_or_path
     if name in PRESETS and name.startswith("toy-") and not from_scratch:
         raise UserError(f"{name} is a size without pretrained weights; add --from_scratch true")
     timm_encoder = find_timm_encoder(_TIMM_PRESETS.get(name, name), from_scratch=from_scratch)
     config = timm_backbone_config(timm_encoder) if timm_encoder else _find_config(name, from_scratch)
-    require_supported(name, config, bare_timm=timm_encoder is not None)
-    is_encoder = config.model_type in ("convnextv2", "swinv2", "timm_backbone")
-    if head_width is not None and not is_encoder:
+    require_supported(name, config)
+    adds_heads = is_encoder(config)
+    if head_width is not None and not adds_heads:
         raise UserError(f"head_width is for UperNet on an encoder; {name} is a whole {config.model_type}")
-    if is_encoder:
-        config = _upernet_config(config, head_width or _TOY_HEAD_WIDTHS.get(name, _HEAD_WIDTH))
-    if timm_encoder:
-        config.update(
-            {"image_mean": [*timm_encoder.normalization.mean], "image_std": [*timm_encoder.normalization.std]}
-        )
-    encoder = getattr(config, "backbone_config", config)
-    if encoder.model_type == "swinv2":
-        encoder.image_size = crop_size
+    encoder, unused = getattr(config, "backbone_config", config), []
+    if encoder.model_type != "segformer":
+        unused = fit_encoder(name, encoder, crop_size, from_scratch=from_scratch, keep_levels=not adds_heads)
+    if adds_heads:
+        config = _upernet_config(encoder, head_width or _TOY_HEAD_WIDTHS.get(name, _HEAD_WIDTH), label_set)
+        _set_normalization(config, name, timm_encoder, from_scratch)
     stock, ignore = {
         "segformer": (SegformerForSemanticSegmentation, "semantic_loss_ignore_index"),
         "upernet": (UperNetForSemanticSegmentation, "loss_ignore_index"),
     }[config.model_type]
-    config.update({"id2label": ID2LABEL, "label2id": LABEL2ID, ignore: IGNORE_INDEX})
-    if not from_scratch and not is_encoder:
+    vars(config).pop("label_colors", None)  # of a whole model that had other classes
+    config.update({**config_of(label_set), ignore: IGNORE_INDEX})
+    if not from_scratch and not adds_heads:
         model = load_weights(stock, name, config, may_be_new=("decode_head", "auxiliary_head"))
     else:
         model = stock(config)
     if not from_scratch and timm_encoder:
-        lost, unused = load_timm_weights(model.backbone._backbone, timm_encoder)
-        _prove_loaded(name, model.backbone, lost=lost, unused=unused)
-    elif not from_scratch and is_encoder:
-        model.backbone = load_weights(type(model.backbone), name, encoder, may_be_new=("hidden_states_norms",))
+        lost, unused_tensors = load_timm_weights(model.backbone._backbone, timm_encoder)
+        _prove_loaded(name, model.backbone, lost=lost, unused=unused_tensors)
+    elif not from_scratch and adds_heads:
+        new = {*tensors_of_backbone_alone(model.backbone), *unused}
+        model.backbone = load_weights(type(model.backbone), name, encoder, may_be_new=new)
+    for key in unused:  # distributed training would wait for their gradients
+        model.backbone.get_parameter(key).requires_grad_(False)
     _assert_windows(model, crop_size)
     return model
 
@@ -143,26 +162,24 @@ def build_model(
 def normalization_of(model: PreTrainedModel) -> Normalization:
     """Return the normalisation of a stock model's input: that of its encoder's pretraining.
 
-    It is in the config of UperNet on an encoder of timm; all others take ImageNet's.
+    It is in the config of UperNet where it is not ImageNet's.
     """
     mean, std = getattr(model.config, "image_mean", None), getattr(model.config, "image_std", None)
     return Normalization(tuple(mean), tuple(std)) if mean and std else IMAGENET
 
 
-def require_supported(name: str, config: PretrainedConfig, *, bare_timm: bool = False) -> None:
+def require_supported(name: str, config: PretrainedConfig) -> None:
     """Raise `UserError` unless a model is of an architecture that this project trains.
 
     Args:
         name: of the model.
         config: of an encoder or a whole model.
-        bare_timm: it may be an encoder of timm without a head.
     """
     encoder = getattr(config, "backbone_config", None) or config
     kind = " on ".join(dict.fromkeys((config.model_type, encoder.model_type)))
-    supported = ["segformer", "convnextv2", "swinv2", "upernet on convnextv2", "upernet on swinv2"]
-    supported.append("upernet on timm_backbone")
-    if kind not in supported and not bare_timm:
-        kinds = "SegFormer, ConvNeXtV2, SwinV2, encoders of timm, and UperNet on the latter three"
+    is_upernet = is_encoder(encoder) and (encoder is config or config.model_type == "upernet")
+    if kind != "segformer" and not is_upernet:
+        kinds = "SegFormer, encoders of timm, those that transformers has a backbone class for, and UperNet on them"
         raise UserError(f"{name} is a {kind}; supported are {kinds}")
     if encoder.model_type == "timm_backbone":
         require_timm_architecture(name, encoder.backbone)
@@ -182,11 +199,9 @@ def _find_config(name: str, from_scratch: bool) -> PretrainedConfig:
         ) from None
 
 
-def _upernet_config(encoder: PretrainedConfig, width: int) -> UperNetConfig:
+def _upernet_config(encoder: PretrainedConfig, width: int, label_set: LabelSet) -> UperNetConfig:
     # a classifier's thousands of label names have no place in the saved config
-    encoder.update({"id2label": ID2LABEL, "label2id": LABEL2ID})
-    if encoder.model_type != "timm_backbone":  # whose levels are chosen already
-        encoder.update({"out_features": _STAGES})
+    encoder.update({"id2label": label_set.id2label, "label2id": label_set.label2id})
     return UperNetConfig(
         backbone_config=encoder,
         hidden_size=width,
@@ -194,6 +209,16 @@ def _upernet_config(encoder: PretrainedConfig, width: int) -> UperNetConfig:
         auxiliary_in_channels=None,  # those of the third level
         auxiliary_loss_weight=0.4,
     )
+
+
+def _set_normalization(config: UperNetConfig, name: str, timm_encoder: TimmEncoder | None, from_scratch: bool) -> None:
+    """Keep the normalisation of an encoder's pretraining with the model, where it is not ImageNet's."""
+    if timm_encoder is not None:
+        found = timm_encoder.normalization
+    else:
+        found = IMAGENET if from_scratch else published_normalization(name)
+    if timm_encoder is not None or found != IMAGENET:
+        config.update({"image_mean": [*found.mean], "image_std": [*found.std]})
 
 
 def load_weights(cls: Any, name: str, config: PretrainedConfig, may_be_new: Collection[str]) -> Any:
@@ -268,7 +293,10 @@ class SegmentationNetwork(nn.Module):
     def __init__(self, model: PreTrainedModel) -> None:
         super().__init__()
         self.model = model
-        self.model.to(memory_format=torch.channels_last)  # type: ignore[call-arg] # faster, on a CPU by a fifth
+        # Faster, on a CPU by a fifth. Not for SegFormer: in this layout torch 2.13 computes a bf16 convolution wrongly
+        # on a CPU if its kernel is 8 x 8 and as large as its input.
+        if isinstance(model, UperNetForSemanticSegmentation):
+            model.to(memory_format=torch.channels_last)  # type: ignore[call-arg]
         self.normalization = normalization_of(model)
 
     def forward(self, pixel_values: Tensor) -> SegmentationLogits:
@@ -284,28 +312,38 @@ class SegmentationNetwork(nn.Module):
         return SegmentationLogits(_resize(self.model(pixel_values=pixel_values).logits, size), None)
 
     def enable_gradient_checkpointing(self) -> None:
-        """Recompute the encoder's activations in the backward pass; works for all encoders.
+        """Recompute the encoder's activations in the backward pass.
 
         BatchNorm in an encoder of timm then updates its running statistics twice a step, by the same batch.
         """
         encoder: Any = getattr(self.model, "backbone", self.model)
-        if encoder.config.model_type == "convnextv2":  # transformers has no switch for it
-            for stage in encoder.encoder.stages:
-                stage.forward = functools.partial(_checkpoint_in_training, stage, stage.forward)
-        elif encoder.config.model_type == "timm_backbone":
+        if encoder.config.model_type == "timm_backbone":
             encoder._backbone.set_grad_checkpointing(True)
-        else:
+        elif encoder.supports_gradient_checkpointing:
             # renamed in 5.23; the old name goes in 6
             enable = getattr(encoder, "activation_checkpointing_enable", encoder.gradient_checkpointing_enable)
             enable({"use_reentrant": False})
+        else:  # convolutional encoders of transformers have no switch for it
+            for stage in _stages(encoder):
+                stage.forward = functools.partial(_checkpoint_in_training, stage, stage.forward)
+
+
+def _stages(encoder: nn.Module) -> nn.ModuleList:
+    """Return the stages of a convolutional encoder of transformers."""
+    for name, module in encoder.named_modules():
+        if isinstance(module, nn.ModuleList) and name.rpartition(".")[2] == "stages":
+            return module
+    raise UserError(f"gradient_checkpointing must be false for {type(encoder).__name__}")
 
 
 def _resize(logits: Tensor, size: Sequence[int]) -> Tensor:
     return nn.functional.interpolate(logits, size=tuple(size), mode="bilinear", align_corners=False)
 
 
-def _checkpoint_in_training(stage: nn.Module, forward: Any, *inputs: Any) -> Any:
-    return checkpoint(forward, *inputs, use_reentrant=False) if stage.training else forward(*inputs)
+def _checkpoint_in_training(stage: nn.Module, forward: Any, *inputs: Any, **options: Any) -> Any:
+    if not stage.training:
+        return forward(*inputs, **options)
+    return checkpoint(forward, *inputs, use_reentrant=False, **options)
 
 
 def encoder_and_heads(model: PreTrainedModel) -> tuple[nn.Module, list[nn.Module]]:

@@ -35,13 +35,16 @@ def set_input_bands(
         from_scratch: draw new random weights, of the same deviation per input value.
 
     Raises:
-        UserError: its stem takes another number of channels than 3.
+        UserError: its stem takes another number of channels than 3, or its configuration has none.
     """
     encoder, _ = encoder_and_heads(model)
+    encoder_config: Any = encoder.config
     stem = next(module for module in encoder.modules() if isinstance(module, nn.Conv2d))
     n_before, n_bands = stem.in_channels, len(names)
     if n_before != 3 or stem.groups != 1:
         raise UserError(f"the encoder takes {n_before} bands already; {n_bands} ({', '.join(names)}) do not fit it")
+    if n_bands != n_before and not hasattr(encoder_config, "num_channels"):  # stock transformers would build 3 again
+        raise UserError(f"the configuration of a {encoder_config.model_type} has no number of bands: it takes 3 alone")
     if n_bands != n_before:
         scale = n_before / n_bands
         if from_scratch:
@@ -54,7 +57,7 @@ def set_input_bands(
             weight *= scale
         stem.weight = nn.Parameter(weight)
         stem.in_channels = n_bands
-        holders: list[Any] = [*encoder.modules(), encoder.config, model.config]
+        holders: list[Any] = [*encoder.modules(), encoder_config, model.config]
         holders.append(getattr(model.config, "backbone_config", None))
         for holder in holders:  # configs, and modules that compare an input with it
             if getattr(holder, "num_channels", None) == n_before:

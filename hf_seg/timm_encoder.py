@@ -20,8 +20,8 @@ from hf_seg.errors import UserError
 from hf_seg.normalization import IMAGENET, Normalization
 
 _PREFIX = "timm/"
-_STRIDES = (4, 8, 16, 32)  # of UperNet's four levels
-_HEAD_ARGUMENTS = {"in_chans", "num_classes", "global_pool", "drop_rate"}  # do not change the features of RGB images
+# do not change the features of RGB images; position embeddings of another image size are refused with the weights
+_HARMLESS_ARGUMENTS = {"in_chans", "num_classes", "global_pool", "drop_rate", "img_size"}
 
 
 class TimmEncoder(NamedTuple):
@@ -76,10 +76,11 @@ def find_timm_encoder(name: str, *, from_scratch: bool = False) -> TimmEncoder |
 
 
 def timm_backbone_config(encoder: TimmEncoder) -> Any:
-    """Return the `TimmBackboneConfig` of an encoder with its levels of strides 4, 8, 16 and 32.
+    """Return the `TimmBackboneConfig` of an encoder with all its levels, of which `fit_encoder` chooses.
 
     Raises:
-        UserError: it has no such levels.
+        UserError: it has no levels, or gives them channels last, which `TimmBackbone` of transformers passes on as they
+            are.
     """
     import timm
     from transformers import TimmBackboneConfig
@@ -90,15 +91,18 @@ def timm_backbone_config(encoder: TimmEncoder) -> Any:
     except (RuntimeError, TypeError, ValueError, AttributeError) as error:  # what an architecture raises is its own
         reason = " ".join(str(error).split())
         raise UserError(f"{encoder.name}: {encoder.architecture} gives no features ({reason})") from None
-    levels = {level["reduction"]: index for index, level in enumerate(features.feature_info.info)}
+    levels = features.feature_info.info
     layout = getattr(features, "output_fmt", "NCHW")
-    if not {*_STRIDES} <= levels.keys() or layout != "NCHW":
+    if layout != "NCHW":
+        strides = ", ".join(str(level["reduction"]) for level in levels)
         raise UserError(
-            f"{encoder.name}: UperNet needs levels of strides 4, 8, 16 and 32 as NCHW; {encoder.architecture} has "
-            f"{', '.join(map(str, sorted(levels)))} as {getattr(layout, 'value', layout)}"
+            f"{encoder.name}: UperNet needs levels as NCHW; {encoder.architecture} has {strides} as "
+            f"{getattr(layout, 'value', layout)}; see whether transformers has it too, e.g. microsoft/swin-tiny-patch4-"
+            "window7-224"
         )
-    indices = [levels[stride] for stride in _STRIDES]
-    return TimmBackboneConfig(backbone=encoder.architecture, out_indices=indices)  # type: ignore[call-arg]
+    return TimmBackboneConfig(  # type: ignore[call-arg]
+        backbone=encoder.architecture, out_indices=list(range(len(levels)))
+    )
 
 
 def load_timm_weights(backbone: nn.Module, encoder: TimmEncoder) -> tuple[list[str], int]:
@@ -155,7 +159,7 @@ def _read_config(folder: Path) -> dict[str, Any] | None:
 def _in_folder(name: str, folder: Path, config: dict[str, Any]) -> TimmEncoder:
     architecture = str(config.get("architecture"))
     require_timm_architecture(name, architecture)
-    if other := set(config.get("model_args") or {}) - _HEAD_ARGUMENTS:
+    if other := set(config.get("model_args") or {}) - _HARMLESS_ARGUMENTS:
         raise UserError(f"{name}/config.json has model_args that transformers cannot keep: {', '.join(sorted(other))}")
     try:
         published = config["pretrained_cfg"]

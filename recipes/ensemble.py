@@ -27,7 +27,7 @@ from accelerate import Accelerator
 from hf_seg import EnsembleForSemanticSegmentation
 from hf_seg.bands import Bands
 from hf_seg.data.open_earth_map import load_open_earth_map_sar
-from hf_seg.data.provenance import read_provenance
+from hf_seg.data.provenance import find_label_set, read_provenance
 from hf_seg.data.samples import LabelledImages
 from hf_seg.errors import DatasetError, UserError, one_line_errors
 from hf_seg.files import remove, write_atomic
@@ -76,7 +76,9 @@ def load_images(args: EnsembleArguments, bands: Bands | None) -> LabelledImages:
         DatasetError: there are none, or some have no image or no label.
     """
     try:
-        return LabelledImages(load_open_earth_map_sar(args.data_dir, args.split), args.column, bands=bands)
+        label_set = find_label_set(args.data_dir, "OpenEarthMap-SAR", args.label_set)
+        rows = load_open_earth_map_sar(args.data_dir, args.split, label_set=label_set)
+        return LabelledImages(rows, args.column, bands=bands, label_set=label_set)
     except DatasetError as error:
         raise DatasetError(f"{error}; or export without scores: --eval false") from None
 

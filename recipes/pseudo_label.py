@@ -35,7 +35,7 @@ from tqdm import tqdm
 from hf_seg.bands import Bands
 from hf_seg.data.nodata import outside_swath
 from hf_seg.data.open_earth_map import load_open_earth_map_sar
-from hf_seg.data.provenance import read_provenance
+from hf_seg.data.provenance import find_label_set, read_provenance
 from hf_seg.data.pseudo_label_dataset import (
     LabelledTile,
     check_inputs,
@@ -52,10 +52,11 @@ from hf_seg.files import write_atomic
 from hf_seg.hub.cards import write_pseudo_label_card
 from hf_seg.hub.export import write_training_data
 from hf_seg.hub.push import publish
-from hf_seg.inference.load import LoadedNetwork, load_networks
+from hf_seg.inference.load import LoadedNetwork, common_label_set, load_networks
 from hf_seg.inference.predict import Predictor
 from hf_seg.inference.vote import VoteAccumulator
-from hf_seg.labels import IGNORE_INDEX, NUM_LABELS
+from hf_seg.label_sets import require_same_classes
+from hf_seg.labels import IGNORE_INDEX, LabelSet
 from hf_seg.report.panels import plot_panel
 from hf_seg.training.run import start_accelerator
 
@@ -69,8 +70,11 @@ def main(argv: list[str] | None = None) -> None:
 
     # Tiles and networks
     with accelerator.main_process_first():  # the first process fetches and indexes, the others find it done
-        rows = load_open_earth_map_sar(args.data_dir, args.split)
         networks = find_networks(args)
+        label_set = find_label_set(args.data_dir, "OpenEarthMap-SAR", args.label_set)
+        classes, hint = common_label_set(networks).names, "; give the --label_set that the networks were trained with"
+        require_same_classes(classes, label_set.names, networks[0].origin, "the dataset", hint)
+        rows = load_open_earth_map_sar(args.data_dir, args.split, label_set=label_set)
     images, sar = UnlabelledImages(rows, args.column, bands=networks[0].bands), load_sar(rows, args)
     models = [{"name": each.name, "revision": each.revision, "sha256": each.sha256} for each in networks]
     inputs = {"models": models, "image_ids": images.image_ids}
@@ -100,8 +104,8 @@ def main(argv: list[str] | None = None) -> None:
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
         if not (output_dir / "figures" / "panel.png").exists():  # it is drawn last
-            draw_figures(rows, images, shards, output_dir / "figures")
-        describe_dataset(shards, inputs, args)
+            draw_figures(rows, images, shards, output_dir / "figures", label_set)
+        describe_dataset(shards, inputs, args, label_set)
         print(f"pseudo-labels, card and figures: {output_dir}")
     accelerator.end_training()
     if accelerator.is_main_process:
@@ -181,19 +185,22 @@ def label_tile(
         "networks disagree": accumulator.disagreement().numpy() > 0 if args.combine == "agreement" else nowhere,
         "little confidence": confidence < args.min_confidence,
     }
+    num_labels = accumulator.probs().shape[-3]
     reason = np.select(list(reasons.values()), range(1, 1 + len(reasons)))  # the first that holds; 0: labelled
     label = np.where(reason, np.uint8(IGNORE_INDEX), label_map)
     return LabelledTile(
         sample.image_id,
         label,
         confidence,
-        predicted=np.bincount(label_map[has_data], minlength=NUM_LABELS),
-        kept=np.bincount(label[reason == 0], minlength=NUM_LABELS),
+        predicted=np.bincount(label_map[has_data], minlength=num_labels),
+        kept=np.bincount(label[reason == 0], minlength=num_labels),
         ignored={name: int((reason == number).sum()) for number, name in enumerate(reasons, start=1)},
     )
 
 
-def draw_figures(rows: datasets.Dataset, images: UnlabelledImages, shards: dict[Path, range], folder: Path) -> None:
+def draw_figures(
+    rows: datasets.Dataset, images: UnlabelledImages, shards: dict[Path, range], folder: Path, label_set: LabelSet
+) -> None:
     """Draw confidence, then the image, beside official and pseudo-label of a few evenly spread tiles."""
     panel, confidences = [], []
     for index in np.unique(np.linspace(0, len(rows) - 1, 4).round().astype(int)).tolist():
@@ -201,15 +208,18 @@ def draw_figures(rows: datasets.Dataset, images: UnlabelledImages, shards: dict[
         label, confidence = read_maps(path, index - tiles.start)
         image_id, image, _ = images[index]
         official = rows[index]["label"]
-        official = None if official is None else np.array(official)
+        official = None if official is None else label_set.to_ids(np.array(official))
         panel.append((image_id, image, official, label))
         confidences.append((image_id, np.dstack([confidence] * 3), official, label))
     names = ("label of the data", "pseudo-label")
-    plot_panel(confidences, folder / "confidence.png", titles=("confidence, white = 1", *names))
-    plot_panel(panel, folder / "panel.png", titles=("SAR" if images.column == "sar" else images.column, *names))
+    plot_panel(confidences, folder / "confidence.png", titles=("confidence, white = 1", *names), label_set=label_set)
+    titles = ("SAR" if images.column == "sar" else images.column, *names)
+    plot_panel(panel, folder / "panel.png", titles=titles, label_set=label_set)
 
 
-def describe_dataset(shards: dict[Path, range], inputs: dict[str, Any], args: PseudoLabelArguments) -> None:
+def describe_dataset(
+    shards: dict[Path, range], inputs: dict[str, Any], args: PseudoLabelArguments, label_set: LabelSet
+) -> None:
     """Write the dataset card and, last of all, the manifest."""
     settings = result_settings(args)
     summary = {
@@ -217,7 +227,7 @@ def describe_dataset(shards: dict[Path, range], inputs: dict[str, Any], args: Ps
         "settings": settings,
         "settings_sha256": hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest(),
         "n_tiles": len(inputs["image_ids"]),
-        **summarize(list(shards)),
+        **summarize(list(shards), label_set),
     }
     write_pseudo_label_card(Path(args.output_dir), summary)
     write_manifest(Path(args.output_dir), summary)

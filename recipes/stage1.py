@@ -38,11 +38,11 @@ from hf_seg.adaptation.strong_augmentation import strong_augment
 from hf_seg.data.band_images import BandStatistics
 from hf_seg.data.dataloaders import seed_at, stream_seed
 from hf_seg.data.open_earth_map import load_open_earth_map, load_open_earth_map_sar
+from hf_seg.data.provenance import find_label_set
 from hf_seg.data.samples import LabelledImages, UnlabelledImages
 from hf_seg.data.scan import scan_open_earth_map_sar
 from hf_seg.data.transforms import ResolutionAlignment, optical_transform
 from hf_seg.errors import UserError, one_line_errors
-from hf_seg.labels import CLASS_NAMES
 from hf_seg.losses import cross_entropy
 from hf_seg.models import SegmentationLogits
 from hf_seg.normalization import Normalization
@@ -64,8 +64,9 @@ def main(argv: list[str] | None = None) -> None:
 
     # Data, student, teacher, optimizer
     source_images, target_images, val_images, statistics = load_images(args, accelerator)
+    label_set = source_images.label_set
     set_seed(args.seed)
-    student = build_network(args, accelerator, statistics)
+    student = build_network(args, accelerator, label_set, statistics)
     optimizer, schedule = build_optimization(student.model, args)
     teacher = MeanTeacher(student, args.ema_decay, batch_norm=args.teacher_batch_norm)  # before the student is wrapped
     student, optimizer = accelerator.prepare(student, optimizer)
@@ -93,7 +94,8 @@ def main(argv: list[str] | None = None) -> None:
     if accelerator.is_main_process:
         write_recipe(args, output_dir)
     scores: dict[str, Any] | None = None
-    stop, log, watch = StopSignal(accelerator), RunLog(accelerator, args, progress.step), CollapseWatch()
+    stop, log = StopSignal(accelerator), RunLog(accelerator, args, progress.step)
+    watch = CollapseWatch(label_set=label_set)
     student.train()
     for source, target in zip(source_loader, target_loader, strict=False):
         schedule.step_update(progress.step)
@@ -134,7 +136,8 @@ def main(argv: list[str] | None = None) -> None:
                 target_loss = segmentation_loss(outputs, mixed["labels"], args, weights=mixed["weights"])
                 accelerator.backward(target_loss)
                 losses["loss"] = losses["loss"] + target_loss.detach()
-                losses |= {"target_loss": target_loss.detach(), **describe_pseudo_labels(pseudo_labels, weights)}
+                losses["target_loss"] = target_loss.detach()
+                losses |= describe_pseudo_labels(pseudo_labels, weights, label_set)
 
             # One optimizer step for both losses
             log.require_finite(losses["loss"], progress.step + 1, source["image_id"])
@@ -157,13 +160,14 @@ def main(argv: list[str] | None = None) -> None:
         means = log.end_step(progress.step, learning_rate=optimizer.param_groups[0]["lr"])
         if uses_target and means is not None:
             progress.mean_weight = means["mean_weight"]
-            shares = [means[f"pseudo_share_{name}"] for name in CLASS_NAMES]
+            shares = [means[f"pseudo_share_{name}"] for name in label_set.names]
             if (warning := watch.update(shares, progress.mean_weight)) is not None:
                 logging.warning("step %d: %s", progress.step, warning)
         is_panel_due = uses_target and args.panel_steps > 0 and progress.step % args.panel_steps == 0
         if is_panel_due and accelerator.is_main_process:
             path = output_dir / "figures" / "mixes" / f"step_{progress.step:08d}.png"
-            plot_mix_panel(path, source, target, class_masks, mixed, outputs.logits.argmax(1), weights, *how[-1:])
+            shown = source, target, class_masks, mixed, outputs.logits.argmax(1), weights, how[-1]
+            plot_mix_panel(path, *shown, label_set=label_set)
 
         # Validate (all ranks), keep the best
         is_last = progress.step == args.max_train_steps
@@ -202,8 +206,11 @@ def load_images(
     Each domain is stretched by its own values; the network keeps those of the target.
     """
     with accelerator.main_process_first():  # the first process checks and indexes the files, the others find the index
-        source_rows = load_open_earth_map(args.source_dir, "train")
-        target_rows = load_open_earth_map_sar(args.data_dir, "train")
+        label_set = find_label_set(args.source_dir, "OpenEarthMap", args.label_set)
+        # its label files may code the same classes by other values
+        target_set = find_label_set(args.data_dir, "OpenEarthMap-SAR", args.label_set or label_set)
+        source_rows = load_open_earth_map(args.source_dir, "train", label_set=label_set)
+        target_rows = load_open_earth_map_sar(args.data_dir, "train", label_set=target_set)
         progress = accelerator.is_main_process
         source_bands = find_bands(args, source_rows, "image", args.source_dir, "OpenEarthMap", progress=progress)
         statistics = find_bands(args, target_rows, "optical", args.data_dir, "OpenEarthMap-SAR", progress=progress)
@@ -211,15 +218,17 @@ def load_images(
         numbers = [len(bands.names) if bands else 3 for bands in (of_source, of_target)]
         if numbers[0] != numbers[1]:
             raise UserError(f"source images have {numbers[0]} bands, target images {numbers[1]}; they must be the same")
-        source = LabelledImages(source_rows, "image", bands=of_source, keep_background=args.keep_background)
+        how: dict[str, Any] = {"bands": of_source, "label_set": label_set}
+        source = LabelledImages(source_rows, "image", keep_background=args.keep_background, **how)
         target = UnlabelledImages(target_rows, "optical", bands=of_target)
         val: dict[str, LabelledImages] = {}
         if args.eval_steps:
-            val["source"] = LabelledImages(load_open_earth_map(args.source_dir, "val"), "image", bands=of_source)
+            source_val = load_open_earth_map(args.source_dir, "val", label_set=label_set)
+            val["source"] = LabelledImages(source_val, "image", **how)
             val_rows = scan_open_earth_map_sar(args.data_dir).rows["val"]
             if val_rows and all(row.files["optical"] and row.files["label"] for row in val_rows):
-                rows = load_open_earth_map_sar(args.data_dir, "val")
-                val["target"] = LabelledImages(rows, "optical", bands=of_target)
+                target_val = load_open_earth_map_sar(args.data_dir, "val", label_set=target_set)
+                val["target"] = LabelledImages(target_val, "optical", bands=of_target, label_set=target_set)
     by_target = args.select_best_by == "target" and args.eval_steps > 0
     args.require(
         "select_best_by", not by_target or "target" in val, "source or weight: val has no labelled optical tiles"

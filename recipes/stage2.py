@@ -28,7 +28,7 @@ from torch import Tensor
 from hf_seg.adaptation.mean_teacher import MeanTeacher
 from hf_seg.data.band_images import BandStatistics
 from hf_seg.data.open_earth_map import load_open_earth_map_sar
-from hf_seg.data.provenance import read_provenance
+from hf_seg.data.provenance import find_label_set, read_provenance
 from hf_seg.data.pseudo_label_dataset import load_pseudo_labels
 from hf_seg.data.samples import LabelledImages
 from hf_seg.data.transforms import sar_transform
@@ -51,7 +51,8 @@ def main(argv: list[str] | None = None) -> None:
     # Data, network, optimizer
     train_images, val_images, statistics = load_images(args, accelerator)
     set_seed(args.seed)
-    network = build_network(args, accelerator, statistics, native_stem=args.native_stem)
+    label_set = train_images.label_set
+    network = build_network(args, accelerator, label_set, statistics, native_stem=args.native_stem)
     optimizer, schedule = build_optimization(network.model, args)
     average = MeanTeacher(network, args.ema_decay) if args.ema_decay else None  # before the network is wrapped
     network, optimizer = accelerator.prepare(network, optimizer)
@@ -142,26 +143,31 @@ def load_images(
 ) -> tuple[LabelledImages, LabelledImages | None, BandStatistics | None]:
     """Load SAR training images with their noisy labels, validation images with their manual ones, and their bands."""
     with accelerator.main_process_first():  # the first process checks and indexes the files, the others find the index
+        label_set = find_label_set(args.data_dir, "OpenEarthMap-SAR", args.label_set)
         columns = ["image_id", "pseudo_label"]
         if args.confidence_weights:
             columns.append("confidence")
-        pseudo_labels = None if args.pseudo_labels is None else load_pseudo_labels(args.pseudo_labels, columns)
+        pseudo_labels = None
+        if args.pseudo_labels is not None:
+            pseudo_labels = load_pseudo_labels(args.pseudo_labels, columns, label_set=label_set)
         has_confidence = not args.confidence_weights or "confidence" in pseudo_labels.column_names
         args.require("confidence_weights", has_confidence, "false, since the pseudo-labels have no confidence")
-        train_rows = load_open_earth_map_sar(args.data_dir, "train")
-        val_rows = load_open_earth_map_sar(args.data_dir, "val") if args.eval_steps else None
+        train_rows = load_open_earth_map_sar(args.data_dir, "train", label_set=label_set)
+        val_rows = None
+        if args.eval_steps:
+            val_rows = load_open_earth_map_sar(args.data_dir, "val", label_set=label_set)
         progress = accelerator.is_main_process
         statistics = find_bands(args, train_rows, "sar", args.data_dir, "OpenEarthMap-SAR", progress=progress)
-    bands = statistics and statistics.bands
+    how: dict[str, Any] = {"bands": statistics and statistics.bands, "label_set": label_set}
     train_images = LabelledImages(
         train_rows,
         "sar",
         pseudo_labels=pseudo_labels,
-        bands=bands,
         keep_background=args.keep_background,
         mask_nodata=args.mask_nodata,
+        **how,
     )
-    return train_images, None if val_rows is None else LabelledImages(val_rows, "sar", bands=bands), statistics
+    return train_images, None if val_rows is None else LabelledImages(val_rows, "sar", **how), statistics
 
 
 def training_loss(

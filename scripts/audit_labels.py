@@ -3,9 +3,10 @@
     python scripts/audit_labels.py data/dfc25_track1/train/labels runs/labels --output runs/audit
     python scripts/audit_labels.py A B --truth T --images data/dfc25_track1/train/rgb_images
 
-A set is a folder of label images named by image id (GeoTIFF or PNG; ids 0..8, 0 and 255 = no label), a folder with such
-folders in it (<region>/labels, train/labels), or pseudo-labels: a folder of Parquet files or a Hub id, with the columns
-image_id, pseudo_label and, if known, confidence. Sets are matched by image id; a truth may have some of the tiles only.
+A set is a folder of label images named by image id (GeoTIFF or PNG; ids 0..8, 0 and 255 = no label; others with
+--label_set), a folder with such folders in it (<region>/labels, train/labels), or pseudo-labels: a folder of Parquet
+files or a Hub id, with the columns image_id, pseudo_label and, if known, confidence. Sets are matched by image id; a
+truth may have some of the tiles only.
 The output folder gets index.html (self-contained), audit.md, audit.json, transition.png and gallery.png;
 hf_seg/studies/README.md explains them.
 """
@@ -18,11 +19,12 @@ from typing import TYPE_CHECKING, Any
 
 from hf_seg.errors import DatasetError, UserError, file_errors, one_line_errors
 from hf_seg.files import atomic_folder, write_atomic
+from hf_seg.labels import OPEN_EARTH_MAP, LabelSet
 from hf_seg.settings import Parser
 
 if TYPE_CHECKING:
     from hf_seg.studies.label_audit_report import GalleryRow
-    from hf_seg.studies.label_sets import LabelSet
+    from hf_seg.studies.label_maps import LabelMaps
 
 FILES = {"audit.json", "audit.md", "index.html", "transition.png", "gallery.png"}
 NUM_EXAMPLES = 3  # names of tiles that are not in the other set
@@ -41,6 +43,9 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--output", metavar="DIR", type=Path, default=Path("audit"), help="folder to write (%(default)s)"
     )
+    parser.add_argument(
+        "--label_set", metavar="FILE", default="OpenEarthMap", help="YAML file of the classes (%(default)s)"
+    )
     parser.add_argument("--gallery", metavar="N", type=int, default=6, help="tiles in the gallery (%(default)s)")
     parser.add_argument("--seed", metavar="S", type=int, default=0, help="of the bootstrap (%(default)s)")
     args = parser.parse_args(argv)
@@ -56,16 +61,22 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
 def main(argv: Sequence[str] | None = None) -> None:
     """Read, count, judge, write, print."""
     args = parse(argv)
-    from hf_seg.studies import label_sets
+    from hf_seg.label_sets import read_label_set
+    from hf_seg.studies import label_maps
 
+    label_set = read_label_set(args.label_set)
     sources = {"a": (args.a, args.name_a), "b": (args.b, args.name_b), "truth": (args.truth, None)}
-    sets = {key: label_sets.LabelSet(source, name) for key, (source, name) in sources.items() if source is not None}
-    image_ids = label_sets.match_ids(sets)
-    images = label_sets.images_by_id(args.images, "*") if args.images else {}
+    sets = {
+        key: label_maps.LabelMaps(source, name, label_set)
+        for key, (source, name) in sources.items()
+        if source is not None
+    }
+    image_ids = label_maps.match_ids(sets)
+    images = label_maps.images_by_id(args.images, "*") if args.images else {}
     if args.images and not images.keys() & set(image_ids):
         raise UserError(f"--images {args.images}: contains no image of the tiles, e.g. not of {image_ids[0]!r}")
     result = audit(sets, image_ids, args.regions, args.seed)
-    write_audit(args.output, result, read_gallery(sets, result["tiles"], images, args.gallery))
+    write_audit(args.output, result, read_gallery(sets, result["tiles"], images, args.gallery), label_set)
     for found in result["sets"].values():
         if found["n_unmatched"]:
             examples = ", ".join(found["unmatched"])
@@ -73,7 +84,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     print(f"{result['n_tiles']} tiles compared. {result['verdict']}\nreport: {args.output / 'index.html'}")
 
 
-def audit(sets: "dict[str, LabelSet]", image_ids: list[str], regions: Path | None, seed: int) -> dict[str, Any]:
+def audit(sets: "dict[str, LabelMaps]", image_ids: list[str], regions: Path | None, seed: int) -> dict[str, Any]:
     """Read every tile once and return the content of audit.json.
 
     Args:
@@ -87,19 +98,19 @@ def audit(sets: "dict[str, LabelSet]", image_ids: list[str], regions: Path | Non
     """
     from hf_seg.studies.label_audit import calibrate, summarize
     from hf_seg.studies.label_audit_report import judge
-    from hf_seg.studies.label_sets import count_tiles, read_regions
+    from hf_seg.studies.label_maps import count_tiles, read_regions
 
     region_names = read_regions(regions, image_ids)
     counts, levels = count_tiles(sets, image_ids)
     if not counts[:, :, 1:, 1:].any():
         raise UserError(f"{sets['a'].source} and {sets['b'].source} share no labelled pixel; is one of them empty?")
-    result = summarize(image_ids, counts, region_names, seed=seed)
+    result = summarize(image_ids, counts, region_names, seed=seed, label_set=sets["a"].label_set)
     if "truth" in sets and result["truth"] is None:
         raise UserError(f"{sets['truth'].source}: labels no pixel that A and B both label")
     described, others = {}, {"a": set(sets["b"].entries), "b": set(sets["a"].entries), "truth": set(image_ids)}
-    for key, label_set in sets.items():
-        unmatched = sorted(label_set.entries.keys() - others[key])
-        described[key] = {"name": label_set.name, "source": label_set.source, "n_tiles": len(label_set.entries)}
+    for key, maps in sets.items():
+        unmatched = sorted(maps.entries.keys() - others[key])
+        described[key] = {"name": maps.name, "source": maps.source, "n_tiles": len(maps.entries)}
         described[key] |= {"n_unmatched": len(unmatched), "unmatched": unmatched[:NUM_EXAMPLES]}
     references = dict.fromkeys("ab", "truth") if "truth" in sets else {"a": "B", "b": "A"}
     calibrations = {key: calibrate(found) for key, found in levels.items()}
@@ -109,12 +120,12 @@ def audit(sets: "dict[str, LabelSet]", image_ids: list[str], regions: Path | Non
 
 
 def read_gallery(
-    sets: "dict[str, LabelSet]", tiles: dict[str, dict[str, float]], images: dict[str, Path], n_rows: int
+    sets: "dict[str, LabelMaps]", tiles: dict[str, dict[str, float]], images: dict[str, Path], n_rows: int
 ) -> "list[GalleryRow]":
     """Read the tiles with the most differing pixels once more, with their images where there are any."""
     from hf_seg.studies.images import read_image
     from hf_seg.studies.label_audit_report import GalleryRow
-    from hf_seg.studies.label_sets import read_tiles
+    from hf_seg.studies.label_maps import read_tiles
 
     rows = []
     for image_id in sorted(tiles, key=lambda image_id: (-tiles[image_id]["disagreement"], image_id))[:n_rows]:
@@ -128,14 +139,16 @@ def read_gallery(
     return rows
 
 
-def write_audit(output: Path, result: dict[str, Any], rows: "Sequence[GalleryRow]") -> None:
+def write_audit(
+    output: Path, result: dict[str, Any], rows: "Sequence[GalleryRow]", label_set: LabelSet = OPEN_EARTH_MAP
+) -> None:
     """Write the five files into a folder that replaces an earlier audit."""
     from hf_seg.studies import label_audit_report as report
 
     titles = [report.title(key, result["sets"][key]["name"]) for key in "ab"]
     with atomic_folder(output) as temporary:
         report.plot_transitions(result, temporary / report.TRANSITIONS, *titles)
-        report.plot_gallery(rows, temporary / report.GALLERY, *titles)
+        report.plot_gallery(rows, temporary / report.GALLERY, *titles, label_set)
         report.write_report(result, temporary)
         write_atomic(temporary / "audit.json", json.dumps(result, indent=1, allow_nan=False) + "\n")
 

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from hf_seg.errors import one_line_errors
-from hf_seg.labels import IGNORE_INDEX, NUM_LABELS
+from hf_seg.labels import IGNORE_INDEX, OPEN_EARTH_MAP
 from hf_seg.settings import Parser
 
 if TYPE_CHECKING:
@@ -88,10 +88,12 @@ def lovasz(size: int, repeats: int) -> None:
     both = textbook_lovasz, lovasz_softmax
     for batch, side in ((8, 96), (8, 128), (1, size)):
         generator = torch.Generator().manual_seed(0)
-        blocks = torch.randint(1, NUM_LABELS, (batch, side // 16 + 1, side // 16 + 1), generator=generator)
+        blocks = torch.randint(
+            1, OPEN_EARTH_MAP.num_labels, (batch, side // 16 + 1, side // 16 + 1), generator=generator
+        )
         labels = blocks.repeat_interleave(16, 1).repeat_interleave(16, 2)[:, :side, :side].contiguous()
-        noise = torch.randn(batch, NUM_LABELS, side, side, generator=generator)
-        learned = 2 * noise + 4 * F.one_hot(labels, NUM_LABELS).movedim(-1, 1)
+        noise = torch.randn(batch, OPEN_EARTH_MAP.num_labels, side, side, generator=generator)
+        learned = 2 * noise + 4 * F.one_hot(labels, OPEN_EARTH_MAP.num_labels).movedim(-1, 1)
         labels = labels.to(device)
         for kind, values in (("random", noise), ("learned", learned)):
             logits = values.to(device).requires_grad_()
@@ -109,13 +111,16 @@ def confusion(size: int, repeats: int) -> None:
     from hf_seg.metrics import ConfusionMatrix
 
     rng = np.random.default_rng(0)
-    predictions, labels = (rng.integers(0, NUM_LABELS, (size, size), dtype=np.uint8) for _ in range(2))
+    predictions, labels = (rng.integers(0, OPEN_EARTH_MAP.num_labels, (size, size), dtype=np.uint8) for _ in range(2))
     labels[: size // 10] = IGNORE_INDEX
     tensors = torch.from_numpy(predictions), torch.from_numpy(labels)
 
     def plain() -> "Tensor":
         valid = tensors[1] != IGNORE_INDEX
-        return torch.bincount(tensors[1][valid].long() * NUM_LABELS + tensors[0][valid], minlength=NUM_LABELS**2)
+        return torch.bincount(
+            tensors[1][valid].long() * OPEN_EARTH_MAP.num_labels + tensors[0][valid],
+            minlength=OPEN_EARTH_MAP.num_labels**2,
+        )
 
     race("confusion matrix", plain, lambda: ConfusionMatrix().update(predictions, labels), repeats)
 
@@ -129,7 +134,7 @@ def crop(size: int, repeats: int) -> None:
 
     rng = np.random.default_rng(0)
     image = rng.integers(0, 256, (size, size), dtype=np.uint8)
-    mask = rng.integers(0, NUM_LABELS, (size, size), dtype=np.uint8)
+    mask = rng.integers(0, OPEN_EARTH_MAP.num_labels, (size, size), dtype=np.uint8)
     side = size // 2
     plain = A.Compose(
         [

@@ -21,7 +21,7 @@ import numpy as np
 
 from hf_seg.errors import UserError, file_errors, one_line_errors
 from hf_seg.files import DISK_HINT
-from hf_seg.labels import NUM_LABELS
+from hf_seg.labels import OPEN_EARTH_MAP
 from hf_seg.settings import Parser, check_bounds, setting
 
 if TYPE_CHECKING:
@@ -74,7 +74,7 @@ def build_network(name: str, window: int) -> "torch.nn.Module":
 
     torch.manual_seed(0)
     if name == "pointwise":
-        return torch.nn.Conv2d(3, NUM_LABELS, 1).requires_grad_(False)
+        return torch.nn.Conv2d(3, OPEN_EARTH_MAP.num_labels, 1).requires_grad_(False)
     if name not in PRESETS:
         raise UserError(f"unknown model {name!r}; choose one of pointwise, {', '.join(PRESETS)}")
     return build_model(name, crop_size=window, from_scratch=True)

@@ -22,11 +22,11 @@ import numpy as np
 
 from hf_seg.errors import DatasetError, one_line_errors
 from hf_seg.files import atomic_file
-from hf_seg.labels import CLASS_NAMES, NUM_LABELS
+from hf_seg.labels import OPEN_EARTH_MAP
 from hf_seg.settings import Parser
 from hf_seg.synthetic import EXTRA_FOLDER, SOURCE_FOLDER, TARGET_FOLDER, check_synthetic_dataset
 
-CLASSES = range(1, NUM_LABELS)
+CLASSES = range(1, OPEN_EARTH_MAP.num_labels)
 MIN_PIXELS = 1000
 N_FIT, N_SCORE = 5, 4  # scenes
 
@@ -150,11 +150,11 @@ def print_statistics(name: str, tiles: list[Tile]) -> None:
     for tile in tiles:
         if tile.noisy is not None:
             noise.update(tile.noisy, tile.label)
-    counts = np.bincount(np.concatenate([tile.label.ravel() for tile in tiles]), minlength=NUM_LABELS)
+    counts = np.bincount(np.concatenate([tile.label.ravel() for tile in tiles]), minlength=OPEN_EARTH_MAP.num_labels)
     percent, confusion, iou = 100 * counts / counts.sum(), noise.matrix, noise.compute()["iou"]
     print("class            pixels segment | SAR mean/std   p5/p50/p95/p99  CV   | RGB (std)        | agreement / IoU")
     for index in CLASSES:
-        line = f"{CLASS_NAMES[index]:16s} {percent[index]:5.1f}% {sizes[index]:7.0f} | "
+        line = f"{OPEN_EARTH_MAP.names[index]:16s} {percent[index]:5.1f}% {sizes[index]:7.0f} | "
         if index in sar:
             mean, std, percentiles, cv = sar[index]
             line += f"{mean:5.1f}/{std:4.1f}  {'/'.join(f'{p:.0f}' for p in percentiles):>15s}  {cv:.2f} | "
@@ -162,7 +162,9 @@ def print_statistics(name: str, tiles: list[Tile]) -> None:
             red, green, blue, std = optical[index]
             line += f"{red:.0f},{green:.0f},{blue:.0f} ({std:.0f})"
         if confusion[index].sum():
-            line += f" | {confusion[index, index] / confusion[index].sum():.3f} / {iou[CLASS_NAMES[index]]:.3f}"
+            line += (
+                f" | {confusion[index, index] / confusion[index].sum():.3f} / {iou[OPEN_EARTH_MAP.names[index]]:.3f}"
+            )
         print(line)
     for feature in ("level", "window") if len(tiles) > N_FIT else ():
         scores = difficulty(tiles, feature)
@@ -241,7 +243,7 @@ def draw_statistics(panels: np.ndarray, sets: dict[str, list[Tile]]) -> None:
     level_axes.set(title="SAR level, fraction of pixels", xlim=(0, 200))
     level_axes.legend(frameon=False)
     class_axes.set(title="SAR per class: mean, p5 to p95", ylim=(0, None))
-    class_axes.set_xticks(CLASSES, [CLASS_NAMES[index] for index in CLASSES], rotation=60, ha="right")
+    class_axes.set_xticks(CLASSES, [OPEN_EARTH_MAP.names[index] for index in CLASSES], rotation=60, ha="right")
     sar_axes.set(title="power spectrum, SAR", xlabel="cycles per pixel")
     optical_axes.set(title="power spectrum, optical", xlabel="cycles per pixel")
 

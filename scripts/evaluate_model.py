@@ -5,7 +5,7 @@
 
 The window is the crop that the model was trained at, as its image processor says. Prints a table and writes the JSON
 that the recipes call `eval_results.json`, with each tile's own mIoU, worst first, under `images`; beside it go the
-confusion matrix, a panel of predictions, and scores.npz: `image_ids` (T,) and their `confusion_matrices` (T, 9, 9),
+confusion matrix, a panel of predictions, and scores.npz: `image_ids` (T,) and their `confusion_matrices` (T, C, C),
 from which `hf_seg.bootstrap` makes intervals.
 """
 
@@ -29,6 +29,7 @@ def parse() -> tuple[argparse.Namespace, PredictionSettings]:
         "--column", default="sar", choices=("sar", "optical"), help="image of each tile to map (%(default)s)"
     )
     parser.add_argument("--output", type=Path, required=True, help="JSON file to write")
+    parser.add_argument("--label_set", metavar="FILE", help="YAML file of the classes (the dataset's own)")
     parser.add_settings(PredictionSettings, skip=["config"])
     args = parser.parse_args()
     return args, filled(PredictionSettings, args)
@@ -38,7 +39,7 @@ def write_scores(args: argparse.Namespace, results: dict[str, Any], by_id: list[
     """Write the JSON, and the counts of each tile beside it.
 
     Args:
-        by_id: name, mIoU (None without a labelled pixel) and (9, 9) counts of each tile, sorted by name.
+        by_id: name, mIoU (None without a labelled pixel) and (C, C) counts of each tile, sorted by name.
     """
     import numpy as np
 
@@ -63,6 +64,7 @@ def main() -> None:
     from transformers.utils.logging import disable_progress_bar
 
     from hf_seg.data.open_earth_map import load_open_earth_map_sar
+    from hf_seg.data.provenance import find_label_set
     from hf_seg.data.samples import LabelledImages
     from hf_seg.inference.load import load_networks
     from hf_seg.inference.predict import Predictor
@@ -72,10 +74,11 @@ def main() -> None:
     disable_progress_bar()
     accelerator = Accelerator(cpu=not torch.accelerator.is_available())
     with accelerator.main_process_first():
-        rows = load_open_earth_map_sar(args.data_dir, args.split)
+        label_set = find_label_set(args.data_dir, "OpenEarthMap-SAR", args.label_set)
+        rows = load_open_earth_map_sar(args.data_dir, args.split, label_set=label_set)
         networks = load_networks(args.model)
     predictor = Predictor.with_settings(networks, settings, device=accelerator.device)
-    images = LabelledImages(rows, args.column, bands=predictor.bands)
+    images = LabelledImages(rows, args.column, bands=predictor.bands, label_set=label_set)
     tiles = TileScores(shown=0)
     results, _ = evaluate(predictor, images, accelerator, title=args.split, on_prediction=tiles.add)
     mine = zip(tiles.image_ids, tiles.mean_ious, tiles.matrices(), strict=True)

@@ -65,8 +65,7 @@ def main() -> None:
     require_packages(options.format)
     check_target(args.output, overwrite=args.overwrite)
     networks = load_networks(args.model)
-    name = args.model if networks[0].revision else Path(args.model).resolve().name
-    written = export_networks(networks, args.output, options, name=name)
+    written = export_networks(networks, args.output, options)
     for shape, difference in written.differences.items():
         print(f"agrees with PyTorch at {shape}: largest difference of a probability {difference:.1e}")
     metadata, crop = written.metadata, written.metadata.crop_size

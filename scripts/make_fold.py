@@ -25,6 +25,7 @@ def make_fold(data_dir: Path, output: Path, folds: int, fold: int) -> dict[str, 
     from hf_seg.data.provenance import DATASET_FILE, read_provenance
     from hf_seg.data.scan import SAR_FOLDERS, scan_open_earth_map_sar
     from hf_seg.files import atomic_folder
+    from hf_seg.label_sets import LABEL_SET_KEYS
 
     rows = [row for split in ("train", "val") for row in scan_open_earth_map_sar(data_dir).rows[split]]
     rows = [row for row in rows if row.files["label"]]
@@ -46,7 +47,8 @@ def make_fold(data_dir: Path, output: Path, folds: int, fold: int) -> dict[str, 
                 target.parent.mkdir(parents=True, exist_ok=True)
                 shutil.copyfile(path, target)
         found = read_provenance(data_dir, "OpenEarthMap-SAR")
-        description = {key: found[key] for key in ("name", "description", "license", "synthetic")}
+        kept = ("name", "description", "license", "synthetic", *LABEL_SET_KEYS)
+        description = {key: found[key] for key in kept if key in found}
         text = {**description, "layout": "OpenEarthMap-SAR", "settings": {"folds": folds, "fold": fold}}
         (folder / DATASET_FILE).write_text(json.dumps(text, indent=2) + "\n", encoding="utf-8")
     return counts

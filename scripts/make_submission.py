@@ -4,8 +4,9 @@
     python scripts/make_submission.py maps/ --data_dir data/dfc25_track1 --split val --output submission.zip
 
 The zip contains one `<stem>.png` per tile, one band of uint8 class ids. It is written only if every tile has a map of
-the tile's size, with ids 1..8 wherever the SAR image has data. Outside the swath (zeros connected with the border) the
-ids are set to 0; `--keep_outside` keeps those of the maps, which are classes if mapped with `--no_zero_collar`.
+the tile's size, with ids from 1 up (1..8 in the contest) wherever the SAR image has data. Outside the swath (zeros
+connected with the border) the ids are set to 0; `--keep_outside` keeps those of the maps, which are classes if mapped
+with `--no_zero_collar`.
 """
 
 import argparse
@@ -20,7 +21,7 @@ from PIL import Image
 
 from hf_seg.errors import FileError, UserError, file_errors, one_line_errors
 from hf_seg.files import atomic_file
-from hf_seg.labels import BACKGROUND, NUM_LABELS
+from hf_seg.labels import BACKGROUND, OPEN_EARTH_MAP, LabelSet
 from hf_seg.mapping.gdal import GDAL_ERRORS, gdal_reason, gdal_session
 from hf_seg.mapping.scene import Scene
 from hf_seg.settings import Parser
@@ -63,7 +64,7 @@ def find_maps(folder: Path, stems: set[str]) -> dict[str, Path]:
     return maps
 
 
-def read_map(path: Path, tile: str, *, keep_outside: bool) -> np.ndarray:
+def read_map(path: Path, tile: str, *, keep_outside: bool, label_set: LabelSet = OPEN_EARTH_MAP) -> np.ndarray:
     """Return the checked ids of one tile's map; (H, W) uint8.
 
     Raises:
@@ -81,8 +82,8 @@ def read_map(path: Path, tile: str, *, keep_outside: bool) -> np.ndarray:
         found = f"{len(bands)} x {bands.shape[1]} x {bands.shape[2]} {bands.dtype}"
         raise UserError(f"{path} must be one band of uint8, {size} pixels like its tile; it is {found}")
     ids: np.ndarray = bands[0]
-    if ids.max() >= NUM_LABELS:
-        raise UserError(f"{path} contains {ids.max()}, which is not a class id; ids are 1..{NUM_LABELS - 1}")
+    if ids.max() >= label_set.num_labels:
+        raise UserError(f"{path} contains {ids.max()}, which is not a class id; ids are 1..{label_set.num_labels - 1}")
     unknown = int((inside & (ids == BACKGROUND)).sum())
     if unknown:
         raise UserError(f"{path}: {unknown} pixels of the swath have no class; map it again without --abstain")
@@ -108,8 +109,10 @@ def write_zip(images: Iterable[tuple[str, np.ndarray]], output: Path) -> None:
 def main() -> None:
     """Check the maps and pack them."""
     args = parse()
+    from hf_seg.data.provenance import find_label_set
     from hf_seg.data.scan import scan_open_earth_map_sar
 
+    label_set = find_label_set(args.data_dir, "OpenEarthMap-SAR")
     rows = scan_open_earth_map_sar(args.data_dir).rows[args.split]
     tiles = {row.image_id: str(row.files["sar"]) for row in rows}
     if len(tiles) != TILES[args.split] and not args.partial:
@@ -118,7 +121,8 @@ def main() -> None:
             "complete it, or add --partial"
         )
     maps = find_maps(args.maps, set(tiles))
-    images = ((stem, read_map(maps[stem], tile, keep_outside=args.keep_outside)) for stem, tile in tiles.items())
+    how = {"keep_outside": args.keep_outside, "label_set": label_set}
+    images = ((stem, read_map(maps[stem], tile, **how)) for stem, tile in tiles.items())
     with gdal_session():
         write_zip(images, args.output)
     print(f"{len(tiles)} maps: {args.output}")

@@ -26,7 +26,7 @@ from typing import Any
 import numpy as np
 
 from hf_seg.errors import UserError, one_line_errors
-from hf_seg.labels import CLASS_NAMES
+from hf_seg.labels import OPEN_EARTH_MAP
 from hf_seg.settings import Parser
 from hf_seg.synthetic import EXTRA_FOLDER, SOURCE_FOLDER, TARGET_FOLDER, check_synthetic_dataset
 
@@ -149,7 +149,7 @@ def run_resolution(options: argparse.Namespace) -> None:
     print(f"lost on coarse images: {100 * (sharp['mean_iou'] - coarse['mean_iou']):.1f} points of mIoU")
     lost = [
         f"{name} {100 * (sharp['iou'][name] - coarse['iou'][name]):.1f}"
-        for name in CLASS_NAMES[1:]
+        for name in OPEN_EARTH_MAP.names[1:]
         if sharp["iou"][name] is not None
     ]
     print(f"lost IoU: {', '.join(lost)}")

@@ -37,6 +37,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     commands = parser.add_subparsers(dest="command", required=True)
     check = commands.add_parser("check", help="check a dataset folder")
     check.add_argument("data_dir", metavar="DIR", type=Path, help="root of OpenEarthMap or OpenEarthMap-SAR")
+    check.add_argument("--label_set", metavar="FILE", help="YAML file of the classes (the dataset's own)")
     check.add_argument("--json", metavar="FILE", type=Path, help="also write the report to FILE")
     download = commands.add_parser("download", help="download datasets from Zenodo and unpack them")
     download.add_argument("names", metavar="NAME", nargs="+", help=f"what to download: {', '.join(ARCHIVES)}")
@@ -58,7 +59,7 @@ def run_check(options: argparse.Namespace) -> int:
     """Print the doctor's report on a dataset folder; 0: no problems, 1: problems."""
     from hf_seg.data.doctor import examine  # slow to import
 
-    report = examine(options.data_dir)
+    report = examine(options.data_dir, label_set=options.label_set)
     if options.json:
         write_atomic(options.json, json.dumps(report.as_dict(), indent=2) + "\n")
     print(report)

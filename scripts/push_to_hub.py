@@ -4,9 +4,9 @@
     python scripts/push_to_hub.py runs/stage2_b5/best user/name --revision best
     python scripts/push_to_hub.py runs/labels user/labels
 
-First the folder is checked: every file exists, weights open, the classes are the nine of this project, the files of a
-dataset have the checksums in its manifest. Checkpoints, the tracker's files and `best/` are not sent. A folder without
-a card gets one. Log in with `hf auth login`, or set HF_TOKEN.
+First the folder is checked: every file exists, weights open, class 0 is background, the files of a dataset have the
+checksums in its manifest. Checkpoints, the tracker's files and `best/` are not sent. A folder without a card gets one.
+Log in with `hf auth login`, or set HF_TOKEN.
 """
 
 import argparse

@@ -38,6 +38,7 @@ def parse(argv: Sequence[str] | None = None) -> tuple[argparse.Namespace, Predic
     parser.add_argument("--regions", metavar="CSV", type=Path, help="columns image_id, region (the tiles' names)")
     parser.add_argument("--tiles", type=int, default=3, help="best and worst tiles to show, of each (%(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="of the bootstrap (%(default)s)")
+    parser.add_argument("--label_set", metavar="FILE", help="YAML file of the classes (the dataset's own)")
     parser.add_settings(PredictionSettings, skip=["config"])
     args = parser.parse_args(argv)
     if args.output.suffix != ".html":
@@ -77,13 +78,16 @@ def load(args: argparse.Namespace) -> "tuple[LabelledImages, list[str] | None, d
         UserError: one of them, or the network to compare with, cannot be used; nothing is predicted yet.
     """
     from hf_seg.data.open_earth_map import load_open_earth_map_sar
+    from hf_seg.data.provenance import find_label_set
     from hf_seg.data.samples import LabelledImages
     from hf_seg.hub.export import read_record
     from hf_seg.inference.load import load_networks
-    from hf_seg.studies.label_sets import read_regions
+    from hf_seg.studies.label_maps import read_regions
 
-    rows = load_open_earth_map_sar(args.data_dir, args.split)
-    images = LabelledImages(rows, args.column, bands=load_networks(args.model, low_memory=True)[0].bands)
+    label_set = find_label_set(args.data_dir, "OpenEarthMap-SAR", args.label_set)
+    rows = load_open_earth_map_sar(args.data_dir, args.split, label_set=label_set)
+    bands = load_networks(args.model, low_memory=True)[0].bands
+    images = LabelledImages(rows, args.column, bands=bands, label_set=label_set)
     audit = read_record(args.label_audit / "audit.json") if args.label_audit else {}
     if args.label_audit and "verdict" not in audit:
         raise UserError(f"--label_audit {args.label_audit}: no audit.json; make it with scripts/audit_labels.py")
@@ -110,7 +114,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         name, other_name = args.model, args.against
 
     results, tiles = score(args.model, images, args, settings, args.tiles)
-    matrices = tiles.matrices()
+    matrices, label_set = tiles.matrices(), images.label_set
     results |= {
         "model": name,
         "split": args.split,
@@ -119,17 +123,18 @@ def main(argv: Sequence[str] | None = None) -> None:
         "stride": settings.stride,
     }
     results["data"] = read_provenance(args.data_dir, "OpenEarthMap-SAR")
-    results["intervals"] = run_report.summarize_intervals(matrices, regions, args.seed)
+    results["intervals"] = run_report.summarize_intervals(matrices, regions, args.seed, label_set)
     results["calibration"] = run_report.summarize_calibration(tiles.calibration)
     results["against"] = None
     if args.against:
         _, other = score(args.against, images, args, settings, shown=0)
-        results["against"] = run_report.compare(matrices, other.matrices(), name, other_name, args.seed)
+        results["against"] = run_report.compare(matrices, other.matrices(), name, other_name, args.seed, label_set)
     run_report.write_report(
         args.output,
         results,
         tiles.calibration,
         {"Worst": tiles.worst(), "Best": tiles.best()},
+        label_set=label_set,
         metrics_file=metrics_file if metrics_file.is_file() and metrics_file.stat().st_size else None,
         settings=read_record(run / "recipe.yaml"),
         training_data=read_record(run / TRAINING_DATA_FILE),

@@ -22,7 +22,7 @@ from hf_seg.arguments import (
 from hf_seg.data.pseudo_label_dataset import LabelledTile, plan_shards, summarize, write_manifest, write_shard
 from hf_seg.hub.cards import write_model_card, write_pseudo_label_card
 from hf_seg.hub.export import export_model, write_training_data
-from hf_seg.labels import CLASS_NAMES, NUM_LABELS
+from hf_seg.labels import OPEN_EARTH_MAP
 from hf_seg.metrics import ConfusionMatrix
 from hf_seg.models import build_model
 
@@ -50,7 +50,9 @@ def make_results(seed: int, n_images: int = 3) -> dict[str, Any]:
     """Score a random prediction; no building is in the reference labels."""
     rng = np.random.default_rng(seed)
     counts = ConfusionMatrix()
-    counts.update(rng.integers(1, NUM_LABELS, (64, 64)), rng.integers(1, NUM_LABELS - 1, (64, 64)))
+    counts.update(
+        rng.integers(1, OPEN_EARTH_MAP.num_labels, (64, 64)), rng.integers(1, OPEN_EARTH_MAP.num_labels - 1, (64, 64))
+    )
     return {**counts.compute(), "n_images": n_images}
 
 
@@ -126,8 +128,8 @@ def make_pseudo_labels(folder: Path, n_tiles: int = 3, training_data: dict[str, 
     args = PseudoLabelArguments(tiles_per_shard=1, model=[str(stage1)])
     shards = plan_shards(folder / "data", "train", n_tiles, 1)
     for number, path in enumerate(shards):
-        label = rng.integers(1, NUM_LABELS, (32, 32)).astype(np.uint8)
-        counts = np.bincount(label.ravel(), minlength=NUM_LABELS)
+        label = rng.integers(1, OPEN_EARTH_MAP.num_labels, (32, 32)).astype(np.uint8)
+        counts = np.bincount(label.ravel(), minlength=OPEN_EARTH_MAP.num_labels)
         tile = LabelledTile(
             f"TrainArea_{number:03d}", label, np.ones(label.shape, np.float32), counts, counts, {"no": 0}
         )
@@ -140,7 +142,7 @@ def make_pseudo_labels(folder: Path, n_tiles: int = 3, training_data: dict[str, 
     write_figures(folder, "panel.png", "confidence.png")
     settings = portable_settings(args)
     summary = {"models": models, "settings": settings, "n_tiles": n_tiles, **summarize([*shards])}
-    assert {*summary["class_histogram"]} == {*CLASS_NAMES[1:]}
+    assert {*summary["class_histogram"]} == {*OPEN_EARTH_MAP.names[1:]}
     write_pseudo_label_card(folder, summary)
     write_manifest(folder, summary)
     return folder

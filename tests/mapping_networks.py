@@ -10,7 +10,7 @@ from conftest import make_scene
 from rasterio.transform import Affine
 from torch import Tensor, nn
 
-from hf_seg.labels import NUM_LABELS
+from hf_seg.labels import OPEN_EARTH_MAP
 from hf_seg.mapping.raster import predict_raster
 from hf_seg.mapping.statistics import MapSummary
 from hf_seg.models import build_model
@@ -23,7 +23,7 @@ class Constant(nn.Module):
     """The same logits everywhere, with the largest for class 0, which must never be predicted."""
 
     def forward(self, images: Tensor) -> Tensor:
-        logits = torch.zeros(len(images), NUM_LABELS, *images.shape[2:])
+        logits = torch.zeros(len(images), OPEN_EARTH_MAP.num_labels, *images.shape[2:])
         logits[:, 0], logits[:, 6] = 9, 3
         return logits
 
@@ -31,7 +31,7 @@ class Constant(nn.Module):
 def pointwise(seed: int = 1) -> nn.Module:
     """Return a 1x1 convolution, whose output does not depend on the window."""
     generator = torch.Generator().manual_seed(seed)
-    network = nn.Conv2d(3, NUM_LABELS, 1).requires_grad_(False)
+    network = nn.Conv2d(3, OPEN_EARTH_MAP.num_labels, 1).requires_grad_(False)
     for parameter in network.parameters():
         parameter.normal_(generator=generator)
     return network

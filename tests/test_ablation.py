@@ -12,7 +12,7 @@ from filelock import FileLock
 
 from hf_seg.arguments import EnsembleArguments, PseudoLabelArguments, Stage1Arguments, Stage2Arguments
 from hf_seg.errors import UserError
-from hf_seg.labels import NUM_LABELS
+from hf_seg.labels import OPEN_EARTH_MAP
 from hf_seg.metrics import ConfusionMatrix
 from hf_seg.settings import parse_arguments
 from hf_seg.studies import ablation_plan
@@ -158,9 +158,11 @@ def finish(plan: Plan, tiles: dict[tuple[str, str, int], np.ndarray], own: dict[
 
 def random_tiles(seed: int, right: int) -> np.ndarray:
     """Return (20, 9, 9) counts: of 200 pixels a class about `right` percent are right, the others one class above."""
-    rate = np.clip(right / 100 + 0.1 * np.random.default_rng(seed).standard_normal((20, NUM_LABELS - 1)), 0, 1)
-    counts = np.zeros((20, NUM_LABELS, NUM_LABELS), np.int64)
-    index = np.arange(1, NUM_LABELS)
+    rate = np.clip(
+        right / 100 + 0.1 * np.random.default_rng(seed).standard_normal((20, OPEN_EARTH_MAP.num_labels - 1)), 0, 1
+    )
+    counts = np.zeros((20, OPEN_EARTH_MAP.num_labels, OPEN_EARTH_MAP.num_labels), np.int64)
+    index = np.arange(1, OPEN_EARTH_MAP.num_labels)
     counts[:, index, index] = np.rint(200 * rate)
     counts[:, index, np.roll(index, -1)] = 200 - counts[:, index, index]
     return counts

@@ -12,7 +12,7 @@ from hf_seg.adaptation.class_mix import mix_domains, sample_class_mask
 from hf_seg.adaptation.mean_teacher import MeanTeacher
 from hf_seg.adaptation.pseudo_labels import CollapseWatch, describe_pseudo_labels, weigh_pseudo_labels
 from hf_seg.adaptation.strong_augmentation import strong_augment
-from hf_seg.labels import BACKGROUND, CLASS_NAMES, IGNORE_INDEX, NUM_LABELS
+from hf_seg.labels import BACKGROUND, IGNORE_INDEX, OPEN_EARTH_MAP
 from hf_seg.losses import cross_entropy
 from hf_seg.normalization import Normalization, to_image, to_pixel_values
 
@@ -75,16 +75,16 @@ def test_pasted_pixels_have_weight_one_and_others_the_lambda_of_their_image() ->
 def test_target_loss_divides_by_all_valid_pixels_and_not_by_their_weights() -> None:
     """Eq. 6: an image of low confidence lowers the loss."""
     _, _, _, mixed = make_mix()
-    logits = torch.zeros(2, NUM_LABELS, 2, 2)
+    logits = torch.zeros(2, OPEN_EARTH_MAP.num_labels, 2, 2)
     loss = cross_entropy(logits, mixed["labels"], weights=mixed["weights"])
-    assert loss.item() == pytest.approx(math.log(NUM_LABELS) * (1 + 0.25 * 2 + 3 + 0.5) / 7)
+    assert loss.item() == pytest.approx(math.log(OPEN_EARTH_MAP.num_labels) * (1 + 0.25 * 2 + 3 + 0.5) / 7)
 
 
 def logits_of(confidences: list[list[float]], winner: int = 4) -> Tensor:
     """(B, C, 1, W) logits whose softmax gives `winner` each confidence, the rest shared by classes 1..8."""
     probs = torch.tensor(confidences)[:, None, None]
-    rest = (1 - probs) / (NUM_LABELS - 2)
-    probs = torch.cat([probs if index == winner else rest for index in range(NUM_LABELS)], dim=1)
+    rest = (1 - probs) / (OPEN_EARTH_MAP.num_labels - 2)
+    probs = torch.cat([probs if index == winner else rest for index in range(OPEN_EARTH_MAP.num_labels)], dim=1)
     probs[:, BACKGROUND] = 0
     return probs.log()
 
@@ -96,7 +96,7 @@ def test_lambda_is_the_share_of_confident_pixels_of_each_image() -> None:
 
 
 def test_a_pixel_at_the_threshold_is_confident() -> None:
-    logits = torch.full((1, NUM_LABELS, 1, 1), -torch.inf)
+    logits = torch.full((1, OPEN_EARTH_MAP.num_labels, 1, 1), -torch.inf)
     logits[:, 2] = 0
     assert weigh_pseudo_labels(logits, 1.0)[1].tolist() == [1.0]
 
@@ -109,7 +109,7 @@ def test_invalid_pixels_have_no_label_and_do_not_count() -> None:
 
 
 def test_background_is_predicted_only_where_it_is_a_class() -> None:
-    logits = torch.zeros(1, NUM_LABELS, 1, 1)
+    logits = torch.zeros(1, OPEN_EARTH_MAP.num_labels, 1, 1)
     logits[:, BACKGROUND], logits[:, 7] = 9, 8
     before = logits.clone()
     assert weigh_pseudo_labels(logits)[0].item() == 7
@@ -123,7 +123,7 @@ def test_description_counts_valid_pixels() -> None:
     assert described["mean_weight"] == 0.5
     assert described["confident_pixels"] == 0.75  # three pixels of the first image, one of the second
     assert described["pseudo_share_tree"] == 0.5 and described["pseudo_share_water"] == 0.5
-    assert sum(described[f"pseudo_share_{name}"] for name in CLASS_NAMES) == 1
+    assert sum(described[f"pseudo_share_{name}"] for name in OPEN_EARTH_MAP.names) == 1
 
 
 def test_collapse_is_reported_after_patience_and_only_if_it_lasts() -> None:

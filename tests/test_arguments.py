@@ -29,7 +29,7 @@ STAGE2_CONFIGS = sorted([*CONFIGS.glob("stage2/*.yaml"), *CONFIGS.glob("toy/stag
 STAGE1_CONFIGS = sorted([*CONFIGS.glob("stage1/*.yaml"), *CONFIGS.glob("toy/stage1*.yaml")])
 RECIPES = [(Stage1Arguments, path) for path in STAGE1_CONFIGS] + [(Stage2Arguments, path) for path in STAGE2_CONFIGS]
 # Where things lie and how one launch goes; a step count, although it may change on resume, makes the result.
-WHERE_AND_WHEN = {"config", "data_dir", "output_dir", "pseudo_labels", "resume_from_checkpoint"}
+WHERE_AND_WHEN = {"config", "data_dir", "label_set", "output_dir", "pseudo_labels", "resume_from_checkpoint"}
 SETTINGS = (Stage1Arguments, Stage2Arguments, PseudoLabelArguments, EnsembleArguments)
 FREE_ON_RESUME = {field.name for each in SETTINGS for field in dataclasses.fields(each) if field.metadata["free"]}
 HUB_SETTINGS = {field.name for field in dataclasses.fields(HubSettings)} - {"config"}
@@ -224,8 +224,10 @@ def other_value(name: str) -> Any:
         "max_scale": 3.0,
         "warmup_steps": 9,
         "head_width": 64,
+        "lora_targets": ["query"],
     }
     special |= {"resume_from_checkpoint": "latest", "pseudo_labels": "labels", "config": "other.yaml"}
+    special["label_set"] = "OpenEarthMap"
     value = getattr(Stage2Arguments(), name)
     if name in special:
         return special[name]
@@ -359,8 +361,9 @@ def test_there_are_recipes() -> None:
 @pytest.mark.parametrize(("settings", "path"), RECIPES, ids=[f"{path.parent.name}/{path.stem}" for _, path in RECIPES])
 def test_a_recipe_states_every_setting_that_makes_the_result(settings: type[RecipeArguments], path: Path) -> None:
     text = path.read_text(encoding="utf-8")
-    parse_arguments(settings, ["--config", str(path)])
+    args = parse_arguments(settings, ["--config", str(path)])
     stated = set(re.findall(r"^(\w+):", text, re.MULTILINE))
+    stated |= set() if args.lora_rank else {"lora_alpha", "lora_targets"}  # of adapters that there are none of
     missing = {field.name for field in dataclasses.fields(settings)} - MAY_BE_ABSENT - stated
     assert not missing, f"{path} leaves {sorted(missing)} to the defaults"
     assert len(text.splitlines()) <= 48

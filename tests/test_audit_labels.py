@@ -19,10 +19,10 @@ from PIL import Image
 
 from hf_seg.bootstrap import draw_counts
 from hf_seg.errors import DatasetError, FileError, UserError
-from hf_seg.labels import IGNORE_INDEX, LABEL2ID, NUM_LABELS
+from hf_seg.labels import IGNORE_INDEX, OPEN_EARTH_MAP
 from hf_seg.metrics import ConfusionMatrix
 from hf_seg.report.page import FEW_TILES
-from hf_seg.studies import label_audit, label_audit_report, label_sets
+from hf_seg.studies import label_audit, label_audit_report, label_maps
 from hf_seg.studies.label_audit_report import judge
 from hf_seg.synthetic import make_synthetic_dataset
 
@@ -32,7 +32,9 @@ assert _spec is not None and _spec.loader is not None
 script = importlib.util.module_from_spec(_spec)
 _spec.loader.exec_module(script)
 
-RANGELAND, ROAD, TREE, WATER, BUILDING = (LABEL2ID[name] for name in ("rangeland", "road", "tree", "water", "building"))
+RANGELAND, ROAD, TREE, WATER, BUILDING = (
+    OPEN_EARTH_MAP.label2id[name] for name in ("rangeland", "road", "tree", "water", "building")
+)
 IN_A = np.array([[5, 5, 6, 6], [5, 5, 6, 6], [8, 8, 4, 4], [8, 8, 0, 4]], dtype=np.uint8)
 IN_B = np.array([[5, 5, 6, 6], [5, 2, 6, 6], [8, 8, 4, 4], [0, 4, 4, 4]], dtype=np.uint8)
 TRUTH = np.array([[5, 5, 6, 6], [5, 2, 6, 0], [8, 8, 4, 4], [8, 8, 4, 4]], dtype=np.uint8)
@@ -70,15 +72,18 @@ def write_dataset(folder: Path, maps: Mapping[str, np.ndarray], confidence: Mapp
 def random_maps(n_tiles: int, seed: int = 0, size: int = 24) -> Maps:
     """Maps of all eight classes; ids as in OpenEarthMap-SAR."""
     rng = np.random.default_rng(seed)
-    return {f"TrainArea_{n:03d}": rng.integers(1, NUM_LABELS, (size, size), dtype=np.uint8) for n in range(n_tiles)}
+    return {
+        f"TrainArea_{n:03d}": rng.integers(1, OPEN_EARTH_MAP.num_labels, (size, size), dtype=np.uint8)
+        for n in range(n_tiles)
+    }
 
 
 def spoil(maps: Maps, share: float, seed: int) -> Maps:
     rng = np.random.default_rng(seed)
     return {
-        image_id: np.where(rng.random(label.shape) < share, rng.integers(1, NUM_LABELS, label.shape), label).astype(
-            np.uint8
-        )
+        image_id: np.where(
+            rng.random(label.shape) < share, rng.integers(1, OPEN_EARTH_MAP.num_labels, label.shape), label
+        ).astype(np.uint8)
         for image_id, label in maps.items()
     }
 
@@ -99,7 +104,7 @@ def run(folder: Path, *arguments: str | Path) -> dict[str, Any]:
 
 def test_every_pixel_of_a_tile_is_counted_by_truth_a_and_b() -> None:
     counts = label_audit.count_pixels(IN_A, IN_B, TRUTH)
-    expected = np.zeros((NUM_LABELS,) * 3, dtype=int)
+    expected = np.zeros((OPEN_EARTH_MAP.num_labels,) * 3, dtype=int)
     for truth, a, b in zip(TRUTH.flat, IN_A.flat, IN_B.flat, strict=True):
         expected[truth, a, b] += 1
     assert np.array_equal(counts, expected)
@@ -303,8 +308,8 @@ def test_folder_png_and_parquet_of_the_same_labels_give_the_same_audit(tmp_path:
     sources.append(write_folder(tmp_path / "zeros", zeros))
     results = []
     for source in sources:
-        sets = {key: label_sets.LabelSet(str(path)) for key, path in (("a", official), ("b", source), ("truth", t))}
-        results.append(script.audit(sets, label_sets.match_ids(sets), None, seed=0))
+        sets = {key: label_maps.LabelMaps(str(path)) for key, path in (("a", official), ("b", source), ("truth", t))}
+        results.append(script.audit(sets, label_maps.match_ids(sets), None, seed=0))
         assert results[-1]["sets"]["b"].pop("source") == str(source)
         name = results[-1]["sets"]["b"].pop("name")
         assert str(source).endswith(name) and f"B ({name})" in results[-1].pop("verdict")
@@ -411,12 +416,12 @@ def test_gallery_shows_the_tiles_that_differ_most_with_their_image(tmp_path: Pat
     for rank, key in enumerate(order):
         changed[key][: 12 - 2 * rank] = maps[key][: 12 - 2 * rank] % 8 + 1
     sets = {
-        "a": label_sets.LabelSet(str(write_folder(tmp_path / "a", maps))),
-        "b": label_sets.LabelSet(str(write_folder(tmp_path / "b", changed))),
+        "a": label_maps.LabelMaps(str(write_folder(tmp_path / "a", maps))),
+        "b": label_maps.LabelMaps(str(write_folder(tmp_path / "b", changed))),
     }
     sar = write_folder(tmp_path / "sar", {order[1]: np.arange(576, dtype=np.uint8).reshape(24, 24)})
     tiles = script.audit(sets, sorted(maps), None, 0)["tiles"]
-    rows = script.read_gallery(sets, tiles, label_sets.images_by_id(sar, "*"), 3)
+    rows = script.read_gallery(sets, tiles, label_maps.images_by_id(sar, "*"), 3)
     assert [row.image_id for row in rows] == order[:3]
     assert [row.image is None for row in rows] == [True, False, True]
     assert tiles[order[0]]["disagreement"] == 0.5
@@ -521,7 +526,7 @@ def test_sets_are_named_by_their_folders_or_by_flags(tmp_path: Path) -> None:
     result = run(tmp_path / "audit", *folders)
     assert [result["sets"][key]["name"] for key in "ab"] == ["dfc25_track1/train/labels", "$runs$"]
     assert "Labels A (dfc25_track1/train/labels) and B ($runs$) agree on 100.0 %" in result["verdict"]
-    assert label_sets.default_name("org/not-a-folder") == "org/not-a-folder"
+    assert label_maps.default_name("org/not-a-folder") == "org/not-a-folder"
     result = run(tmp_path / "audit", *folders, "--name_a", "old", "--name-b", "a|b")
     assert "Labels A (old) and B (a|b) agree on 100.0 %" in result["verdict"]
     assert "| B | a\\|b | " in (tmp_path / "audit/audit.md").read_text()

@@ -18,7 +18,7 @@ from hf_seg.arguments import EnsembleArguments, PseudoLabelArguments, Stage1Argu
 from hf_seg.errors import UserError
 from hf_seg.hub.cards import write_model_card
 from hf_seg.hub.export import read_training_data, write_training_data
-from hf_seg.labels import CLASS_NAMES, PALETTE
+from hf_seg.labels import OPEN_EARTH_MAP
 from hf_seg.settings import parse_arguments
 
 
@@ -113,8 +113,8 @@ def test_models_and_labels_from_the_hub_are_linked(folders: dict[str, Path], tmp
 def test_every_class_has_its_row_of_id_colour_and_score(folders: dict[str, Path]) -> None:
     text = card_of(folders["segformer"]).text
     results = json.loads((folders["segformer"] / "eval_results.json").read_text())
-    for index, name in enumerate(CLASS_NAMES):
-        assert f"| {index} | {name} | `#{bytes(PALETTE[index]).hex().upper()}` |" in text
+    for index, name in enumerate(OPEN_EARTH_MAP.names):
+        assert f"| {index} | {name} | `#{bytes(OPEN_EARTH_MAP.palette[index]).hex().upper()}` |" in text
         if index:
             iou = results["iou"][name]
             assert f"\n| {name} | {'-' if iou is None else f'{iou:.4f}'} |\n" in text

@@ -12,7 +12,7 @@ from conftest import write_tiff
 from hf_seg.data.doctor import SHOWN, examine
 from hf_seg.data.scan import XBD_HINT
 from hf_seg.errors import DatasetError
-from hf_seg.labels import CLASS_NAMES
+from hf_seg.labels import OPEN_EARTH_MAP
 
 pytestmark = pytest.mark.filterwarnings("ignore::rasterio.errors.NotGeoreferencedWarning")
 
@@ -57,7 +57,7 @@ def test_sar_zeros_are_counted_and_a_missing_modality_is_no_problem(tmp_path: Pa
     train = report.splits["train"]
     assert (report.kind, report.problems, report.notes) == ("OpenEarthMap-SAR", [], [])
     assert (train.rows, train.labelled, train.files, train.sar_zero_percent) == (2, 0, 4, 5.0)
-    assert train.class_pixels.tolist() == [0] * len(CLASS_NAMES)
+    assert train.class_pixels.tolist() == [0] * len(OPEN_EARTH_MAP.names)
 
 
 def test_every_bad_file_is_listed_and_the_good_ones_are_still_counted(tmp_path: Path):

@@ -25,7 +25,7 @@ from hf_seg.hub.export import export_model
 from hf_seg.inference import load
 from hf_seg.inference.load import find_folder, load_networks
 from hf_seg.inference.sliding_window import sliding_window_probs
-from hf_seg.labels import BACKGROUND, CLASS_NAMES, ID2LABEL, NUM_LABELS
+from hf_seg.labels import BACKGROUND, OPEN_EARTH_MAP
 from hf_seg.models import build_model
 from hf_seg.normalization import to_pixel_values
 
@@ -41,7 +41,9 @@ def save_toy(name: str, folder: Path, *, bias: dict[int, float] | None = None) -
     torch.nn.init.normal_(head.decode_head.classifier.weight)
     if bias is not None:
         head.decode_head.classifier.weight.data.zero_()
-        head.decode_head.classifier.bias.data = torch.tensor([bias.get(index, 0.0) for index in range(NUM_LABELS)])
+        head.decode_head.classifier.bias.data = torch.tensor(
+            [bias.get(index, 0.0) for index in range(OPEN_EARTH_MAP.num_labels)]
+        )
     export_model(model, folder, crop_size=CROPS[name], recipe="", results=None)
     return folder
 
@@ -112,7 +114,7 @@ def test_logits_are_the_log_of_the_weighted_mean_probability(members: list[Path]
     mean = sum(share * stock_probs(model, pixel_values) for model, share in zip(stock, shares, strict=True))
     with torch.no_grad():
         logits = Ensemble.from_members(members, weights)(pixel_values).logits
-    assert logits.shape == (2, NUM_LABELS, 48, 40) and logits.dtype == torch.float32
+    assert logits.shape == (2, OPEN_EARTH_MAP.num_labels, 48, 40) and logits.dtype == torch.float32
     torch.testing.assert_close(logits[:, LAND_COVER].double(), mean[:, LAND_COVER].log(), rtol=0, atol=2e-5)
     assert len(logits.argmax(1).unique()) > 2
 
@@ -146,7 +148,7 @@ def test_a_member_that_sees_background_leaves_the_choice_to_the_others(tmp_path:
     unsure = save_toy("toy-segformer", tmp_path / "unsure", bias={BACKGROUND: 5.0, 2: 1.0})
     sure = save_toy("toy-convnextv2", tmp_path / "sure", bias={7: 1.0})
     (result,) = Ensemble.from_members([unsure, sure], [3, 1]).predict(picture(32, 32))
-    assert result.class_names == {7: CLASS_NAMES[7]}
+    assert result.class_names == {7: OPEN_EARTH_MAP.names[7]}
 
 
 def test_transformers_post_processing_gives_the_same_map(saved: Path, opened: Ensemble) -> None:
@@ -186,7 +188,7 @@ def test_gradients_reach_every_member(saved: Path) -> None:
 @pytest.mark.parametrize("size", [(70, 50), (20, 100)])
 def test_each_member_slides_its_own_window(members: list[Path], opened: Ensemble, size: tuple[int, int]) -> None:
     image = picture(*size)
-    mean = torch.zeros(NUM_LABELS, *size)
+    mean = torch.zeros(OPEN_EARTH_MAP.num_labels, *size)
     for folder, share in zip(members, (0.625, 0.25, 0.125), strict=True):
         (loaded,) = load_networks(folder)
         crop, model = loaded.crop_size, loaded.network().model
@@ -197,7 +199,7 @@ def test_each_member_slides_its_own_window(members: list[Path], opened: Ensemble
     (result,) = opened.predict(image, **settings)
     assert result.label_map.dtype == np.uint8
     np.testing.assert_array_equal(result.label_map, expected.numpy())
-    assert result.class_names == {index: ID2LABEL[index] for index in np.unique(expected).tolist()}
+    assert result.class_names == {index: OPEN_EARTH_MAP.id2label[index] for index in np.unique(expected).tolist()}
     assert len(result.class_names) > 2 and result.entropy is result.disagreement is None
 
 
@@ -278,10 +280,10 @@ def uncertainty(folders: list[Path], weights: list[float] | None = None) -> tupl
     ("biases", "weights", "entropy", "disagreement"),
     [
         ([{5: 200.0}, {5: 200.0}], None, 0, 0),  # all agree and are certain
-        ([{}, {}], None, math.log(NUM_LABELS - 1), 0),  # all are uniform
+        ([{}, {}], None, math.log(OPEN_EARTH_MAP.num_labels - 1), 0),  # all are uniform
         ([{5: 200.0}, {6: 200.0}], None, math.log(2), 0.5),  # each is certain of another class
         ([{5: 200.0}, {6: 200.0}], [3, 1], -0.75 * math.log(0.75) - 0.25 * math.log(0.25), 0.25),
-        ([{0: 200.0}, {0: 200.0}], None, math.log(NUM_LABELS - 1), 0),  # nobody sees land cover at all
+        ([{0: 200.0}, {0: 200.0}], None, math.log(OPEN_EARTH_MAP.num_labels - 1), 0),  # nobody sees land cover at all
     ],
 )
 def test_uncertainty_of_known_opinions(
@@ -302,7 +304,7 @@ def test_a_round_trip_keeps_every_bit(members: list[Path], opened: Ensemble) -> 
     assert all(torch.equal(tensor, opened.state_dict()[key]) for key, tensor in before.state_dict().items())
     with torch.no_grad():
         assert torch.equal(opened(pixels()).logits, before(pixels()).logits)
-    assert (opened.id2label, opened.label2id["water"]) == (ID2LABEL, 6)
+    assert (opened.id2label, opened.label2id["water"]) == (OPEN_EARTH_MAP.id2label, 6)
 
 
 def test_the_folder_holds_plain_members_and_says_what_they_are(members: list[Path], saved: Path) -> None:
@@ -462,8 +464,8 @@ def edit_json(path: Path, **changes: Any) -> None:
     [
         (
             "config.json",
-            {"id2label": {str(index): f"thing {index}" for index in range(NUM_LABELS)}},
-            "is no segmentation model of the 9 land-cover classes",
+            {"id2label": {str(index): f"thing {index}" for index in range(OPEN_EARTH_MAP.num_labels)}},
+            "is no segmentation model of this project: its class 0 must be 'background'",
         ),
         ("preprocessor_config.json", {"size": None}, "preprocessor_config.json is not one that this project writes"),
     ],

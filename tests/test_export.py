@@ -15,7 +15,7 @@ from hf_seg.arguments import Stage2Arguments, dump_recipe
 from hf_seg.errors import FileError
 from hf_seg.hub.export import export_model
 from hf_seg.inference.load import load_networks
-from hf_seg.labels import CLASS_NAMES, LABEL2ID, NUM_LABELS
+from hf_seg.labels import OPEN_EARTH_MAP
 from hf_seg.models import SegmentationNetwork, build_model
 from hf_seg.normalization import to_pixel_values
 from hf_seg.settings import parse_arguments
@@ -57,7 +57,7 @@ def test_a_stock_pipeline_predicts_the_same(name: str, mode: str, tmp_path: Path
     found = pipeline("image-segmentation", model=str(tmp_path))(Image.fromarray(pixels), subtask="semantic")
     theirs = np.zeros((64, 64), int)
     for segment in found:
-        theirs[np.asarray(segment["mask"]) > 0] = LABEL2ID[segment["label"]]
+        theirs[np.asarray(segment["mask"]) > 0] = OPEN_EARTH_MAP.label2id[segment["label"]]
     with torch.no_grad():
         ours = SegmentationNetwork(model)(to_pixel_values(pixels)[None]).logits.argmax(1)[0].numpy()
     np.testing.assert_array_equal(theirs, ours)
@@ -89,7 +89,7 @@ def test_the_config_on_disk_names_the_stock_class_and_the_classes(tmp_path: Path
     export(build_toy(), tmp_path)
     config = json.loads((tmp_path / "config.json").read_text())
     assert config["architectures"] == ["SegformerForSemanticSegmentation"]
-    assert config["id2label"] == {str(index): CLASS_NAMES[index] for index in range(NUM_LABELS)}
+    assert config["id2label"] == {str(index): OPEN_EARTH_MAP.names[index] for index in range(OPEN_EARTH_MAP.num_labels)}
     assert "auto_map" not in config
 
 

@@ -29,7 +29,8 @@ from hf_seg.hub.export import export_model, write_training_data
 from hf_seg.inference.exported import METADATA_KEY, open_exported, unstretch
 from hf_seg.inference.load import load_networks
 from hf_seg.inference.predict import Predictor
-from hf_seg.labels import CLASS_NAMES, ID2LABEL, IGNORE_INDEX, LABEL2ID, PALETTE
+from hf_seg.label_sets import config_of
+from hf_seg.labels import IGNORE_INDEX, OPEN_EARTH_MAP, LabelSet
 from hf_seg.mapping import cli
 from hf_seg.mapping.raster import predict_raster
 from hf_seg.models import build_model
@@ -39,6 +40,7 @@ from hf_seg.stem import set_input_bands
 PROJECT = Path(__file__).parents[1]
 TWO = Bands(("VV", "VH"), (-30.0, -36.0), (0.0, -6.0))
 CPU = torch.device("cpu")
+WATER = LabelSet(("background", "water", "land"), ((0, 0, 0), (0, 0, 255), (9, 8, 7)), {0: 0, 1: 1, 2: 2}, ((),) * 3)
 DIFFERENCE = 2e-6  # of a probability, of networks with large random weights
 
 
@@ -56,8 +58,7 @@ def save_tiny(folder: Path, *, seed: int, mean: float = 0.4, bands: Bands | None
         mlp_ratios=[2, 2],
         decoder_hidden_size=16,
         initializer_range=0.3,
-        id2label=ID2LABEL,
-        label2id=LABEL2ID,
+        **config_of(OPEN_EARTH_MAP if bands is None else WATER),
         semantic_loss_ignore_index=IGNORE_INDEX,
     )
     model = SegformerForSemanticSegmentation(config)
@@ -73,7 +74,7 @@ def save_tiny(folder: Path, *, seed: int, mean: float = 0.4, bands: Bands | None
 
 @pytest.fixture(scope="module")
 def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Two networks of different normalisations, their ensemble, and a network of two bands in decibels."""
+    """Two networks of different normalisations, their ensemble, and one of two bands in decibels and two classes."""
     root = tmp_path_factory.mktemp("models")
     members = [save_tiny(root / "a", seed=0), save_tiny(root / "b", seed=1, mean=0.2)]
     EnsembleForSemanticSegmentation.from_members(members, weights=[3, 1]).save_pretrained(root / "ensemble")
@@ -83,7 +84,7 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def export(model: Path, folder: Path, **options: Any) -> Exported:
     options = {"format": "onnx", **options}
-    return export_networks(load_networks(model), folder, ExportOptions(**options), name=model.name)
+    return export_networks(load_networks(model), folder, ExportOptions(**options))
 
 
 @pytest.fixture(scope="module")
@@ -116,7 +117,7 @@ def test_an_ensemble_is_one_graph_of_any_size(exported: Exported, root: Path) ->
     pixels = torch.from_numpy(make_scene(np.random.default_rng(0), 64)[0][None, None, :45, :64].astype(np.float32))
     probs = open_graph(exported.file, "onnx")(pixels)
     members = load_networks(root / "ensemble")
-    expected = torch.zeros(1, len(CLASS_NAMES), 45, 64)
+    expected = torch.zeros(1, OPEN_EARTH_MAP.num_labels, 45, 64)
     with torch.no_grad():
         for member, weight in zip(members, (0.75, 0.25), strict=True):
             values = (pixels / 255 - member.normalization.mean[0]) / member.normalization.std[0]
@@ -194,7 +195,7 @@ def test_the_qgis_plug_in_feeds_what_the_graph_expects(exported: Exported) -> No
     values = {key: json.loads(value) for key, value in found.items()}
     assert values["model_type"] == "Segmentor" and values["resolution"] == 50
     assert values["tile_size"] == values["tiles_size"] == 32 and values["tiles_overlap"] == 50
-    assert [values["class_names"][str(i)] for i in range(len(CLASS_NAMES))] == list(CLASS_NAMES)
+    assert [values["class_names"][str(i)] for i in range(OPEN_EARTH_MAP.num_labels)] == list(OPEN_EARTH_MAP.names)
     pixels = np.arange(256)
     mean, std = (np.array(values[f"standardization_{key}"], np.float32) for key in ("mean", "std"))
     assert mean.shape == std.shape == (1,)
@@ -213,7 +214,7 @@ def test_the_file_says_what_it_is(exported: Exported, dual: Exported) -> None:
     metadata = json.loads(read_onnx_metadata(exported.file)[METADATA_KEY])
     assert [each["weight"] for each in metadata["members"]] == [0.75, 0.25]
     assert [each["normalization"]["mean"][0] for each in metadata["members"]] == [0.4, 0.2]
-    assert metadata["classes"][6] == {"id": 6, "name": "water", "color": bytes(PALETTE[6]).hex().upper()}
+    assert metadata["classes"][6] == {"id": 6, "name": "water", "color": "#0045ff"}
     assert metadata["opset"] >= 18 and {"torch", "onnx", "transformers", "hf_seg"} <= metadata["versions"].keys()
     assert open_exported(exported.file).metadata == exported.metadata
     import onnx
@@ -233,10 +234,11 @@ def test_the_stac_item_is_valid_and_describes_the_file(exported: Exported, dual:
     assert asset["href"] == "./model.onnx" and asset["file:size"] == exported.file.stat().st_size == exported.size
     assert properties["mlm:input"][0]["input"]["shape"] == [-1, 1, -1, -1]
     classes = properties["mlm:output"][0]["classification:classes"]
-    assert [each["description"] for each in classes] == list(CLASS_NAMES)
+    assert [each["description"] for each in classes] == list(OPEN_EARTH_MAP.names)
     assert properties["hf_seg:max_difference"] == exported.differences and properties["hf_seg:resolution_cm"] == 50
     assert "An ensemble of 2 networks" in properties["description"] and "trained on tiles" in properties["description"]
     of_dual = json.loads((dual.file.parent / "stac.json").read_text())["properties"]["mlm:input"][0]
+    assert load_networks(dual.file)[0].label_set.colors == WATER.colors
     assert of_dual["bands"] == ["VV", "VH"] and of_dual["input"]["shape"] == [-1, 2, 32, 32]
     for key, wrong in (("mlm:tasks", ["guessing"]), ("mlm:name", "")):
         with pytest.raises(UserError, match=r"stac.json would not be valid"):
@@ -404,8 +406,8 @@ def test_networks_that_do_not_fit_into_one_graph_are_told(root: Path) -> None:
     assert graph.size_multiple(32) is None
     with pytest.raises(UserError, match="a computes windows of 32 pixels only, not of 64"):
         graph.crop_size(64)
-    networks[1].module.model.config.id2label = {0: "x", 1: "y"}  # type: ignore[union-attr]
-    with pytest.raises(UserError, match="b has other classes than a"):
+    networks[1].label_set = WATER
+    with pytest.raises(UserError, match="class 1 is 'bareland' in a and 'water' in b"):
         ProbabilityGraph(networks)
 
 
@@ -444,7 +446,7 @@ def test_a_file_that_is_no_export_is_named(exported: Exported, tmp_path: Path) -
         ("no json", "has damaged metadata"),
         (json.dumps({**known, "format": 0}), "was exported by another version of hf_seg"),
         (json.dumps({**known, "input_bands": {"names": ["VV"]}}), "has damaged metadata"),
-        (json.dumps({**known, "classes": classes}), "is no segmentation model of the 9 land-cover classes"),
+        (json.dumps({**known, "classes": classes}), "is no segmentation model of this project: its class 0"),
     ):
         other.metadata_props.clear()
         other.metadata_props.add(key=METADATA_KEY, value=wrong)

@@ -26,7 +26,7 @@ from transformers import AutoImageProcessor, AutoModelForSemanticSegmentation
 from hf_seg import EnsembleForSemanticSegmentation
 from hf_seg.errors import UserError, one_line_errors
 from hf_seg.hub.push import check_complete, check_login, push
-from hf_seg.labels import LABEL2ID
+from hf_seg.labels import OPEN_EARTH_MAP
 
 PROJECT = Path(__file__).parents[1]
 TOKEN = "hf_markerMARKERmarker"
@@ -176,7 +176,7 @@ def pulled(folders: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -
         environment = {key: value for key, value in os.environ.items() if not key.startswith("HF_")}
         environment |= {"HF_ENDPOINT": hub.url, "HF_HUB_DISABLE_XET": "1", "HF_HOME": str(root / "empty")}
         environment |= {"HF_TOKEN": TOKEN, "PYTHONPATH": str(PROJECT), "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
-        command = [sys.executable, "-c", PULL, json.dumps(LABEL2ID)]
+        command = [sys.executable, "-c", PULL, json.dumps(OPEN_EARTH_MAP.label2id)]
         done = subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True, timeout=240)
         assert done.returncode == 0, done.stdout + done.stderr
         with np.load(root / "pulled.npz") as arrays:
@@ -217,7 +217,7 @@ def test_the_ensemble_predicts_the_same_elsewhere(folders: dict[str, Path], pull
 def test_pseudo_labels_arrive_bit_for_bit(folders: dict[str, Path], pulled: Pulled) -> None:
     rng = np.random.default_rng(0)  # as the folder was made
     for number in range(3):
-        label = rng.integers(1, len(LABEL2ID), (32, 32)).astype(np.uint8)
+        label = rng.integers(1, len(OPEN_EARTH_MAP.label2id), (32, 32)).astype(np.uint8)
         np.testing.assert_array_equal(pulled.arrays[f"label/TrainArea_{number:03d}"], label)
     files = pulled.hub.repositories["datasets/me/labels"].files()
     assert json.loads(files["manifest.json"])["files"]["README.md"] == sha256(files["README.md"])
@@ -418,7 +418,7 @@ def cut(path: Path) -> None:
 
 
 def rename_class(path: Path) -> None:
-    path.write_text(path.read_text().replace("building", "house"))
+    path.write_text(path.read_text().replace("background", "sky"))
 
 
 def flip_bit(path: Path) -> None:
@@ -430,7 +430,12 @@ def flip_bit(path: Path) -> None:
 DAMAGES: list[tuple[str, str, Any, str]] = [
     ("segformer", "model.safetensors", cut, "no complete weights in safetensors format"),
     ("segformer", "model.safetensors", Path.unlink, "is incomplete: it has no model*.safetensors*"),
-    ("segformer", "config.json", rename_class, "is no segmentation model of the 9 land-cover classes"),
+    (
+        "segformer",
+        "config.json",
+        rename_class,
+        "is no segmentation model of this project: its class 0 must be 'background'",
+    ),
     ("segformer", "config.json", Path.unlink, "contains no model, no ensemble and no pseudo-labels"),
     ("segformer", "preprocessor_config.json", Path.unlink, "has no preprocessor_config.json"),
     ("segformer", "recipe.yaml", Path.unlink, "is incomplete: it has no recipe.yaml"),

@@ -13,10 +13,10 @@ LEAVES = sorted([*PROJECT.glob("recipes/*.py"), *PROJECT.glob("scripts/*.py")])
 RANKS = (
     "bands errors labels",
     "files settings normalization",
-    "arguments bootstrap calibration losses metrics adaptation timm_encoder",
+    "arguments bootstrap calibration label_sets losses metrics adaptation timm_encoder encoders",
     "data models land_cover_iou report",
     "stem",
-    "inference",
+    "inference lora",
     "hub synthetic",
     "ensemble export",
     "training mapping studies",

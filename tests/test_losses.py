@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from hf_seg.labels import IGNORE_INDEX, NUM_LABELS
+from hf_seg.labels import IGNORE_INDEX, OPEN_EARTH_MAP
 from hf_seg.losses import (
     _lovasz_on_cpu,
     _lovasz_on_device,
@@ -33,8 +33,8 @@ def random_batch(
 ) -> tuple[Tensor, Tensor]:
     """Logits that require a gradient and labels of the classes 1..8 with ignored pixels."""
     generator = torch.Generator().manual_seed(seed)
-    logits = 3 * torch.randn(batch, NUM_LABELS, size, size, generator=generator, dtype=dtype)
-    labels = torch.randint(1, NUM_LABELS, (batch, size, size), generator=generator)
+    logits = 3 * torch.randn(batch, OPEN_EARTH_MAP.num_labels, size, size, generator=generator, dtype=dtype)
+    labels = torch.randint(1, OPEN_EARTH_MAP.num_labels, (batch, size, size), generator=generator)
     labels[torch.rand(labels.shape, generator=generator) < ignored] = IGNORE_INDEX
     return logits.requires_grad_(), labels
 
@@ -95,7 +95,7 @@ def test_reverse_cross_entropy_is_cross_entropy_with_prediction_and_label_swappe
     logits, labels = random_batch(dtype=torch.float64)
     valid = labels != IGNORE_INDEX
     probs = logits.softmax(1).movedim(1, -1)[valid]
-    one_hot = F.one_hot(labels[valid], NUM_LABELS).double()
+    one_hot = F.one_hot(labels[valid], OPEN_EARTH_MAP.num_labels).double()
     expected = -(probs * (one_hot + epsilon).log()).sum(1).mean()
     loss = reverse_cross_entropy(logits, labels, epsilon=epsilon)
     torch.testing.assert_close(loss, expected)
@@ -104,7 +104,7 @@ def test_reverse_cross_entropy_is_cross_entropy_with_prediction_and_label_swappe
 
 def test_reverse_cross_entropy_is_bounded_by_minus_log_epsilon() -> None:
     labels = torch.ones(1, 4, 4, dtype=torch.long)
-    confidently_wrong = 1e4 * F.one_hot(2 * labels, NUM_LABELS).movedim(-1, 1).float()
+    confidently_wrong = 1e4 * F.one_hot(2 * labels, OPEN_EARTH_MAP.num_labels).movedim(-1, 1).float()
     assert reverse_cross_entropy(confidently_wrong, labels).item() == pytest.approx(-math.log(1e-4))
     assert cross_entropy(confidently_wrong, labels).item() == pytest.approx(1e4)
 
@@ -149,7 +149,7 @@ def lovasz_of_all_pixels(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor
 def lovasz_cases() -> dict[str, tuple[Tensor, Tensor]]:
     logits, labels = random_batch(size=64)
     logits = logits.detach()
-    right = F.one_hot(labels.masked_fill(labels == IGNORE_INDEX, 0), NUM_LABELS).movedim(-1, 1).float()
+    right = F.one_hot(labels.masked_fill(labels == IGNORE_INDEX, 0), OPEN_EARTH_MAP.num_labels).movedim(-1, 1).float()
     values = {
         "random": logits,
         "nearly uniform": 0.01 * logits,
@@ -229,12 +229,12 @@ def test_lovasz_of_a_hard_prediction_is_one_minus_iou() -> None:
     generator = torch.Generator().manual_seed(3)
     labels = torch.randint(1, 6, (2, 16, 16), generator=generator)
     labels[:, :3] = IGNORE_INDEX
-    predictions = torch.randint(0, NUM_LABELS, labels.shape, generator=generator)
+    predictions = torch.randint(0, OPEN_EARTH_MAP.num_labels, labels.shape, generator=generator)
     losses, valid = [], labels != IGNORE_INDEX
     for index in range(1, 6):
         truth, predicted = (labels == index) & valid, (predictions == index) & valid
         losses.append(1 - ((truth & predicted).sum() / (truth | predicted).sum()).item())
-    logits = 1e4 * F.one_hot(predictions, NUM_LABELS).movedim(-1, 1).float()
+    logits = 1e4 * F.one_hot(predictions, OPEN_EARTH_MAP.num_labels).movedim(-1, 1).float()
     assert lovasz_softmax(logits, labels).item() == pytest.approx(np.mean(losses))
 
 
@@ -308,7 +308,7 @@ def test_extreme_logits_give_finite_losses_and_gradients(loss: Loss, magnitude: 
 @pytest.mark.parametrize("loss", LOSSES)
 @pytest.mark.parametrize(("size", "only_class"), [(1, 1), (1, 8), (5, 4)])
 def test_a_single_class_or_pixel_is_learned(loss: Loss, size: int, only_class: int) -> None:
-    logits = torch.zeros(1, NUM_LABELS, size, size, requires_grad=True)
+    logits = torch.zeros(1, OPEN_EARTH_MAP.num_labels, size, size, requires_grad=True)
     labels = torch.full((1, size, size), only_class)
     value = loss(logits, labels)
     slope = gradient(value, logits)
@@ -354,7 +354,7 @@ def test_labels_of_any_integer_type_are_equal(loss: Loss, dtype: torch.dtype) ->
 
 
 @pytest.mark.parametrize("loss", LOSSES)
-@pytest.mark.parametrize("label", [NUM_LABELS, -1, 254])
+@pytest.mark.parametrize("label", [OPEN_EARTH_MAP.num_labels, -1, 254])
 def test_a_label_that_is_no_class_is_named(loss: Loss, label: int) -> None:
     logits, labels = random_batch()
     labels[1, 2, 3] = label
@@ -392,7 +392,7 @@ def test_pixel_weights_multiply_the_cross_entropies_and_not_lovasz() -> None:
     losses = noise_robust_loss(logits, labels, rce_weight=0.5, weights=weights, epsilon=1e-2)
     valid = labels != IGNORE_INDEX
     log_probs = logits.log_softmax(1).movedim(1, -1)[valid]
-    one_hot = F.one_hot(labels[valid], NUM_LABELS).double()
+    one_hot = F.one_hot(labels[valid], OPEN_EARTH_MAP.num_labels).double()
     ce = -(weights[valid] * (one_hot * log_probs).sum(1)).sum() / valid.sum()
     rce = -(weights[valid] * (log_probs.exp() * (one_hot + 1e-2).log()).sum(1)).sum() / valid.sum()
     lovasz = lovasz_softmax(logits, labels)
@@ -450,7 +450,9 @@ def test_weights_that_leave_nothing_to_learn_are_refused(weights: tuple[float, f
 def test_generalized_cross_entropy_lies_between_cross_entropy_and_the_absolute_error() -> None:
     logits, labels = random_batch()
     only = {"rce_weight": 0, "lovasz_weight": 0}
-    p_label = logits.softmax(1).gather(1, labels.clamp(max=NUM_LABELS - 1)[:, None])[:, 0][labels != IGNORE_INDEX]
+    p_label = logits.softmax(1).gather(1, labels.clamp(max=OPEN_EARTH_MAP.num_labels - 1)[:, None])[:, 0][
+        labels != IGNORE_INDEX
+    ]
     for q in (0.3, 0.7, 1.0):
         loss = noise_robust_loss(logits, labels, gce_q=q, **only)["loss"]
         assert loss.item() == pytest.approx(((1 - p_label**q) / q).mean().item(), rel=1e-5)

@@ -95,6 +95,8 @@ def test_a_model_of_the_hub_is_pinned_by_its_revision(
         predict_raster(name, scenes / "s0.tif", tmp_path / f"python_{number}.tif")
         for way in ("cli", "python"):
             assert np.array_equal(read(tmp_path / f"{way}_{number}.tif"), read(tmp_path / "expected.tif"))
+            with rasterio.open(tmp_path / f"{way}_{number}.tif") as result:
+                assert (result.tags()["model"], result.tags()["model_revision"]) == ("org/name", commit)
 
 
 def test_folders_patterns_and_files_are_mapped_to_a_folder_and_existing_maps_are_skipped(
@@ -104,14 +106,15 @@ def test_folders_patterns_and_files_are_mapped_to_a_folder_and_existing_maps_are
     maps = tmp_path / "maps"
     sources = (scenes, tmp_path / "*.tif", scenes / "s0.tif")
     assert run_main(*sources, maps, "--model", model, "--preview") == 0
-    names = ["d.tif", "d_preview.png"] + [f"s{i}{end}" for i in range(3) for end in (".tif", "_preview.png")]
+    ends = (".tif", ".qml", ".tif.aux.xml", "_preview.png")
+    names = [f"{scene}{end}" for scene in ("d", "s0", "s1", "s2") for end in ends]
     assert sorted(path.name for path in maps.iterdir()) == sorted(names)
     before = {path: path.stat().st_mtime_ns for path in maps.iterdir()}
-    (maps / "s1.tif").unlink()
-    (maps / "s1_preview.png").unlink()
+    for end in ends:
+        (maps / f"s1{end}").unlink()
     assert run_main(*sources, maps, "--model", model, "--preview") == 0
     changed = [path.name for path in sorted(maps.iterdir()) if path.stat().st_mtime_ns != before[path]]
-    assert changed == ["s1.tif", "s1_preview.png"]
+    assert changed == ["s1.qml", "s1.tif", "s1.tif.aux.xml", "s1_preview.png"]
 
 
 def test_a_scene_that_cannot_be_mapped_does_not_stop_the_others(
@@ -119,7 +122,8 @@ def test_a_scene_that_cannot_be_mapped_does_not_stop_the_others(
 ) -> None:
     (scenes / "s0.tif").write_bytes(b"")
     assert run_main(scenes, tmp_path / "maps", "--model", model) == 2
-    assert sorted(path.name for path in (tmp_path / "maps").iterdir()) == ["s1.tif", "s2.tif"]
+    names = [f"s{i}{end}" for i in (1, 2) for end in (".qml", ".tif", ".tif.aux.xml")]
+    assert sorted(path.name for path in (tmp_path / "maps").iterdir()) == names
     errors = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
     assert errors == [
         "error: " + UNREADABLE.format(a=scenes / "s0.tif") + NOT_RECOGNIZED.format(a=scenes / "s0.tif"),

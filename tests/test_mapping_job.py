@@ -47,7 +47,7 @@ def kill_at_call(owner: Any, name: str, number: int) -> None:
     setattr(owner, name, counted)
 
 
-# files are replaced in this order: map.json, three bands, the confidence, the map
+# files are replaced in this order: map.json, three bands, the attribute table, the style, the confidence, the map
 @pytest.mark.parametrize(
     ("owner", "name", "number", "kept"),
     [
@@ -59,6 +59,8 @@ def kill_at_call(owner: Any, name: str, number: int) -> None:
         (rasterio.shutil, "copy", 2, 3),
         (os, "replace", 5, 3),
         (os, "replace", 6, 3),
+        (os, "replace", 7, 3),
+        (os, "replace", 8, 3),
     ],
 )
 def test_a_killed_run_resumes_and_ends_with_the_same_bytes(
@@ -78,11 +80,12 @@ def test_a_killed_run_resumes_and_ends_with_the_same_bytes(
     assert not (tmp_path / "b.tif").exists()
     assert len(list((tmp_path / ".b.tif.partial").glob("rows_*.z"))) == kept
     predict(network, tmp_path / "a.tif", tmp_path / "b.tif", **settings)
-    for layer in ("", "_confidence"):
-        assert (tmp_path / f"b{layer}.tif").read_bytes() == (tmp_path / f"complete{layer}.tif").read_bytes()
+    for end in (".tif", "_confidence.tif", ".tif.aux.xml", ".qml"):
+        assert (tmp_path / f"b{end}").read_bytes() == (tmp_path / f"complete{end}").read_bytes()
     assert len(calls) - total == {0: 243, 1: 150, 2: 54, 3: 0}[kept] and total == 243
     assert sorted(path.name for path in tmp_path.iterdir()) == [
-        *("a.tif", "b.tif", "b_confidence.tif", "complete.tif", "complete_confidence.tif")
+        *("a.tif", "b.qml", "b.tif", "b.tif.aux.xml", "b_confidence.tif"),
+        *("complete.qml", "complete.tif", "complete.tif.aux.xml", "complete_confidence.tif"),
     ]
 
 

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 import hf_seg.mapping.polygons
 from hf_seg.errors import UserError
 from hf_seg.inference.load import LoadedNetwork
-from hf_seg.labels import CLASS_NAMES, NUM_LABELS, PALETTE
+from hf_seg.labels import OPEN_EARTH_MAP
 from hf_seg.mapping.raster import predict_raster
 
 
@@ -98,10 +98,12 @@ def test_the_map_has_tiles_colours_names_overviews_and_tags(tmp_path: Path, cog:
     predict(pointwise(), tmp_path / "a.tif", tmp_path / "b.tif", window=256, cog=cog, confidence=True, abstain=0.2)
     with rasterio.open(tmp_path / "b.tif") as result:
         colors = result.colormap(1)
-        assert [colors[i][:3] for i in range(NUM_LABELS)] == [tuple(color) for color in PALETTE.tolist()]
+        assert [colors[i][:3] for i in range(OPEN_EARTH_MAP.num_labels)] == [
+            tuple(color) for color in OPEN_EARTH_MAP.palette.tolist()
+        ]
         assert result.profile["tiled"] and result.block_shapes == [(512, 512)]
         assert result.compression == Compression.deflate and result.descriptions == ("land cover",)
-        assert [result.tags(1)[f"class_{i}"] for i in range(NUM_LABELS)] == list(CLASS_NAMES)
+        assert [result.tags(1)[f"class_{i}"] for i in range(OPEN_EARTH_MAP.num_labels)] == list(OPEN_EARTH_MAP.names)
         tags = result.tags()
         assert [tags[key] for key in ("scene", "windows", "strides", "tta", "abstain")] == [
             "a.tif",
@@ -221,7 +223,10 @@ def test_a_network_with_one_class_per_window_has_a_high_seam_score(tmp_path: Pat
     class Blocks(nn.Module):
         def forward(self, images: Tensor) -> Tensor:
             index = (images.mean((1, 2, 3)) * 1000).long() % 8 + 1
-            return nn.functional.one_hot(index, NUM_LABELS).float()[:, :, None, None].expand(-1, -1, 32, 32) * 9
+            return (
+                nn.functional.one_hot(index, OPEN_EARTH_MAP.num_labels).float()[:, :, None, None].expand(-1, -1, 32, 32)
+                * 9
+            )
 
     write_tiff(tmp_path / "a.tif", np.random.default_rng(0).integers(1, 255, (320, 320), dtype=np.uint8))
     assert predict(Blocks(), tmp_path / "a.tif", tmp_path / "b.tif", stride=1.0).seam_score == float("inf")
@@ -255,9 +260,9 @@ def test_the_preview_shows_scene_classes_and_legend(tmp_path: Path) -> None:
     write_tiff(tmp_path / "a.tif", image)
     predict(Constant(), tmp_path / "a.tif", tmp_path / "b.tif", preview=True)
     pixels = np.moveaxis(read(tmp_path / "b_preview.png")[:3], 0, -1).reshape(-1, 3)
-    water = (pixels == PALETTE[6]).all(axis=1).mean()
+    water = (pixels == OPEN_EARTH_MAP.palette[6]).all(axis=1).mean()
     assert 0.2 < water < 0.6  # the map covers about half of the figure
-    for color in PALETTE[1:]:
+    for color in OPEN_EARTH_MAP.palette[1:]:
         assert (pixels == color).all(axis=1).sum() > 50  # the patch in the legend
 
 
@@ -272,12 +277,16 @@ def test_polygons_cover_the_area_of_each_class(tmp_path: Path, suffix: str, monk
     image[:, :20] = 0
     write_tiff(tmp_path / "a.tif", image, crs="EPSG:32633", transform=ROTATED)
     predict(pointwise(), tmp_path / "a.tif", tmp_path / "b.tif", polygons=suffix)
-    meta, _, geometry, (ids, names) = pyogrio.raw.read(tmp_path / f"b{suffix}")
+    meta, _, geometry, (ids, names) = pyogrio.raw.read(
+        tmp_path / f"b{suffix}", layer="land_cover" if suffix == ".gpkg" else None
+    )
     assert meta["crs"] == "EPSG:32633" and meta["geometry_type"] == "Polygon" and len(geometry) > 300
-    assert all(CLASS_NAMES[index] == name for index, name in zip(ids, names, strict=True))
+    assert all(OPEN_EARTH_MAP.names[index] == name for index, name in zip(ids, names, strict=True))
     areas = shapely.area(shapely.from_wkb(geometry))
-    pixels = np.bincount(read(tmp_path / "b.tif").ravel(), minlength=NUM_LABELS)
-    assert [areas[ids == index].sum() for index in range(1, NUM_LABELS)] == pytest.approx(pixels[1:] * 0.25)
+    pixels = np.bincount(read(tmp_path / "b.tif").ravel(), minlength=OPEN_EARTH_MAP.num_labels)
+    assert [areas[ids == index].sum() for index in range(1, OPEN_EARTH_MAP.num_labels)] == pytest.approx(
+        pixels[1:] * 0.25
+    )
 
 
 @pytest.mark.skipif(importlib.util.find_spec("pyogrio") is not None, reason="the extra `vector` is installed")

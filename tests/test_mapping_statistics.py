@@ -5,7 +5,7 @@ import pytest
 from rasterio.crs import CRS
 from rasterio.transform import Affine, from_origin
 
-from hf_seg.labels import NUM_LABELS
+from hf_seg.labels import OPEN_EARTH_MAP
 from hf_seg.mapping.statistics import MapStatistics, pixel_areas
 
 
@@ -25,7 +25,7 @@ def test_seams_areas_and_pixels_agree_with_a_direct_count() -> None:
                     pairs[border] += 1
                     changes[border] += classes[y, x] != classes[other]
     assert statistics.seam_score == pytest.approx((changes[1] / pairs[1]) / (changes[0] / pairs[0]))
-    assert statistics.pixels.tolist() == np.bincount(classes.ravel(), minlength=NUM_LABELS).tolist()
+    assert statistics.pixels.tolist() == np.bincount(classes.ravel(), minlength=OPEN_EARTH_MAP.num_labels).tolist()
     assert statistics.areas == pytest.approx(statistics.pixels * 4 / 0.9996**2, rel=1e-4)
 
 

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from hf_seg import land_cover_iou
-from hf_seg.labels import CLASS_NAMES, IGNORE_INDEX, NUM_LABELS
+from hf_seg.labels import IGNORE_INDEX, OPEN_EARTH_MAP
 from hf_seg.land_cover_iou import LandCoverIoU
 from hf_seg.metrics import ConfusionMatrix
 
@@ -20,7 +20,7 @@ REAL_LABELS = Path(__file__).parents[2] / "shared/realdata/dfc25_track1/train/la
 Maps = list[tuple[np.ndarray, np.ndarray]]
 
 
-def random_maps(seed: int = 0, *, n_maps: int = 5, n_classes: int = NUM_LABELS) -> Maps:
+def random_maps(seed: int = 0, *, n_maps: int = 5, n_classes: int = OPEN_EARTH_MAP.num_labels) -> Maps:
     """(predictions, labels) of different sizes; labels hold the classes from 1 up and ignored pixels."""
     rng = np.random.default_rng(seed)
     maps = []
@@ -43,7 +43,7 @@ def scores_of(maps: Maps, **kwargs: int) -> dict[str, Any]:
 def iou_of_pixel_sets(maps: Maps) -> dict[str, float | None]:
     """IoU per class from sets of (map, row, column), None where the truth has none."""
     iou: dict[str, float | None] = {}
-    for index, name in enumerate(CLASS_NAMES):
+    for index, name in enumerate(OPEN_EARTH_MAP.names):
         truth, predicted = set(), set()
         for number, (predictions, labels) in enumerate(maps):
             valid = labels != IGNORE_INDEX
@@ -87,7 +87,10 @@ def test_real_label_maps_score_as_their_pixel_sets_do() -> None:
 def test_rows_of_the_matrix_are_the_truth() -> None:
     confusion = ConfusionMatrix()
     confusion.update(np.array([5, 5, 6]), np.array([4, 4, IGNORE_INDEX]))
-    assert confusion.matrix.dtype == np.int64 and confusion.matrix.shape == (NUM_LABELS, NUM_LABELS)
+    assert confusion.matrix.dtype == np.int64 and confusion.matrix.shape == (
+        OPEN_EARTH_MAP.num_labels,
+        OPEN_EARTH_MAP.num_labels,
+    )
     assert confusion.matrix[4, 5] == confusion.matrix.sum() == 2
 
 
@@ -131,7 +134,7 @@ def test_merged_counts_are_the_counts_of_the_whole_set() -> None:
         second.update(predictions, labels)
     assert first.merge(second) is first and first.compute() == scores_of(maps)
     with pytest.raises(ValueError, match="counts of 3 classes into 9"):
-        first.merge(ConfusionMatrix(num_labels=3))
+        first.merge(ConfusionMatrix(3))
 
 
 def test_scores_of_nothing_are_none_and_json() -> None:
@@ -140,7 +143,7 @@ def test_scores_of_nothing_are_none_and_json() -> None:
     confusion.update(np.ones((3, 3), np.uint8), np.full((3, 3), IGNORE_INDEX, np.uint8))
     scores = json.loads(json.dumps(confusion.compute(), allow_nan=False))
     assert scores["mean_iou"] is None and scores["overall_accuracy"] is None and scores["n_classes_present"] == 0
-    assert scores["iou"] == dict.fromkeys(CLASS_NAMES)
+    assert scores["iou"] == dict.fromkeys(OPEN_EARTH_MAP.names)
 
 
 @pytest.mark.parametrize("num_labels", [2, 16, 20, 300])

@@ -20,7 +20,7 @@ from hf_seg.data import open_earth_map
 from hf_seg.data.open_earth_map import load_open_earth_map, load_open_earth_map_sar
 from hf_seg.data.scan import FROM_XBD, SAR_FOLDERS, SPLITS, Scan, scan_open_earth_map, scan_open_earth_map_sar
 from hf_seg.errors import DatasetError, FileError
-from hf_seg.labels import NUM_LABELS
+from hf_seg.labels import OPEN_EARTH_MAP
 
 pytestmark = pytest.mark.filterwarnings("ignore::rasterio.errors.NotGeoreferencedWarning")
 
@@ -34,7 +34,7 @@ def write_pair(root: Path, name: str, seed: int = 0, extension: str = ".tif", la
     region = root / name.rpartition("_")[0]
     write_tiff(region / "images" / f"{name}{extension}", random_tile(seed, 3, 256))
     if label:
-        write_tiff(region / "labels" / f"{name}{extension}", random_tile(seed + 1, 1, NUM_LABELS))
+        write_tiff(region / "labels" / f"{name}{extension}", random_tile(seed + 1, 1, OPEN_EARTH_MAP.num_labels))
 
 
 def make_oem(root: Path) -> Path:
@@ -53,7 +53,7 @@ def make_sar(root: Path, names: tuple[str, ...] = ("TrainArea_999", "TrainArea_1
     for seed, name in enumerate(names):
         write_tiff(root / split / "sar_images" / f"{name}.tif", random_tile(seed, 1, 256))
         write_tiff(root / split / "rgb_images" / f"{name}.tif", random_tile(seed, 3, 256))
-        write_tiff(root / split / "labels" / f"{name}.tif", random_tile(seed, 1, NUM_LABELS))
+        write_tiff(root / split / "labels" / f"{name}.tif", random_tile(seed, 1, OPEN_EARTH_MAP.num_labels))
     return root
 
 
@@ -104,7 +104,7 @@ def test_rows_are_in_natural_order_with_region_up_to_the_last_underscore(tmp_pat
 def test_pixels_are_those_of_the_files(tmp_path: Path):
     row = load_open_earth_map(make_oem(tmp_path), "train")[1]
     assert np.array_equal(np.moveaxis(np.asarray(row["image"]), -1, 0), random_tile(0, 3, 256))
-    assert np.array_equal(np.asarray(row["label"]), random_tile(1, 1, NUM_LABELS)[0])
+    assert np.array_equal(np.asarray(row["label"]), random_tile(1, 1, OPEN_EARTH_MAP.num_labels)[0])
 
 
 def test_withheld_test_label_is_none_and_not_missing(tmp_path: Path):
@@ -144,7 +144,7 @@ def test_every_reason_for_a_missing_tile_is_counted_and_none_is_fatal(tmp_path: 
     write_pair(root, "tonga_3", label=False)
     write_pair(root, "tonga_4")
     for name in ("oslo_1", "oslo_2"):
-        write_tiff(root / f"oslo/labels/{name}.tif", random_tile(0, 1, NUM_LABELS))
+        write_tiff(root / f"oslo/labels/{name}.tif", random_tile(0, 1, OPEN_EARTH_MAP.num_labels))
     (root / "paris/images").mkdir(parents=True)
     (root / "xbd_files.csv").write_bytes(b"quake_0001_pre_disaster.png,oslo_1.tif\r\n")
     names = ["tonga_3", "oslo_1", "oslo_2", "rome_7", "al_qurnah_2", "al_qurnah_2", "tonga_1"]

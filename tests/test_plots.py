@@ -8,11 +8,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from hf_seg.labels import BACKGROUND, CLASS_NAMES, IGNORE_INDEX, LABEL2ID, NUM_LABELS, PALETTE
+from hf_seg.labels import BACKGROUND, IGNORE_INDEX, OPEN_EARTH_MAP
 from hf_seg.metrics import ConfusionMatrix
 from hf_seg.report import panels, plots, style
 
-TREE, WATER, ROAD, BUILDING = (LABEL2ID[name] for name in ("tree", "water", "road", "building"))
+TREE, WATER, ROAD, BUILDING = (OPEN_EARTH_MAP.label2id[name] for name in ("tree", "water", "road", "building"))
 REAL_SAR = Path(__file__).parents[2] / "shared/realdata/dfc25_track1"
 BEST_COLOR = (0xC8, 0x55, 0x3D)
 
@@ -43,8 +43,8 @@ def sar() -> np.ndarray:
 
 
 def test_colorize_paints_every_class_in_its_colour() -> None:
-    ids = np.arange(NUM_LABELS, dtype=np.uint8).reshape(3, 3)
-    assert (style.colorize(ids).reshape(-1, 3) == PALETTE).all()
+    ids = np.arange(OPEN_EARTH_MAP.num_labels, dtype=np.uint8).reshape(3, 3)
+    assert (style.colorize(ids).reshape(-1, 3) == OPEN_EARTH_MAP.palette).all()
     assert style.colorize(ids).dtype == np.uint8
 
 
@@ -52,7 +52,7 @@ def test_ignored_pixels_are_striped_far_from_every_class_even_when_blurred() -> 
     ignored = style.colorize(np.full((128, 128), IGNORE_INDEX, dtype=np.uint8))
     assert len(np.unique(ignored.reshape(-1, 3), axis=0)) == 2
     blurred = ignored.reshape(-1, 3).mean(axis=0)
-    distances = np.linalg.norm(PALETTE.astype(float) - blurred, axis=1)
+    distances = np.linalg.norm(OPEN_EARTH_MAP.palette.astype(float) - blurred, axis=1)
     assert distances.min() > 60
     assert (style.colorize(halves(IGNORE_INDEX, ROAD))[:, 48:] == 255).all()
 
@@ -70,11 +70,11 @@ def test_panel_shows_grey_image_label_and_prediction_from_left_to_right(sar: np.
     assert 1200 <= picture.shape[1] <= 1600
     assert (np.ptp(cells[0].astype(int), axis=-1) == 0).mean() > 0.99  # grey
     for cell, (left, right) in zip(cells[1:], ((TREE, WATER), (WATER, BUILDING)), strict=True):
-        columns = [np.nonzero(where(cell, PALETTE[index]))[1] for index in (left, right)]
+        columns = [np.nonzero(where(cell, OPEN_EARTH_MAP.palette[index]))[1] for index in (left, right)]
         assert len(columns[0]) == pytest.approx(len(columns[1]), rel=0.02)
         assert len(columns[0]) > 0.35 * cell.shape[0] * cell.shape[1]
         assert columns[0].max() < columns[1].min()
-    assert not where(cells[1], PALETTE[BUILDING]).any()
+    assert not where(cells[1], OPEN_EARTH_MAP.palette[BUILDING]).any()
 
 
 def test_panel_without_a_label_has_an_empty_cell_not_the_colour_of_road(sar: np.ndarray, tmp_path: Path) -> None:
@@ -103,8 +103,10 @@ def test_panel_rejects_maps_of_another_size_and_keeps_the_older_file(sar: np.nda
 
 def test_panel_score_equals_the_metric_of_the_package() -> None:
     generator = np.random.default_rng(1)
-    label = generator.integers(1, NUM_LABELS - 1, (50, 60))
-    prediction = np.where(generator.random(label.shape) < 0.5, label, generator.integers(0, NUM_LABELS, label.shape))
+    label = generator.integers(1, OPEN_EARTH_MAP.num_labels - 1, (50, 60))
+    prediction = np.where(
+        generator.random(label.shape) < 0.5, label, generator.integers(0, OPEN_EARTH_MAP.num_labels, label.shape)
+    )
     label[:5] = IGNORE_INDEX
     confusion = ConfusionMatrix()
     confusion.update(prediction, label)
@@ -160,20 +162,20 @@ def test_metrics_without_any_value_are_an_error_that_names_the_file(tmp_path: Pa
 
 
 def perfect_results(classes: list[int]) -> dict:
-    matrix = np.zeros((NUM_LABELS, NUM_LABELS), dtype=int)
+    matrix = np.zeros((OPEN_EARTH_MAP.num_labels, OPEN_EARTH_MAP.num_labels), dtype=int)
     matrix[classes, classes] = 1000
-    iou = {name: (1.0 if index in classes else None) for index, name in enumerate(CLASS_NAMES)}
+    iou = {name: (1.0 if index in classes else None) for index, name in enumerate(OPEN_EARTH_MAP.names)}
     return {"confusion_matrix": matrix.tolist(), "iou": iou, "mean_iou": 1.0, "overall_accuracy": 1.0, "n_images": 3}
 
 
 def test_confusion_matrix_shades_the_diagonal_and_paints_iou_in_class_colours(tmp_path: Path) -> None:
-    plots.plot_confusion_matrix(perfect_results(list(range(1, NUM_LABELS))), tmp_path / "matrix.png")
+    plots.plot_confusion_matrix(perfect_results(list(range(1, OPEN_EARTH_MAP.num_labels))), tmp_path / "matrix.png")
     picture = read(tmp_path / "matrix.png")
     assert 1200 <= picture.shape[1] <= 1600
     rows, columns = np.nonzero(where(picture, (0x08, 0x30, 0x6B)))  # the end of the Blues colour map
     assert np.corrcoef(rows, columns)[0, 1] > 0.9  # a diagonal
-    for index in range(1, NUM_LABELS):
-        assert where(picture[:, 1100:], PALETTE[index]).sum() > 3000, CLASS_NAMES[index]
+    for index in range(1, OPEN_EARTH_MAP.num_labels):
+        assert where(picture[:, 1100:], OPEN_EARTH_MAP.palette[index]).sum() > 3000, OPEN_EARTH_MAP.names[index]
     assert where(picture, (0xD9, 0xD9, 0xD9)).mean() < 1e-3
 
 
@@ -182,11 +184,11 @@ def test_absent_classes_are_grey_and_have_no_bar(tmp_path: Path) -> None:
     picture = read(tmp_path / "matrix.png")
     grey_rows = np.nonzero(where(picture[:, 200:1000], (0xD9, 0xD9, 0xD9)).mean(axis=1) > 0.5)[0]
     assert len(grey_rows) == pytest.approx(6 / 8 * 640, rel=0.1)  # six of eight rows
-    assert not where(picture[:, 1100:], PALETTE[BUILDING]).any()
+    assert not where(picture[:, 1100:], OPEN_EARTH_MAP.palette[BUILDING]).any()
 
 
 def test_confusion_matrix_of_an_empty_or_partial_evaluation_is_drawn(tmp_path: Path) -> None:
-    empty = np.zeros((NUM_LABELS, NUM_LABELS)).tolist()
+    empty = np.zeros((OPEN_EARTH_MAP.num_labels, OPEN_EARTH_MAP.num_labels)).tolist()
     plots.plot_confusion_matrix({"confusion_matrix": empty, "mean_iou": None}, tmp_path / "empty.png")
     assert where(read(tmp_path / "empty.png"), (0xD9, 0xD9, 0xD9)).mean() > 0.3
     with pytest.raises(ValueError, match=r"shape \(2, 2\), expected \(9, 9\)"):
@@ -212,4 +214,4 @@ def test_real_scene_fills_the_panel_with_the_shares_of_its_classes(tmp_path: Pat
     panels.plot_panel([("ValArea_001", sar_image, label, label)], tmp_path / "panel.png")
     cell = read(tmp_path / "panel.png")[:500, 510:990]
     share = (label == TREE).mean()
-    assert where(cell, PALETTE[TREE]).mean() == pytest.approx(share, rel=0.08)
+    assert where(cell, OPEN_EARTH_MAP.palette[TREE]).mean() == pytest.approx(share, rel=0.08)

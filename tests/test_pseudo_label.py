@@ -37,7 +37,7 @@ from hf_seg.hub.export import export_model
 from hf_seg.inference.load import load_networks
 from hf_seg.inference.predict import Predictor
 from hf_seg.inference.tta import TTA_PRESETS
-from hf_seg.labels import BACKGROUND, CLASS_NAMES, IGNORE_INDEX, LABEL2ID, NUM_LABELS
+from hf_seg.labels import BACKGROUND, IGNORE_INDEX, OPEN_EARTH_MAP
 from hf_seg.models import build_model
 from hf_seg.settings import parse_arguments
 
@@ -240,11 +240,13 @@ def test_several_networks_are_averaged_and_agreement_ignores_where_they_disagree
     assert list(manifest["ignored"].values()) == counts
     assert all(counts)
 
-    predicted = sum(np.bincount(probs[name].argmax(0)[~optical[name]], minlength=NUM_LABELS) for name in probs)
-    kept = sum(np.bincount(probs[name].argmax(0)[left[name]], minlength=NUM_LABELS) for name in probs)
-    assert manifest["class_histogram"] == dict(zip(CLASS_NAMES[1:], kept[1:].tolist(), strict=True))
-    shares = {name: k / p if p else None for name, k, p in zip(CLASS_NAMES, kept, predicted, strict=True)}
-    assert manifest["kept_share"] == {name: shares[name] for name in CLASS_NAMES[1:]}
+    predicted = sum(
+        np.bincount(probs[name].argmax(0)[~optical[name]], minlength=OPEN_EARTH_MAP.num_labels) for name in probs
+    )
+    kept = sum(np.bincount(probs[name].argmax(0)[left[name]], minlength=OPEN_EARTH_MAP.num_labels) for name in probs)
+    assert manifest["class_histogram"] == dict(zip(OPEN_EARTH_MAP.names[1:], kept[1:].tolist(), strict=True))
+    shares = {name: k / p if p else None for name, k, p in zip(OPEN_EARTH_MAP.names, kept, predicted, strict=True)}
+    assert manifest["kept_share"] == {name: shares[name] for name in OPEN_EARTH_MAP.names[1:]}
 
 
 def test_a_second_round_labels_the_sar_images(tiles: Path, stage1: list[Path], tmp_path: Path) -> None:
@@ -266,7 +268,7 @@ def test_manifest_says_what_every_file_is(finished: Path, stage1: list[Path]) ->
     del files["manifest.json"], files["local_paths.yaml"]
     assert manifest["files"] == {name: hashlib.sha256(path.read_bytes()).hexdigest() for name, path in files.items()}
     labels = np.concatenate([np.array(row["pseudo_label"]).ravel() for row in stock_rows(finished)])
-    histogram = {name: int((labels == index).sum()) for index, name in enumerate(CLASS_NAMES)}
+    histogram = {name: int((labels == index).sum()) for index, name in enumerate(OPEN_EARTH_MAP.names)}
     assert histogram.pop("background") == 0
     assert manifest["class_histogram"] == histogram
     assert manifest["ignored"]["no optical data"] == (labels == IGNORE_INDEX).sum() == 1600
@@ -297,15 +299,17 @@ def test_new_labels_in_an_old_place_are_read_anew(finished: Path, tmp_path: Path
     before = stock_rows(labels)
     tiles = []
     for row in before.select([2, 3]):
-        water = np.full((row["pseudo_label"].height, row["pseudo_label"].width), LABEL2ID["water"], np.uint8)
-        counts = np.bincount(water.ravel(), minlength=NUM_LABELS)
+        water = np.full(
+            (row["pseudo_label"].height, row["pseudo_label"].width), OPEN_EARTH_MAP.label2id["water"], np.uint8
+        )
+        counts = np.bincount(water.ravel(), minlength=OPEN_EARTH_MAP.num_labels)
         ignored = dict.fromkeys(json.loads((finished / "manifest.json").read_text())["ignored"], 0)
         tiles.append(LabelledTile(row["image_id"], water, np.ones(water.shape, np.float32), counts, counts, ignored))
     write_shard(labels / "data" / SECOND, tiles)
     summary = json.loads((labels / "manifest.json").read_text()) | summarize(sorted(labels.glob("data/*")))
     write_pseudo_label_card(labels, summary)
     after = stock_rows(labels)
-    assert (np.array(after[2]["pseudo_label"]) == LABEL2ID["water"]).all()
+    assert (np.array(after[2]["pseudo_label"]) == OPEN_EARTH_MAP.label2id["water"]).all()
     assert np.array_equal(np.array(after[0]["pseudo_label"]), np.array(before[0]["pseudo_label"]))
 
 
@@ -383,7 +387,7 @@ def test_other_tiles_and_foreign_folders_are_refused(
 
 BAD_SETTINGS = [
     (["--model", "nowhere"], "nowhere was not found locally or on the Hub"),
-    (["--model", "{tmp}/other"], "is no segmentation model of the 9 land-cover classes"),
+    (["--model", "{tmp}/other"], "is no segmentation model of this project: its class 0 must be 'background'"),
     (["--model", "{tmp}/alone", "--network", "student"], "alone has no folder student with a model"),
     (["--model", "{tmp}/empty"], "is neither a model nor an ensemble"),
     (["--split", "val"], "3 of 3 tiles have no optical image, first ValArea_001"),
@@ -403,7 +407,7 @@ def test_mistake_gives_one_line_and_writes_nothing(
     save_network(tmp_path / "alone", seed=0)
     shutil.copytree(tmp_path / "alone", tmp_path / "other")
     config = json.loads((tmp_path / "other" / "config.json").read_text())
-    config["id2label"]["8"] = "house"
+    config["id2label"]["0"] = "sky"
     (tmp_path / "other" / "config.json").write_text(json.dumps(config))
     (tmp_path / "empty").mkdir()
     more = [word.format(tmp=tmp_path) for word in more]

@@ -22,20 +22,20 @@ from hf_seg.data.pseudo_label_dataset import (
 )
 from hf_seg.errors import FileError, UserError
 from hf_seg.files import sha256_of
-from hf_seg.labels import IGNORE_INDEX, NUM_LABELS
+from hf_seg.labels import IGNORE_INDEX, OPEN_EARTH_MAP
 
 
 def make_tile(image_id: str, label: np.ndarray, confidence: np.ndarray, ignored: int = 0) -> LabelledTile:
     """Make a tile whose predictions equal its label, but for two more pixels of class 1."""
-    kept = np.bincount(label[label != IGNORE_INDEX], minlength=NUM_LABELS)
-    predicted = kept + 2 * (np.arange(NUM_LABELS) == 1)
+    kept = np.bincount(label[label != IGNORE_INDEX], minlength=OPEN_EARTH_MAP.num_labels)
+    predicted = kept + 2 * (np.arange(OPEN_EARTH_MAP.num_labels) == 1)
     return LabelledTile(image_id, label, confidence, predicted, kept, {"some reason": ignored})
 
 
 def random_tile(seed: int) -> LabelledTile:
     """Make a tile of random classes 1..8."""
     rng = np.random.default_rng(seed)
-    label = rng.integers(1, NUM_LABELS, (20, 30), dtype=np.uint8)
+    label = rng.integers(1, OPEN_EARTH_MAP.num_labels, (20, 30), dtype=np.uint8)
     return make_tile(f"TrainArea_{seed:03d}", label, rng.random((20, 30), dtype=np.float32), ignored=seed)
 
 
@@ -74,7 +74,7 @@ def test_counts_of_all_shards_are_added(tmp_path: Path) -> None:
     for path, tile in zip(paths, tiles, strict=True):
         write_shard(path, [tile])
     summary = summarize(paths)
-    counts = sum(np.bincount(tile.label.ravel(), minlength=NUM_LABELS) for tile in tiles)
+    counts = sum(np.bincount(tile.label.ravel(), minlength=OPEN_EARTH_MAP.num_labels) for tile in tiles)
     assert list(summary["class_histogram"].values()) == counts[1:].tolist()
     assert summary["kept_share"]["bareland"] == counts[1] / (counts[1] + 4)
     assert summary["kept_share"]["water"] == 1
@@ -110,14 +110,14 @@ def network_like_noise(seed: int, spread: float) -> tuple[np.ndarray, np.ndarray
 @pytest.mark.parametrize("spread", [1.0, 6.0])
 def test_a_tile_takes_less_than_a_megabyte_even_from_a_noisy_network(spread: float, tmp_path: Path) -> None:
     label, confidence = network_like_noise(0, spread)
-    counts = np.bincount(label.ravel(), minlength=NUM_LABELS)
+    counts = np.bincount(label.ravel(), minlength=OPEN_EARTH_MAP.num_labels)
     write_shard(tmp_path / "a.parquet", [LabelledTile("TrainArea_1", label, confidence, counts, counts, {})])
     assert 500_000 < (tmp_path / "a.parquet").stat().st_size < 1_000_000
 
 
 def test_confidence_keeps_its_ends_and_is_rounded_to_the_nearest_step(tmp_path: Path) -> None:
     confidence = np.array([[0, 0.004, 1 / 51, 0.5, 0.99, 0.9999, 1]], np.float32)
-    counts = np.zeros(NUM_LABELS, int)
+    counts = np.zeros(OPEN_EARTH_MAP.num_labels, int)
     write_shard(tmp_path / "a.parquet", [LabelledTile("a", np.ones((1, 7), np.uint8), confidence, counts, counts, {})])
     found = read_maps(tmp_path / "a.parquet", 0)[1]
     assert found.tolist() == [[0, 0, 5, 130, 250, 255, 255]]

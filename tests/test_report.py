@@ -26,7 +26,7 @@ from hf_seg.data.samples import LabelledImages, Sample
 from hf_seg.hub.export import export_model
 from hf_seg.inference.load import load_networks
 from hf_seg.inference.predict import Predictor
-from hf_seg.labels import CLASS_NAMES, IGNORE_INDEX
+from hf_seg.labels import IGNORE_INDEX, OPEN_EARTH_MAP
 from hf_seg.metrics import ConfusionMatrix
 from hf_seg.report.page import say_difference
 from hf_seg.training.tile_scores import TileScores
@@ -134,7 +134,7 @@ def test_scores_and_intervals_are_those_of_the_predictions(
     expected, rows = counts.compute(), Page(page).table("of the truth")
     interval = bootstrap_miou(matrices)
     assert rows["mIoU"][1:] == [percent(interval.value), f"{100 * interval.low:.1f} to {100 * interval.high:.1f}"]
-    for index, name in enumerate(CLASS_NAMES[1:], start=1):
+    for index, name in enumerate(OPEN_EARTH_MAP.names[1:], start=1):
         share = counts.matrix[index].sum() / counts.matrix.sum()
         assert rows[name][:2] == [percent(share), percent(expected["iou"][name])]
     confusion = Page(page).table("truth")

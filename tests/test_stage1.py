@@ -15,7 +15,7 @@ from recipe_process import run_recipe
 from safetensors.torch import load_file
 from transformers import AutoModelForSemanticSegmentation, SegformerConfig
 
-from hf_seg.labels import CLASS_NAMES
+from hf_seg.labels import OPEN_EARTH_MAP
 
 TINY = {
     "model_name_or_path": "toy-segformer",
@@ -114,7 +114,7 @@ def test_log_shows_how_self_training_goes(finished_run: Path) -> None:
     for line in lines:
         assert line["loss"] == pytest.approx(line["source_loss"] + line["target_loss"], rel=1e-5)
         assert 0 <= line["mean_weight"] <= 1 and 0 <= line["confident_pixels"] <= 1
-        assert sum(line[f"pseudo_share_{name}"] for name in CLASS_NAMES) == pytest.approx(1, abs=1e-5)
+        assert sum(line[f"pseudo_share_{name}"] for name in OPEN_EARTH_MAP.names) == pytest.approx(1, abs=1e-5)
         assert line["pseudo_share_background"] == 0
     assert max(line["mean_weight"] for line in lines) > 0
 

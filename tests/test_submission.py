@@ -13,7 +13,7 @@ from PIL import Image
 from torch import nn
 
 from hf_seg.errors import one_line_errors
-from hf_seg.labels import NUM_LABELS
+from hf_seg.labels import OPEN_EARTH_MAP
 from hf_seg.mapping.raster import predict_raster
 
 sys.path.append(str(Path(__file__).parents[1] / "scripts"))
@@ -29,7 +29,7 @@ def data(tmp_path: Path) -> Path:
         if number == 2:
             sar[:, :7] = 0
         write_tiff(tmp_path / "data" / "val" / "sar_images" / f"ValArea_{number:03d}.tif", sar)
-        ids = rng.integers(1, NUM_LABELS, sar.shape, dtype=np.uint8)
+        ids = rng.integers(1, OPEN_EARTH_MAP.num_labels, sar.shape, dtype=np.uint8)
         write_tiff(tmp_path / "maps" / f"ValArea_{number:03d}.tif", ids)
     return tmp_path / "data"
 

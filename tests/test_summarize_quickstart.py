@@ -10,7 +10,7 @@ import pytest
 import rasterio
 from PIL import Image
 
-from hf_seg.labels import NUM_LABELS
+from hf_seg.labels import OPEN_EARTH_MAP
 from hf_seg.metrics import ConfusionMatrix
 from hf_seg.synthetic import make_synthetic_dataset
 
@@ -26,7 +26,7 @@ def scores(matrix: np.ndarray) -> dict[str, Any]:
 
 def perfect(*, lost: int | None = None, pixels: int = 100) -> dict[str, Any]:
     """Score a network that is always right, but takes class `lost`, of that many pixels, for class 1."""
-    matrix = np.diag([0] + [100] * (NUM_LABELS - 1))
+    matrix = np.diag([0] + [100] * (OPEN_EARTH_MAP.num_labels - 1))
     if lost is not None:
         matrix[lost] = 0
         matrix[lost, 1] = pixels

@@ -22,7 +22,7 @@ from hf_seg.data.provenance import read_provenance
 from hf_seg.data.pseudo_label_dataset import LabelledTile, write_shard
 from hf_seg.data.scan import scan_open_earth_map
 from hf_seg.errors import FileError, UserError
-from hf_seg.labels import BACKGROUND, CLASS_NAMES, IGNORE_INDEX, LABEL2ID, NUM_LABELS
+from hf_seg.labels import BACKGROUND, IGNORE_INDEX, OPEN_EARTH_MAP
 from hf_seg.metrics import ConfusionMatrix
 from hf_seg.synthetic import KINDS, REGIONS, Scene, make_synthetic_dataset
 from hf_seg.synthetic.fields import RayFrame, smooth_noise, to_uniform
@@ -93,7 +93,7 @@ def read(path: Path) -> np.ndarray:
 
 
 def frequencies_of(labels: Sequence[np.ndarray]) -> np.ndarray:
-    counts = np.bincount(np.concatenate([label.ravel() for label in labels]), minlength=NUM_LABELS)
+    counts = np.bincount(np.concatenate([label.ravel() for label in labels]), minlength=OPEN_EARTH_MAP.num_labels)
     return 100 * counts / counts.sum()
 
 
@@ -170,7 +170,7 @@ def test_class_frequencies_are_those_of_real_scenes(tiles: list[Any]) -> None:
 
 @pytest.mark.parametrize("name", REAL_SAR)
 def test_sar_levels_of_a_class_are_those_of_real_scenes(tiles: list[Any], name: str) -> None:
-    measured = calibrate.sar_statistics(tiles)[LABEL2ID[name]]
+    measured = calibrate.sar_statistics(tiles)[OPEN_EARTH_MAP.label2id[name]]
     assert (measured.mean, measured.std, measured.local_cv) == pytest.approx(REAL_SAR[name], rel=0.15)
 
 
@@ -196,7 +196,7 @@ def test_noisy_labels_agree_with_the_exact_ones_as_published(tiles: list[Any]) -
     for tile in tiles:
         counts.update(tile.noisy, tile.label)
     agreement = (counts.matrix.diagonal() / np.maximum(counts.matrix.sum(1), 1))[1:]
-    iou = [counts.compute()["iou"][name] for name in CLASS_NAMES[1:]]
+    iou = [counts.compute()["iou"][name] for name in OPEN_EARTH_MAP.names[1:]]
     assert np.abs(agreement - AGREEMENT).max() < 0.1
     assert np.abs(np.subtract(iou, AGREEMENT_IOU)).max() < 0.13
 
@@ -210,7 +210,7 @@ def test_label_noise_is_not_salt_and_pepper(tiles: list[Any]) -> None:
 
 def error_ratio(labels: list[np.ndarray], noisy: list[np.ndarray]) -> float:
     """Return how much more often developed space is wrong in wide areas than in narrow ones."""
-    where = [label == LABEL2ID["developed space"] for label in labels]
+    where = [label == OPEN_EARTH_MAP.label2id["developed space"] for label in labels]
     density = np.concatenate([cv2.blur(w.astype(np.float32), (31, 31))[w] for w in where])  # developed space around
     wrong = np.concatenate([(a != b)[w] for a, b, w in zip(noisy, labels, where, strict=True)])
     return float(wrong[density > 0.95].mean() / wrong[(density > 0.4) & (density < 0.7)].mean())
@@ -278,7 +278,10 @@ def test_a_large_scene_is_written_with_its_label_and_changes_no_tile(tmp_path: P
         sar, truth = scene.read(1), label.read(1)
     assert truth.min() > BACKGROUND
     assert len(np.unique(truth)) >= 6  # styles of several regions
-    assert sar[truth == LABEL2ID["building"]].mean() > 1.1 * sar[truth == LABEL2ID["road"]].mean()
+    assert (
+        sar[truth == OPEN_EARTH_MAP.label2id["building"]].mean()
+        > 1.1 * sar[truth == OPEN_EARTH_MAP.label2id["road"]].mean()
+    )
 
 
 @pytest.mark.parametrize(
@@ -451,10 +454,10 @@ def test_furrows_tell_fields_from_grass_in_sharp_images_only() -> None:
             grey = render_optical(optical_rng, ground, camera).astype(np.float32).mean(0)
             texture = (grey - cv2.GaussianBlur(grey, (0, 0), 1.2)) / cv2.blur(grey, (9, 9))
             for name in ("rangeland", "agriculture land"):
-                inside = (ground.crop(ground.label) == LABEL2ID[name]).astype(np.uint8)
+                inside = (ground.crop(ground.label) == OPEN_EARTH_MAP.label2id[name]).astype(np.uint8)
                 inside = cv2.erode(inside, np.ones((9, 9), np.uint8)) > 0
-                energy.setdefault((coarse_prob, LABEL2ID[name]), []).append(texture[inside] ** 2)
-    grass, field = LABEL2ID["rangeland"], LABEL2ID["agriculture land"]
+                energy.setdefault((coarse_prob, OPEN_EARTH_MAP.label2id[name]), []).append(texture[inside] ** 2)
+    grass, field = OPEN_EARTH_MAP.label2id["rangeland"], OPEN_EARTH_MAP.label2id["agriculture land"]
     rms = {key: float(np.sqrt(np.concatenate(parts).mean())) for key, parts in energy.items()}
     assert rms[0.0, field] > 1.3 * rms[0.0, grass]
     assert rms[1.0, field] < 1.1 * rms[1.0, grass]
@@ -462,9 +465,9 @@ def test_furrows_tell_fields_from_grass_in_sharp_images_only() -> None:
 
 
 def write_pseudo_labels(folder: Path, shape: tuple[int, int], count: int) -> Path:
-    label = np.full(shape, LABEL2ID["water"], np.uint8)
+    label = np.full(shape, OPEN_EARTH_MAP.label2id["water"], np.uint8)
     label[0] = IGNORE_INDEX
-    counts = np.bincount(label[1:].ravel(), minlength=NUM_LABELS)
+    counts = np.bincount(label[1:].ravel(), minlength=OPEN_EARTH_MAP.num_labels)
     names = [f"TrainArea_{number:03d}" for number in range(1, count + 1)]
     confidence = np.ones(shape, np.float32)
     tiles = [LabelledTile(name, label, confidence, counts, counts, {"no data": shape[1]}) for name in names]
@@ -483,7 +486,7 @@ def test_pseudo_labels_replace_the_training_labels(data: Path, tmp_path: Path) -
     assert after.keys() == before.keys()
     assert changed == {"dataset.json", *(f"train/labels/TrainArea_00{n}.tif" for n in range(1, 5))}
     replaced = read(root / "train/labels/TrainArea_002.tif")
-    assert (replaced[0] == BACKGROUND).all() and (replaced[1:] == LABEL2ID["water"]).all()
+    assert (replaced[0] == BACKGROUND).all() and (replaced[1:] == OPEN_EARTH_MAP.label2id["water"]).all()
     paths = [root / "train" / folder / "TrainArea_002.tif" for folder in ("labels", "sar_images")]
     with rasterio.open(paths[0]) as label, rasterio.open(paths[1]) as sar:
         assert (label.crs, label.transform) == (sar.crs, sar.transform)

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from hf_seg.inference.vote import VoteAccumulator
-from hf_seg.labels import NUM_LABELS
+from hf_seg.labels import OPEN_EARTH_MAP
 
 
 def one_hot(*classes: int) -> Tensor:
@@ -56,10 +56,10 @@ def test_the_probabilities_given_are_left_alone() -> None:
 
 def test_uncertainty_stays_within_its_bounds() -> None:
     generator, weights = torch.Generator().manual_seed(0), (0.2, 0.3, 0.5)
-    probs = [(8 * torch.randn(NUM_LABELS, 50, 50, generator=generator)).softmax(0) for _ in weights]
+    probs = [(8 * torch.randn(OPEN_EARTH_MAP.num_labels, 50, 50, generator=generator)).softmax(0) for _ in weights]
     accumulator = accumulate(*probs, weights=weights)
     entropy, disagreement = accumulator.entropy(), accumulator.disagreement()
-    assert entropy.min() >= 0 and entropy.max() <= math.log(NUM_LABELS - 1) + 1e-6
+    assert entropy.min() >= 0 and entropy.max() <= math.log(OPEN_EARTH_MAP.num_labels - 1) + 1e-6
     assert disagreement.min() == 0 and disagreement.max() <= 1
     assert set(disagreement.mul(10).round().int().unique().tolist()) <= {0, 2, 3, 5, 7, 8, 10}
     winner = accumulator.label_map()

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from hf_seg.labels import BACKGROUND, CLASS_NAMES, IGNORE_INDEX
+from hf_seg.labels import BACKGROUND, IGNORE_INDEX, OPEN_EARTH_MAP, LabelSet
 
 
 @torch.no_grad()
@@ -40,11 +40,12 @@ def weigh_pseudo_labels(
     return torch.where(valid, labels, IGNORE_INDEX), weights
 
 
-def describe_pseudo_labels(labels: Tensor, weights: Tensor) -> dict[str, Tensor]:
+def describe_pseudo_labels(labels: Tensor, weights: Tensor, label_set: LabelSet = OPEN_EARTH_MAP) -> dict[str, Tensor]:
     """Return scalars that show the progress of self-training.
 
     Args:
         labels: (B, H, W) and weights (B,) of `weigh_pseudo_labels`.
+        label_set: names the classes.
 
     Returns:
         `mean_weight` (mean lambda), `confident_pixels` (their share of the valid ones), and each class's share of the
@@ -52,7 +53,7 @@ def describe_pseudo_labels(labels: Tensor, weights: Tensor) -> dict[str, Tensor]
     """
     n_valid = (labels != IGNORE_INDEX).sum(dim=(1, 2))
     total = n_valid.sum().clamp(min=1)
-    shares = {f"pseudo_share_{name}": (labels == index).sum() / total for index, name in enumerate(CLASS_NAMES)}
+    shares = {f"pseudo_share_{name}": (labels == index).sum() / total for index, name in enumerate(label_set.names)}
     return {"mean_weight": weights.mean(), "confident_pixels": (weights * n_valid).sum() / total, **shares}
 
 
@@ -63,9 +64,17 @@ class CollapseWatch:
         patience: reports in a row that must show it before a warning, and before each further one.
         largest_share: a class above this share of the pseudo-labelled pixels dominates.
         smallest_weight: a mean weight (lambda) at or below this counts as 0.
+        label_set: names the classes.
     """
 
-    def __init__(self, patience: int = 10, largest_share: float = 0.95, smallest_weight: float = 1e-4) -> None:
+    def __init__(
+        self,
+        patience: int = 10,
+        largest_share: float = 0.95,
+        smallest_weight: float = 1e-4,
+        label_set: LabelSet = OPEN_EARTH_MAP,
+    ) -> None:
+        self.names = label_set.names
         self.patience = patience
         self.largest_share = largest_share
         self.smallest_weight = smallest_weight
@@ -78,7 +87,7 @@ class CollapseWatch:
         self._stuck = self._stuck + 1 if mean_weight <= self.smallest_weight else 0
         if self._dominated == self.patience:
             self._dominated = 0
-            name = CLASS_NAMES[class_shares.index(largest)]
+            name = self.names[class_shares.index(largest)]
             return (
                 f"COLLAPSE: {100 * largest:.1f} % of the pseudo-labels are {name}, {self.patience} reports in a row; "
                 "lower learning_rate, raise ema_decay, or look at the panels and the target's images"

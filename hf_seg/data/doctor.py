@@ -7,7 +7,6 @@ from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,10 +17,10 @@ from rasterio.errors import NotGeoreferencedWarning, RasterioError
 from tqdm.auto import tqdm
 
 from hf_seg.data.open_earth_map import read_row
-from hf_seg.data.provenance import declared_bands
+from hf_seg.data.provenance import declared_bands, find_label_set
 from hf_seg.data.scan import FROM_XBD, NO_LIST, SCANS, XBD_HINT, Row, Scan
 from hf_seg.errors import DatasetError
-from hf_seg.labels import CLASS_NAMES, NUM_LABELS
+from hf_seg.labels import IGNORE_INDEX, OPEN_EARTH_MAP, LabelSet
 
 SHOWN = 20  # problems in the text; all of them are in `problems`
 
@@ -31,9 +30,10 @@ class SplitReport:
     """Counts over the files of one row, or the sum of them over a split.
 
     `shapes` ("H x W") and `dtypes` ("column bands x dtype") count files with a readable header; `class_pixels` and the
-    SAR counts cover valid files only.
+    SAR counts cover valid files only, `class_pixels` by id of the label set.
     """
 
+    label_set: LabelSet = OPEN_EARTH_MAP
     rows: int = 0
     labelled: int = 0
     files: int = 0
@@ -41,20 +41,23 @@ class SplitReport:
     regions: Counter[str] = field(default_factory=Counter)
     shapes: Counter[str] = field(default_factory=Counter)
     dtypes: Counter[str] = field(default_factory=Counter)
-    class_pixels: np.ndarray = field(default_factory=lambda: np.zeros(NUM_LABELS, np.int64))
+    class_pixels: np.ndarray = field(init=False)
     sar_pixels: int = 0
     sar_zeros: int = 0
     problems: list[str] = field(default_factory=list)
 
+    def __post_init__(self) -> None:
+        self.class_pixels = np.zeros(self.label_set.num_labels, np.int64)
+
     def add(self, other: "SplitReport") -> None:
-        for name, value in vars(other).items():
+        for name, value in _counts(other).items():
             setattr(self, name, getattr(self, name) + value)
 
     @property
     def class_percent(self) -> dict[str, float]:
         """Share of each class in the split's labels, in percent."""
         percent = 100 * self.class_pixels / max(self.class_pixels.sum(), 1)
-        return dict(zip(CLASS_NAMES, percent.tolist(), strict=True))
+        return dict(zip(self.label_set.names, percent.tolist(), strict=True))
 
     @property
     def sar_zero_percent(self) -> float:
@@ -63,7 +66,11 @@ class SplitReport:
     def as_dict(self) -> dict[str, Any]:
         """Return everything as plain, JSON-able values."""
         percent = {"class_percent": self.class_percent, "sar_zero_percent": self.sar_zero_percent}
-        return {**vars(self), "class_pixels": self.class_pixels.tolist(), **percent}
+        return {**_counts(self), "class_pixels": self.class_pixels.tolist(), **percent}
+
+
+def _counts(report: SplitReport) -> dict[str, Any]:
+    return {name: value for name, value in vars(report).items() if name != "label_set"}
 
 
 @dataclass
@@ -95,24 +102,29 @@ class DatasetReport:
         return environment.get_template("check.txt.j2").render(report=self, shown=SHOWN).rstrip()
 
 
-def examine(data_dir: str | Path, *, num_workers: int | None = None) -> DatasetReport:
+def examine(
+    data_dir: str | Path, *, label_set: str | LabelSet | None = None, num_workers: int | None = None
+) -> DatasetReport:
     """Read every file of an OpenEarthMap or OpenEarthMap-SAR folder (recognised by its layout) and report.
 
     Args:
         data_dir: as for `load_open_earth_map` and `load_open_earth_map_sar`.
+        label_set: as `chosen` of `find_label_set`.
         num_workers: threads that read; one per core, at most 8, if None.
 
     Raises:
         DatasetError: `data_dir` contains neither dataset, or both.
+        UserError: its classes cannot be used.
     """
     kind, scan = _detect(data_dir)
-    splits = {name: SplitReport() for name in scan.rows}
+    classes = find_label_set(scan.root, kind, label_set)
+    splits = {name: SplitReport(classes) for name in scan.rows}
     jobs = [(name, row) for name, rows in scan.rows.items() for row in rows]
     # Warning filters belong to the process, so they are set around the threads, not in them.
     with warnings.catch_warnings(), ThreadPoolExecutor(num_workers or min(8, os.cpu_count() or 1)) as pool:
         warnings.simplefilter("ignore", NotGeoreferencedWarning)
         bands = declared_bands(scan.root, kind)
-        findings = pool.map(partial(_examine_row, bands=bands), (row for _, row in jobs))
+        findings = pool.map(lambda job: _examine_row(job[1], classes, bands), jobs)
         for (name, _), finding in zip(jobs, tqdm(findings, total=len(jobs), desc="Examining", unit="row"), strict=True):
             splits[name].add(finding)
     for name, split in splits.items():
@@ -142,10 +154,10 @@ def _detect(data_dir: str | Path) -> tuple[str, Scan]:
     return scans.popitem()
 
 
-def _examine_row(row: Row, bands: Mapping[str, Sequence[str]]) -> SplitReport:
-    pixels, problems = read_row(row, bands)
+def _examine_row(row: Row, label_set: LabelSet, bands: Mapping[str, Sequence[str]]) -> SplitReport:
+    pixels, problems = read_row(row, label_set, bands)
     paths = {column: path for column, path in row.files.items() if path is not None}
-    report = SplitReport(rows=1, labelled=int("label" in paths), files=len(paths), problems=problems)
+    report = SplitReport(label_set, rows=1, labelled=int("label" in paths), files=len(paths), problems=problems)
     if "sar" not in row.files:  # only OpenEarthMap names its regions
         report.regions[row.image_id.rpartition("_")[0]] = 1
     for column, path in paths.items():
@@ -154,7 +166,8 @@ def _examine_row(row: Row, bands: Mapping[str, Sequence[str]]) -> SplitReport:
             report.dtypes[f"{column} {source.count} x {source.dtypes[0]}"] += 1
             report.with_crs += source.crs is not None
     if "label" in pixels:
-        report.class_pixels = np.bincount(pixels["label"].ravel(), minlength=NUM_LABELS)
+        ids = label_set.table[pixels["label"]]
+        report.class_pixels = np.bincount(ids[ids != IGNORE_INDEX], minlength=label_set.num_labels)
     if "sar" in pixels:
         report.sar_pixels = pixels["sar"][0].size
         report.sar_zeros = report.sar_pixels - int(np.count_nonzero((pixels["sar"] != 0).any(axis=0)))

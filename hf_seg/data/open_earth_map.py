@@ -18,7 +18,7 @@ France and the USA (Xia et al., arXiv:2501.10891).
              at a SAR swath's edge are nodata, although labelled 1..8. Labels may lack a CRS.
 
 Both: uint8 GeoTIFF; 3-band optical, 1-band SAR and label. Classes: 0 background/unknown, 1 bareland, 2 rangeland,
-3 developed space, 4 road, 5 tree, 6 water, 7 agriculture land, 8 building.
+3 developed space, 4 road, 5 tree, 6 water, 7 agriculture land, 8 building; other ones if `dataset.json` lists them.
 
 Data of your own in one of these layouts may have other bands of any number type: `dataset.json` in its root names them
 (`hf_seg.data.provenance`). Such a column yields {path, bytes}, which `hf_seg.data.band_images` reads.
@@ -38,10 +38,10 @@ import rasterio
 from datasets.exceptions import DatasetGenerationError
 from rasterio.errors import NotGeoreferencedWarning, RasterioError
 
-from hf_seg.data.provenance import declared_bands
+from hf_seg.data.provenance import declared_bands, find_label_set
 from hf_seg.data.scan import SCANS, SPLITS, Row
 from hf_seg.errors import DatasetError, UserError, file_errors
-from hf_seg.labels import NUM_LABELS
+from hf_seg.labels import OPEN_EARTH_MAP, LabelSet
 
 logger = logging.getLogger(__name__)
 
@@ -59,12 +59,14 @@ REWRITE_HINT = "Rewrite it, e.g. with gdal_translate -co COMPRESS=DEFLATE -color
 CACHE_HINT = "free disk space, or choose another folder with the environment variable HF_DATASETS_CACHE"
 
 
-def read_tile(path: str, column: str, names: Sequence[str] = ()) -> np.ndarray:
+def read_tile(path: str, column: str, label_set: LabelSet = OPEN_EARTH_MAP, names: Sequence[str] = ()) -> np.ndarray:
     """Return the (C, H, W) pixels of a GeoTIFF that can be trained on.
 
-    It is complete, has the column's bands, type and class ids, and Pillow decodes it to the same pixels.
+    It is complete, has the column's bands and type and, if it is a label, values of the label set, and Pillow decodes
+    it to the same pixels. Labels are not translated to class ids.
 
     Args:
+        label_set: the values that a label may have.
         names: of the column's bands, if `dataset.json` says so: as many real numbers a pixel, of any type.
 
     Raises:
@@ -85,8 +87,10 @@ def read_tile(path: str, column: str, names: Sequence[str] = ()) -> np.ndarray:
     if (len(pixels), pixels.dtype) != (BANDS[column], np.uint8):
         expected, found = f"{BANDS[column]} x uint8 ({column})", f"{len(pixels)} x {pixels.dtype}"
         raise DatasetError(f"{path}: expected bands {expected}, found {found}. {CONVERT_HINT}")
-    if column == "label" and (largest := pixels.max()) >= NUM_LABELS:
-        raise DatasetError(f"{path}: expected ids 0..{NUM_LABELS - 1}, found {largest}. Remap the label; unknown is 0.")
+    if column == "label" and (wrong := pixels[label_set.table[pixels] < 0]).size:
+        raise DatasetError(
+            f"{path}: expected {_describe_values(label_set)}, found {wrong.max()}. {_label_hint(label_set)}"
+        )
     try:
         image = _image_feature(column).decode_example({"path": path, "bytes": None})
     except Exception as error:  # any error of Pillow here would also stop a training worker
@@ -98,10 +102,28 @@ def read_tile(path: str, column: str, names: Sequence[str] = ()) -> np.ndarray:
     return pixels
 
 
-def read_row(row: Row, bands: Mapping[str, Sequence[str]]) -> tuple[dict[str, np.ndarray], list[str]]:
+def _describe_values(label_set: LabelSet) -> str:
+    """Name the pixel values that a label file may have, e.g. "ids 0..8" or "values 0..3, 6, 255"."""
+    starts = [value for value in sorted(label_set.values) if value - 1 not in label_set.values]
+    ends = [value for value in sorted(label_set.values) if value + 1 not in label_set.values]
+    ranges = [f"{first}..{last}" if last > first else str(first) for first, last in zip(starts, ends, strict=True)]
+    kind = "ids" if all(value == index for value, index in label_set.values.items()) else "values"
+    return f"{kind} {', '.join(ranges)}"
+
+
+def _label_hint(label_set: LabelSet) -> str:
+    if label_set == OPEN_EARTH_MAP:
+        return "Remap the label; unknown is 0."
+    return "Add the value to a class, to `background` or to `ignore` of the label set, or remap the label."
+
+
+def read_row(
+    row: Row, label_set: LabelSet = OPEN_EARTH_MAP, bands: Mapping[str, Sequence[str]] | None = None
+) -> tuple[dict[str, np.ndarray], list[str]]:
     """Return the (C, H, W) pixels of a row's valid files by column, and what is wrong with the row.
 
     Args:
+        label_set: as for `read_tile`.
         bands: of `declared_bands`.
     """
     pixels: dict[str, np.ndarray] = {}
@@ -109,7 +131,7 @@ def read_row(row: Row, bands: Mapping[str, Sequence[str]]) -> tuple[dict[str, np
     for column, path in row.files.items():
         try:
             if path is not None:
-                pixels[column] = read_tile(path, column, bands.get(column, ()))
+                pixels[column] = read_tile(path, column, label_set, (bands or {}).get(column, ()))
         except DatasetError as error:
             problems.append(str(error))
     if len({tile.shape[1:] for tile in pixels.values()}) > 1:
@@ -118,12 +140,14 @@ def read_row(row: Row, bands: Mapping[str, Sequence[str]]) -> tuple[dict[str, np
     return pixels, problems
 
 
-def _examples(rows: list[Row], bands: Mapping[str, Sequence[str]], embed: bool = False) -> Iterator[dict[str, Any]]:
+def _examples(
+    rows: list[Row], label_set: LabelSet, bands: Mapping[str, Sequence[str]], embed: bool = False
+) -> Iterator[dict[str, Any]]:
     """Check each row, and yield it with its files' bytes (`embed`) or their paths."""
     for row in rows:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", NotGeoreferencedWarning)
-            _, problems = read_row(row, bands)
+            _, problems = read_row(row, label_set, bands)
         if problems:
             raise DatasetError(problems[0])
         example: dict[str, Any] = {"image_id": row.image_id, **row.files}
@@ -135,13 +159,21 @@ def _examples(rows: list[Row], bands: Mapping[str, Sequence[str]], embed: bool =
 
 
 def load_open_earth_map(
-    data_dir: str | Path, split: str, *, embed: bool = False, streaming: bool = False, num_proc: int | None = None
+    data_dir: str | Path,
+    split: str,
+    *,
+    label_set: LabelSet | None = None,
+    embed: bool = False,
+    streaming: bool = False,
+    num_proc: int | None = None,
 ) -> datasets.Dataset | datasets.IterableDataset:
     """Load one split of OpenEarthMap: {image_id, region, image, label}; `label` is None where withheld.
 
     Args:
         data_dir: the unpacked release, or a folder around it.
         split: train, val or test.
+        label_set: its `values` are those that label files may have; None: as `find_label_set` finds them. Labels are
+            not translated here, but in `LabelledImages`.
         embed: store the files' bytes, so that `to_parquet` carries them (`push_to_hub` always does), not their paths.
         streaming: check and yield rows on the fly, without a cache; an IterableDataset.
         num_proc: processes that check the files, the first time.
@@ -150,26 +182,39 @@ def load_open_earth_map(
         DatasetError: a wrong folder, an unknown or empty split, or a file that cannot be trained on.
         FileError: the cache cannot be written.
     """
-    return _load("OpenEarthMap", data_dir, split, embed, streaming, num_proc)
+    return _load("OpenEarthMap", data_dir, split, label_set, embed, streaming, num_proc)
 
 
 def load_open_earth_map_sar(
-    data_dir: str | Path, split: str, *, embed: bool = False, streaming: bool = False, num_proc: int | None = None
+    data_dir: str | Path,
+    split: str,
+    *,
+    label_set: LabelSet | None = None,
+    embed: bool = False,
+    streaming: bool = False,
+    num_proc: int | None = None,
 ) -> datasets.Dataset | datasets.IterableDataset:
     """Load one split of OpenEarthMap-SAR: {image_id, optical, sar, label}; else as `load_open_earth_map`.
 
     `optical` or `label` is None where this copy has no such folder.
     """
-    return _load("OpenEarthMap-SAR", data_dir, split, embed, streaming, num_proc)
+    return _load("OpenEarthMap-SAR", data_dir, split, label_set, embed, streaming, num_proc)
 
 
 def _load(
-    layout: str, data_dir: str | Path, split: str, embed: bool, streaming: bool, num_proc: int | None
+    layout: str,
+    data_dir: str | Path,
+    split: str,
+    label_set: LabelSet | None,
+    embed: bool,
+    streaming: bool,
+    num_proc: int | None,
 ) -> datasets.Dataset | datasets.IterableDataset:
     if split not in SPLITS:
         raise DatasetError(f"unknown split {split!r}: choose one of {', '.join(SPLITS)}.")
     scan = SCANS[layout](data_dir)
     rows, missing = scan.rows[split], scan.describe_missing(split)
+    label_set = label_set or find_label_set(scan.root, layout)
     if not rows:
         raise DatasetError(f"{scan.root}: split {split!r} has no usable tile; found {missing or 'no file of it'}")
     level = logging.WARNING if missing else logging.DEBUG
@@ -180,10 +225,10 @@ def _load(
         for name in COLUMNS[layout]
     }
     options: dict[str, Any] = {"features": datasets.Features(columns), "split": split}
-    options["gen_kwargs"] = {"rows": rows, "bands": bands, "embed": embed}
+    options["gen_kwargs"] = {"rows": rows, "label_set": label_set, "bands": bands, "embed": embed}
     if streaming:
         return datasets.IterableDataset.from_generator(_examples, **options)
-    options["fingerprint"] = _fingerprint(rows, f"{layout} {split} {embed} {bands or ''}")
+    options["fingerprint"] = _fingerprint(rows, f"{layout} {split} {embed} {sorted(label_set.values)} {bands or ''}")
     options["writer_batch_size"] = 16  # rows in memory: an embedded one takes 5 MB
     with file_errors(datasets.config.HF_DATASETS_CACHE, "cannot be used as a cache", CACHE_HINT):
         try:
@@ -192,7 +237,7 @@ def _load(
             if isinstance(error.__cause__, UserError | OSError):
                 raise error.__cause__.with_traceback(None) from None
             for _ in _examples(
-                rows, bands
+                rows, label_set, bands
             ):  # an exception in a worker process arrives without its cause, so find it again
                 pass
             raise

@@ -7,7 +7,8 @@ A dataset may describe itself in `dataset.json` in its root folder:
      "bands": {"sar": ["VV", "VH"]}}
 
 `name` and `layout` are required. `bands` names the bands of a column whose images are not the 8-bit SAR or RGB images
-of the release: any number of bands, of any number type.
+of the release: any number of bands, of any number type. Where the label files do not have OpenEarthMap's classes,
+`classes` and the other keys of `hf_seg.label_sets` describe them.
 """
 
 import json
@@ -16,6 +17,8 @@ from typing import Any
 
 from hf_seg.data.scan import SCANS
 from hf_seg.errors import DatasetError, file_errors
+from hf_seg.label_sets import LABEL_SET_KEYS, map_classes, parse_label_set, read_label_set
+from hf_seg.labels import OPEN_EARTH_MAP, LabelSet
 
 DATASET_FILE = "dataset.json"
 # Usable tiles of the releases' splits. OpenEarthMap: without and with the images that come from xBD.
@@ -85,6 +88,29 @@ def _check_bands(file: Path, bands: dict[str, Any], layout: str) -> None:
             raise DatasetError(
                 f'{file}: bands of {column} must be different names, e.g. ["VV", "VH"]; they are {names}'
             )
+
+
+def find_label_set(data_dir: str | Path, layout: str, chosen: str | LabelSet | None = None) -> LabelSet:
+    """Return the classes to train or to score on, with `values` as the label files of a dataset have them.
+
+    Args:
+        data_dir, layout: as for `read_provenance`.
+        chosen: YAML file of the classes, name of a built-in set, or the classes; None: those in `dataset.json`, or else
+            OpenEarthMap's. Where `dataset.json` has classes of its own, they are mapped to the chosen ones; else the
+            label files have the chosen `values`.
+
+    Raises:
+        UserError: a file that cannot be used, or classes of the dataset without a counterpart.
+    """
+    if isinstance(chosen, str):
+        chosen = read_label_set(chosen)
+    file = SCANS[layout](data_dir).root / DATASET_FILE
+    content = _read(file, layout) if file.exists() else {}
+    classes = {key: content[key] for key in LABEL_SET_KEYS if key in content}
+    if not classes:
+        return chosen or OPEN_EARTH_MAP
+    own = parse_label_set(classes, str(file))
+    return map_classes(chosen, own, str(file)) if chosen else own
 
 
 def _read(file: Path, layout: str) -> dict[str, Any]:

@@ -16,10 +16,12 @@ import datasets
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+from huggingface_hub import hf_hub_download
 
 from hf_seg.errors import UserError, file_errors
 from hf_seg.files import atomic_file, sha256_of, write_atomic
-from hf_seg.labels import BACKGROUND, CLASS_NAMES
+from hf_seg.label_sets import hex_colors, require_same_classes
+from hf_seg.labels import BACKGROUND, OPEN_EARTH_MAP, LabelSet
 from hf_seg.settings import LOCAL_PATHS_FILE
 
 CONFIDENCE_STEP = 5  # of 255; in finer steps a tile of 1024 pixels from a noisy network could exceed 1 MB
@@ -34,8 +36,8 @@ class LabelledTile(NamedTuple):
     image_id: str
     label: np.ndarray  # (H, W) uint8 class ids, IGNORE_INDEX where there is none
     confidence: np.ndarray  # (H, W) float32 in 0..1
-    predicted: np.ndarray  # (NUM_LABELS,) valid pixels that the networks predicted as each class
-    kept: np.ndarray  # (NUM_LABELS,) those of them that are labelled
+    predicted: np.ndarray  # (N,) valid pixels that the networks predicted as each class
+    kept: np.ndarray  # (N,) those of them that are labelled
     ignored: dict[str, int]  # pixels without a label by reason, each counted once
 
 
@@ -124,18 +126,20 @@ def _list_networks(models: list[dict[str, str]]) -> str:
     return ", ".join(f"{model['name']} (sha256 {model['sha256'][:12]})" for model in models)
 
 
-def summarize(shards: Sequence[Path]) -> dict[str, Any]:
+def summarize(shards: Sequence[Path], label_set: LabelSet = OPEN_EARTH_MAP) -> dict[str, Any]:
     """Add up the pixel counts of all shards.
 
     Returns:
-        `labels_sha256` of all shards; `class_histogram`, labelled pixels by class; `kept_share`, labelled pixels over
-        those predicted as the class, None for a class that was never predicted; `ignored`, pixels by reason.
+        `label_set`, names and colours by id; `labels_sha256` of all shards; `class_histogram`, labelled pixels by
+        class; `kept_share`, labelled pixels over those predicted as the class, None for a class that was never
+        predicted; `ignored`, pixels by reason.
     """
     digests = "".join(sha256_of(path) for path in shards)
     counts = _add_counts([json.loads(pq.read_metadata(path).metadata[_COUNTS_KEY]) for path in shards])
-    predicted, kept = (dict(zip(CLASS_NAMES, counts[key], strict=True)) for key in ("predicted", "kept"))
-    del kept[CLASS_NAMES[BACKGROUND]]
+    predicted, kept = (dict(zip(label_set.names, counts[key], strict=True)) for key in ("predicted", "kept"))
+    del kept[label_set.names[BACKGROUND]]
     return {
+        "label_set": {"names": [*label_set.names], "colors": hex_colors(label_set)},
         "labels_sha256": hashlib.sha256(digests.encode()).hexdigest(),
         "class_histogram": kept,
         "kept_share": {name: n / predicted[name] if predicted[name] else None for name, n in kept.items()},
@@ -155,15 +159,18 @@ def write_manifest(folder: Path, summary: dict[str, Any]) -> None:
     write_atomic(folder / "manifest.json", json.dumps({**summary, "files": files}, indent=1))
 
 
-def load_pseudo_labels(path: str, columns: Sequence[str] = ("image_id", "pseudo_label")) -> datasets.Dataset:
+def load_pseudo_labels(
+    path: str, columns: Sequence[str] = ("image_id", "pseudo_label"), *, label_set: LabelSet = OPEN_EARTH_MAP
+) -> datasets.Dataset:
     """Load a dataset of pseudo-labels from a folder of Parquet files or the Hub.
 
     Args:
         path: folder, or Hub id.
         columns: what each row contains; "confidence" only where the dataset has it.
+        label_set: classes of the training.
 
     Raises:
-        UserError: no such folder or repository, or not a dataset of pseudo-labels.
+        UserError: no such folder or repository, not a dataset of pseudo-labels, or its manifest says other classes.
     """
     if Path(path, "inputs.json").exists() and not Path(path, "manifest.json").exists():
         raise UserError(f"{path} is not finished; launch recipes/pseudo_label.py on it again")
@@ -174,4 +181,19 @@ def load_pseudo_labels(path: str, columns: Sequence[str] = ("image_id", "pseudo_
     found = [column for column in columns if column in loaded.column_names]
     if missing := set(columns) - {*found, "confidence"}:
         raise UserError(f"{path}: no column {', '.join(sorted(missing))} among {loaded.column_names}")
+    recorded = _read_manifest(path).get("label_set")
+    if recorded is not None:  # labels that others made may have no manifest
+        hint = "; give the label_set of the pseudo-labels"
+        require_same_classes(recorded["names"], label_set.names, path, "the label set", hint)
     return loaded.select_columns(found)
+
+
+def _read_manifest(path: str) -> dict[str, Any]:
+    """Return the manifest of pseudo-labels in a folder or on the Hub; empty if there is none."""
+    file = Path(path, "manifest.json")
+    if not Path(path).exists():
+        try:
+            file = Path(hf_hub_download(path, "manifest.json", repo_type="dataset"))
+        except Exception:  # the Hub's client raises many kinds; the labels themselves were found
+            return {}
+    return dict(json.loads(file.read_text(encoding="utf-8"))) if file.is_file() else {}

@@ -9,7 +9,7 @@ from tqdm import tqdm
 
 from hf_seg.data.samples import LabelledImages
 from hf_seg.errors import DatasetError
-from hf_seg.labels import IGNORE_INDEX, NUM_LABELS
+from hf_seg.labels import IGNORE_INDEX
 
 
 def class_pixels(images: LabelledImages, *, progress: bool = True) -> np.ndarray:
@@ -20,15 +20,16 @@ def class_pixels(images: LabelledImages, *, progress: bool = True) -> np.ndarray
         progress: show a progress bar.
 
     Returns:
-        (N, 9) int64.
+        (N, C) int64.
 
     Raises:
         DatasetError: an image cannot be read.
     """
-    counts = np.zeros((len(images), NUM_LABELS), np.int64)
+    num_labels = images.label_set.num_labels
+    counts = np.zeros((len(images), num_labels), np.int64)
     for index in tqdm(range(len(images)), desc="count classes", unit="tile", leave=False, disable=not progress):
         label = images[index].label
-        counts[index] = np.bincount(label[label != IGNORE_INDEX], minlength=NUM_LABELS)
+        counts[index] = np.bincount(label[label != IGNORE_INDEX], minlength=num_labels)
     return counts
 
 

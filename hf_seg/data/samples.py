@@ -13,7 +13,7 @@ from hf_seg.bands import Bands
 from hf_seg.data.band_images import read_bands
 from hf_seg.data.nodata import outside_swath
 from hf_seg.errors import DatasetError
-from hf_seg.labels import BACKGROUND, IGNORE_INDEX, NUM_LABELS
+from hf_seg.labels import BACKGROUND, IGNORE_INDEX, OPEN_EARTH_MAP, LabelSet
 
 
 class Sample(NamedTuple):
@@ -129,7 +129,7 @@ def _decode(value: Any, bands: Bands | None) -> np.ndarray:
 
 
 class LabelledImages(CachedImages[Sample]):
-    """Random access to one image column and its labels; class 0 becomes `IGNORE_INDEX` here, once.
+    """Random access to one image column and its labels, as class ids; class 0 becomes `IGNORE_INDEX` here, once.
 
     Args:
         rows: a dataset of `hf_seg.data.open_earth_map`.
@@ -137,6 +137,7 @@ class LabelledImages(CachedImages[Sample]):
         pseudo_labels: rows `{image_id, pseudo_label}` that replace the label column, joined by `image_id`; their
             `confidence` comes with each sample, if there is one.
         bands: of the images, if they are neither 8-bit SAR nor RGB.
+        label_set: classes, and the pixel values by which the label column codes them; pseudo-labels are ids already.
         keep_background: keep class 0 as a class.
         mask_nodata: ignore pixels outside the SAR swath (`outside_swath`); for column "sar" only.
 
@@ -152,6 +153,7 @@ class LabelledImages(CachedImages[Sample]):
         *,
         pseudo_labels: datasets.Dataset | None = None,
         bands: Bands | None = None,
+        label_set: LabelSet = OPEN_EARTH_MAP,
         keep_background: bool = False,
         mask_nodata: bool = False,
     ) -> None:
@@ -160,6 +162,7 @@ class LabelledImages(CachedImages[Sample]):
         self.column = column
         self.bands = bands
         self.pseudo_labels = pseudo_labels
+        self.label_set = label_set
         self.keep_background = keep_background
         self.mask_nodata = mask_nodata
         if pseudo_labels is None:
@@ -185,24 +188,32 @@ class LabelledImages(CachedImages[Sample]):
         with _read_errors(image_id):
             row = self.rows[index]
             if self.pseudo_labels is None:
-                label = np.array(row["label"])  # a copy: PIL's memory is read-only
+                label = np.asarray(row["label"])
             else:
                 labelled = self.pseudo_labels[self._row_of[image_id]]
-                label = np.array(labelled["pseudo_label"])
+                label = np.asarray(labelled["pseudo_label"])
                 confidence = np.array(labelled["confidence"]) if "confidence" in labelled else None
             image = _decode(row[self.column], self.bands)
         if confidence is not None and confidence.shape != label.shape:
             raise DatasetError(f"{image_id}: the confidence is {confidence.shape} and the label {label.shape} pixels")
         if image.shape[:2] != label.shape:
             raise DatasetError(f"{image_id}: the image is {image.shape[:2]} and the label {label.shape} pixels")
-        if (wrong := label[(label >= NUM_LABELS) & (label != IGNORE_INDEX)]).size:
-            last = NUM_LABELS - 1
-            raise DatasetError(f"{image_id}: label {wrong[0]} is no class 0..{last}, nor {IGNORE_INDEX} for none")
+        label = self._to_ids(image_id, label)
         if not self.keep_background:
             label[label == BACKGROUND] = IGNORE_INDEX
         if self.mask_nodata:
             label[outside_swath(image)] = IGNORE_INDEX
         return Sample(image_id, image, label, confidence)
+
+    def _to_ids(self, image_id: str, label: np.ndarray) -> np.ndarray:
+        """Translate pixel values to class ids, (H, W) uint8."""
+        ids = self.label_set.to_ids(label, are_ids=self.pseudo_labels is not None)
+        if (wrong := label[ids < 0]).size:
+            last = self.label_set.num_labels - 1
+            if self.pseudo_labels is not None or self.label_set == OPEN_EARTH_MAP:
+                raise DatasetError(f"{image_id}: label {wrong[0]} is no class 0..{last}, nor {IGNORE_INDEX} for none")
+            raise DatasetError(f"{image_id}: label {wrong[0]} is no pixel value of the label set; add it to `ignore`")
+        return ids.astype(np.uint8)
 
 
 class UnlabelledImages(CachedImages[UnlabelledSample]):

@@ -102,7 +102,7 @@ def deepness_metadata(metadata: ExportMetadata, resolution_cm: float | None) -> 
     """
     values: dict[str, Any] = {
         "model_type": "Segmentor",
-        "class_names": {str(index): name for index, name in metadata.class_names.items()},
+        "class_names": {str(each["id"]): each["name"] for each in metadata.classes},
         "tile_size": metadata.crop_size,
         "tiles_size": metadata.crop_size,
         "tiles_overlap": OVERLAP,

@@ -14,15 +14,16 @@ import torch
 from torch import Tensor, nn
 
 from hf_seg.errors import UserError
-from hf_seg.inference.load import LoadedNetwork, normalized_weights, shared_bands
+from hf_seg.inference.load import LoadedNetwork, common_label_set, normalized_weights, shared_bands
 from hf_seg.inference.vote import VoteAccumulator
-from hf_seg.labels import BACKGROUND, PALETTE
+from hf_seg.label_sets import hex_colors
+from hf_seg.labels import BACKGROUND
 from hf_seg.models import SegmentationNetwork
 
-# Height and width may be any multiple of this, by the encoder; those that are not named have a fixed size. SwinV2 fixes
-# its windows and shifts by the crop. Encoders of timm may pad by the input's size, which is constant for multiples of
-# their largest stride only.
-SIZE_MULTIPLES = {"segformer": 1, "convnextv2": 1, "timm_backbone": 32}
+# Height and width may be any multiple of this, by the encoder; all others have a fixed size, as Swin's windows and the
+# position embeddings of plain transformers do. Encoders of timm may pad by the input's size, which is constant for
+# multiples of their largest stride only; those with attention are fixed too.
+SIZE_MULTIPLES = {"segformer": 1, "convnext": 1, "convnextv2": 1, "dinov3_convnext": 1, "timm_backbone": 32}
 
 
 class ProbabilityGraph(nn.Module):
@@ -33,6 +34,7 @@ class ProbabilityGraph(nn.Module):
 
     Attributes:
         stretch: the bands that the networks take, if those are not 8-bit SAR or RGB.
+        label_set: their classes.
 
     Raises:
         UserError: another kind of network, or networks that do not fit together.
@@ -49,8 +51,8 @@ class ProbabilityGraph(nn.Module):
             if not isinstance(each.module, SegmentationNetwork):
                 raise UserError(f"{each.origin} cannot be exported: it is no SegFormer or UperNet")
         self.networks = nn.ModuleList(each.network() for each in networks).eval()
-        self.stretch = shared_bands(networks)
-        mask = torch.ones(len(self.classes()), 1, 1)
+        self.stretch, self.label_set = shared_bands(networks), common_label_set(networks)
+        mask = torch.ones(self.label_set.num_labels, 1, 1)
         mask[BACKGROUND] = 0
         self.register_buffer("mask", mask)
         for name in ("low", "high"):
@@ -78,16 +80,9 @@ class ProbabilityGraph(nn.Module):
         return torch.where(valid, levels.clamp(1, 255).round(), 0).float()
 
     def classes(self) -> list[dict[str, Any]]:
-        """Return id, name and colour ("RRGGBB") of each class.
-
-        Raises:
-            UserError: two networks disagree.
-        """
-        found = [_model_of(each).config.id2label for each in self.members]
-        for member, names in zip(self.members, found, strict=True):
-            if names != found[0]:
-                raise UserError(f"{member.name} has other classes than {self.members[0].name}")
-        return [{"id": i, "name": found[0][i], "color": bytes(PALETTE[i]).hex().upper()} for i in sorted(found[0])]
+        """Return id, name and color ("#rrggbb") of each class."""
+        colors = hex_colors(self.label_set)
+        return [{"id": i, "name": name, "color": colors[i]} for i, name in enumerate(self.label_set.names)]
 
     def bands(self, wanted: int | None = None) -> int:
         """Return the number of the input's bands.
@@ -219,8 +214,10 @@ def _plain(value: Any) -> Any:
 
 
 def _size_multiple(network: LoadedNetwork) -> int | None:
-    config = _model_of(network).config
-    return SIZE_MULTIPLES.get((getattr(config, "backbone_config", None) or config).model_type)
+    model = _model_of(network)
+    kind = (getattr(model.config, "backbone_config", None) or model.config).model_type
+    has_attention = any("attention" in type(module).__name__.lower() for module in model.modules())
+    return None if kind == "timm_backbone" and has_attention else SIZE_MULTIPLES.get(kind)
 
 
 def _model_of(network: LoadedNetwork) -> Any:

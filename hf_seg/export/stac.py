@@ -138,7 +138,7 @@ def _output(metadata: ExportMetadata) -> dict[str, Any]:
         "result": {"shape": shape, "dim_order": ["batch", "class", "height", "width"], "data_type": "float32"},
         "classification:classes": [
             {"value": each["id"], "name": _plain_name(each["name"]), "description": each["name"]}
-            | {"color_hint": each["color"]}
+            | {"color_hint": each["color"].removeprefix("#").upper()}
             for each in metadata.classes
         ],
     }

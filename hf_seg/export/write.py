@@ -1,7 +1,7 @@
 """Write a network or an ensemble as one checked file with its metadata.
 
     options = ExportOptions(format="onnx")
-    export_networks(load_networks("runs/ensemble"), Path("runs/exported"), options, name="ensemble")
+    export_networks(load_networks("runs/ensemble"), Path("runs/exported"), options)
 
 The folder then contains `model.onnx` or `model.pt2` and `stac.json`, and for an ONNX model over 2 GB its weights in
 `model.onnx.data`. It appears when the file has been run and agrees with PyTorch.
@@ -86,13 +86,12 @@ def check_target(folder: Path, *, overwrite: bool) -> None:
         raise UserError(f"{folder} contains an export; add --overwrite, or name another folder")
 
 
-def export_networks(networks: Sequence[LoadedNetwork], folder: Path, options: ExportOptions, *, name: str) -> Exported:
+def export_networks(networks: Sequence[LoadedNetwork], folder: Path, options: ExportOptions) -> Exported:
     """Export networks as one graph, check it and write it.
 
     Args:
-        networks: of `load_networks`, in memory.
+        networks: of `load_networks`, in memory; of one model or ensemble, by whose name the export goes.
         folder: to write.
-        name: of the model, one that may be published.
 
     Raises:
         UserError: networks, options or a folder that cannot be used, or a file that does not agree with PyTorch; then
@@ -109,7 +108,8 @@ def export_networks(networks: Sequence[LoadedNetwork], folder: Path, options: Ex
     if tile is None:
         tile = generate_tile(graph, bands, crop_size)
     metadata = ExportMetadata(
-        name=name,
+        name=networks[0].model or networks[0].name,
+        revision=networks[0].model_revision,
         classes=graph.classes(),
         background=BACKGROUND,
         bands=bands,

@@ -15,7 +15,8 @@ from hf_seg.data.pseudo_label_dataset import CONFIDENCE_STEP
 from hf_seg.errors import UserError
 from hf_seg.files import write_atomic
 from hf_seg.hub.export import read_record, read_training_data, without_paths
-from hf_seg.labels import CLASS_NAMES, IGNORE_INDEX, LABEL2ID, PALETTE
+from hf_seg.label_sets import hex_colors, label_set_of
+from hf_seg.labels import IGNORE_INDEX
 from hf_seg.settings import packaged_folder
 
 Provenance = dict[str, Any]  # as `read_provenance` returns it
@@ -55,7 +56,10 @@ def write_model_card(folder: Path) -> None:
         for column in facts["columns"]
     ]
     facts |= {"name": folder.as_posix(), "title": header.model_name, "settings": recipe}
-    facts["class_rows"] = [(index, name, bytes(PALETTE[index]).hex().upper()) for index, name in enumerate(CLASS_NAMES)]
+    network = folder / "member_0" if template == "ensemble.md" else folder
+    label_set = label_set_of(read_record(network / "config.json"), folder.as_posix())
+    colors = [color.lstrip("#").upper() for color in hex_colors(label_set)]
+    facts["class_rows"] = [*zip(range(label_set.num_labels), label_set.names, colors, strict=True)]
     facts["figures"] = [path.relative_to(folder) for path in folder.glob("figures/**/*.png")]
     loader = jinja2.FileSystemLoader(packaged_folder("model_cards"))
     environment = jinja2.Environment(loader=loader, undefined=jinja2.StrictUndefined)  # noqa: S701 (no HTML)
@@ -85,7 +89,11 @@ def _describe_network(folder: Path, recipe: dict[str, Any]) -> tuple[str, ModelC
     datasets = [data[domain] for domain in used]
     labels_id = labels and _hub_id(labels)
     other_terms = [each for each in (base_model and (_hub_id(base_model) or Path(base_model).name), labels_id) if each]
-    moved = {"model_name_or_path": base_model, "pseudo_labels": labels}  # in the recipe by their last part, if local
+    moved = {
+        "model_name_or_path": base_model,
+        "pseudo_labels": labels,
+        "label_set": recipe.get("label_set"),
+    }  # in the recipe by their last part, if local
 
     encoder = config.get("backbone_config") or config
     header = _header(
@@ -225,7 +233,8 @@ def write_pseudo_label_card(folder: Path, summary: dict[str, Any]) -> None:
         configs=[config],
         **_license([data], from_hub),
     )
-    facts: dict[str, Any] = {"ids": LABEL2ID, "ignore_index": IGNORE_INDEX, "confidence_step": CONFIDENCE_STEP}
+    ids = {name: index for index, name in enumerate(summary["class_histogram"], start=1)}
+    facts: dict[str, Any] = {"ids": ids, "ignore_index": IGNORE_INDEX, "confidence_step": CONFIDENCE_STEP}
     facts |= {**summary, "models": models, "data": data, "from_hub": from_hub}
     template = packaged_folder("model_cards") / "pseudo_labels.md"
     card = DatasetCard.from_template(header, template_path=str(template), **facts)

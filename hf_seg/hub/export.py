@@ -10,6 +10,7 @@ from transformers import PreTrainedModel, SegformerImageProcessor
 
 from hf_seg.errors import UserError, file_errors
 from hf_seg.files import atomic_update, write_atomic
+from hf_seg.lora import ADAPTER_FOLDER, has_adapters, merge_adapters, save_adapter
 from hf_seg.models import normalization_of
 from hf_seg.normalization import IMAGENET, Normalization
 
@@ -47,11 +48,13 @@ def export_model(
 ) -> None:
     """Write weights (safetensors), config, processor, `recipe.yaml`, `eval_results.json` and `training_data.json`.
 
+    Adapters of LoRA are merged into the weights; `adapter/` has them alone, in peft's format.
+
     Everything is written to a temporary folder first, so a full disk (`FileError`) or a kill does not damage an earlier
     model. While the files are replaced there is no `config.json`, so no mixture of two models is taken for one.
 
     Args:
-        model: a stock model.
+        model: a stock model, with or without adapters.
         crop_size: see `image_processor`.
         recipe: the resolved settings as YAML.
         results: from `evaluate_network`; None if the model was not scored.
@@ -59,6 +62,9 @@ def export_model(
     """
     # the scores of an earlier model are not those of this one
     with atomic_update(folder, first=("config.json", "eval_results.json"), last="config.json") as temporary:
+        if has_adapters(model):
+            save_adapter(model, temporary / ADAPTER_FOLDER)
+            model = merge_adapters(model)
         model.save_pretrained(temporary)
         image_processor(crop_size, normalization_of(model)).save_pretrained(temporary)
         (temporary / "recipe.yaml").write_text(recipe, encoding="utf-8")

@@ -23,11 +23,17 @@ from hf_seg.hub.export import TRAINING_DATA_FILE, read_record, without_paths
 from hf_seg.inference.load import load_networks
 
 _WEIGHTS = ("config.json", "preprocessor_config.json", "model*.safetensors", "model.safetensors.index.json")
+_ADAPTER = ("adapter/adapter_config.json", "adapter/adapter_model.safetensors")  # of LoRA
 _RECORD = ("README.md", "recipe.yaml", TRAINING_DATA_FILE, "eval_results.json", "metrics.jsonl", "figures/*.png")
 # What is sent of each kind of folder. Not local_paths.yaml, checkpoints/, tracker/, temporary files, the many pictures
 # of figures/mixes/, nor best/, which is a model of its own: push_to_hub.py sends it if asked.
 _SENT = {
-    "model": (*_WEIGHTS, *_RECORD, *(f"student/{name}" for name in (*_WEIGHTS, "recipe.yaml", "eval_results.json"))),
+    "model": (
+        *_WEIGHTS,
+        *_ADAPTER,
+        *_RECORD,
+        *(f"student/{name}" for name in (*_WEIGHTS, *_ADAPTER, "recipe.yaml", "eval_results.json")),
+    ),
     "ensemble": ("ensemble.json", *(f"member_*/{name}" for name in _WEIGHTS), *_RECORD),
     "dataset": ("manifest.json", "inputs.json", "data/*.parquet", *_RECORD),
 }

@@ -17,6 +17,8 @@ from torch import Tensor, nn
 from hf_seg.bands import Bands
 from hf_seg.errors import UserError, file_errors
 from hf_seg.files import sha256_of
+from hf_seg.label_sets import label_set_of
+from hf_seg.labels import LabelSet
 
 MODEL_FILES = {"onnx": "model.onnx", "pt2": "model.pt2"}  # in the folder of an export, by format
 METADATA_KEY = "hf_seg"  # of the JSON in the file's own metadata
@@ -32,8 +34,8 @@ class ExportMetadata:
     The graph maps raw pixels, (B, bands, H, W) float32 in the units of the data, to class probabilities, (B, K, H, W).
 
     Args:
-        name: of the model, one that may be published.
-        classes: id, name and color ("RRGGBB") of each class, by id.
+        name, revision: of the model, or its commit on the Hub; a name that may be published.
+        classes: id, name and color ("#rrggbb") of each class, by id.
         background: id of the class that is never predicted: its probability is 0, and those of the others add up to
             one minus what the networks gave it.
         bands: number of the input's bands.
@@ -47,6 +49,7 @@ class ExportMetadata:
     """
 
     name: str
+    revision: str | None
     classes: list[dict[str, Any]]
     background: int
     bands: int
@@ -58,9 +61,11 @@ class ExportMetadata:
     opset: int | None = None
 
     @property
-    def class_names(self) -> dict[int, str]:
-        """The name of each class, by id."""
-        return {each["id"]: each["name"] for each in self.classes}
+    def label_set(self) -> LabelSet:
+        """The classes."""
+        names = {each["id"]: each["name"] for each in self.classes}
+        colors = [each["color"] for each in self.classes]
+        return label_set_of({"id2label": names, "label_colors": colors}, self.name)
 
     @property
     def stretch(self) -> Bands | None:
@@ -79,7 +84,7 @@ class ExportMetadata:
             if values.pop("format") != FORMAT:
                 raise UserError(f"{name} was exported by another version of hf_seg; export the model again")
             metadata = cls(**values)
-            _ = metadata.class_names, metadata.stretch, int(metadata.bands), int(metadata.crop_size)
+            _ = metadata.label_set, metadata.stretch, int(metadata.bands), int(metadata.crop_size)
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             if isinstance(error, UserError):
                 raise

@@ -28,7 +28,8 @@ from hf_seg.bands import Bands
 from hf_seg.errors import UserError
 from hf_seg.files import sha256_of
 from hf_seg.inference.exported import find_exported, open_exported
-from hf_seg.labels import BACKGROUND, ID2LABEL
+from hf_seg.label_sets import label_set_of, require_same_classes
+from hf_seg.labels import BACKGROUND, OPEN_EARTH_MAP, LabelSet
 from hf_seg.normalization import IMAGENET, Normalization
 
 ENSEMBLE_FILE = "ensemble.json"
@@ -47,9 +48,12 @@ class LoadedNetwork:
         weight: relative to the other networks of an ensemble.
         origin: folder or Hub id.
         revision: commit on the Hub; None for a folder.
+        model, model_revision: name and commit of the model or ensemble that it was loaded with: the Hub id, or the last
+            part of a folder, whose commit is None; no name for a network in memory.
         folder: of its files; None for a network in memory.
-        module: the network, (B, bands, h, w) float32 -> logits (B, 9, any, any), bare or as `.logits` of its output;
+        module: the network, (B, bands, h, w) float32 -> logits (B, N, any, any), bare or as `.logits` of its output;
             None leaves it on disk.
+        label_set: its N classes.
     """
 
     crop_size: int
@@ -58,8 +62,11 @@ class LoadedNetwork:
     weight: float = 1.0
     origin: str = "memory"
     revision: str | None = None
+    model: str = ""
+    model_revision: str | None = None
     folder: Path | None = None
     module: nn.Module | None = field(default=None, repr=False)
+    label_set: LabelSet = OPEN_EARTH_MAP
 
     def network(self) -> nn.Module:
         """Return the network; one left on disk is loaded, in eval mode, and lives while the caller keeps it."""
@@ -99,7 +106,8 @@ def load_networks(
         The networks, in eval mode.
 
     Raises:
-        UserError: not found, incomplete or damaged, or of other classes; the message names it.
+        UserError: not found, incomplete or damaged, not of this project, or members of different classes; the message
+            names it.
     """
     if not subfolder and (exported := find_exported(str(name))):
         return [_describe_exported(exported, str(name))]
@@ -118,22 +126,27 @@ def load_networks(
         raise UserError(f"{name} has no folder {subfolder} with a model")
     else:
         raise UserError(f"{name} is neither a model nor an ensemble: it has no config.json and no {ENSEMBLE_FILE}")
-    if not low_memory:
-        for loaded in networks:
+    for loaded in networks:
+        loaded.model = str(name).partition("@")[0] if revision else folder.resolve().name
+        loaded.model_revision = revision
+        if not low_memory:
             loaded.module = loaded.network()
     return networks
 
 
-def use_network(module: nn.Module, *, crop_size: int | None = None) -> LoadedNetwork:
+def use_network(
+    module: nn.Module, *, crop_size: int | None = None, label_set: LabelSet = OPEN_EARTH_MAP
+) -> LoadedNetwork:
     """Describe a network in memory.
 
     Args:
         module: a stock model that came from a folder or the Hub brings its crop size and normalisation; one that
             was built has the normalisation of its encoder, any other module ImageNet's.
         crop_size: replaces that of the model.
+        label_set: the classes of a module that is no stock model; those know theirs.
 
     Raises:
-        UserError: the crop size is unknown.
+        UserError: the crop size is unknown, or the model is not of this project.
     """
     from transformers import SegformerForSemanticSegmentation, UperNetForSemanticSegmentation
 
@@ -146,9 +159,13 @@ def use_network(module: nn.Module, *, crop_size: int | None = None) -> LoadedNet
         module = SegmentationNetwork(module)  # stock UperNet would also compute its auxiliary head
     if described is None and crop_size is None:
         raise UserError("this network does not tell the crop that it was trained at: pass window=..., in pixels")
-    of_encoder = module.normalization if isinstance(module, SegmentationNetwork) else IMAGENET
+    of_encoder = IMAGENET
+    if isinstance(module, SegmentationNetwork):
+        of_encoder, label_set = module.normalization, label_set_of(module.model.config.to_dict(), "this network")
     crop, normalization = described or (0, of_encoder)
-    return LoadedNetwork(crop_size=crop_size or crop, normalization=normalization, bands=bands, module=module)
+    return LoadedNetwork(
+        crop_size=crop_size or crop, normalization=normalization, bands=bands, module=module, label_set=label_set
+    )
 
 
 def normalized_weights(networks: Sequence[LoadedNetwork]) -> list[float]:
@@ -176,6 +193,14 @@ def shared_bands(networks: Sequence[LoadedNetwork]) -> Bands | None:
         found = " and ".join(sorted({", ".join(each.names) if each else "8-bit images" for each in bands}))
         raise UserError(f"networks of one ensemble take the same bands with the same stretch; these take {found}")
     return bands.pop()
+
+
+def common_label_set(networks: Sequence[LoadedNetwork]) -> LabelSet:
+    """Return the classes of networks that are used together; `UserError` where two networks disagree."""
+    first, *others = networks
+    for other in others:
+        require_same_classes(first.label_set.names, other.label_set.names, first.origin, other.origin)
+    return first.label_set
 
 
 def find_folder(name: str, patterns: Sequence[str], **hub: Any) -> tuple[Path, str | None]:
@@ -212,11 +237,12 @@ def _describe(folder: Path, name: str, **known: Any) -> LoadedNetwork:
     if absent := [pattern for pattern in MODEL_FILES if not any(folder.glob(pattern))]:
         raise UserError(f"{name} is incomplete: it has no {absent[0]}; fetch or export it again")
     crop_size, normalization = _read_processor(folder)
+    config = _read_config(folder, name)
     try:
-        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-        bands = Bands.from_config(config.get("input_bands"))
-    except (OSError, ValueError, AttributeError) as error:
+        bands = Bands.from_config(getattr(config, "input_bands", None))
+    except ValueError as error:
         raise UserError(f"{name}: config.json cannot be read ({error})") from None
+    known["label_set"] = label_set_of(config.to_dict(), name)
     return LoadedNetwork(crop_size=crop_size, normalization=normalization, bands=bands, folder=folder, **known)
 
 
@@ -224,12 +250,29 @@ def _describe_exported(path: Path, name: str) -> LoadedNetwork:
     """Open an exported network, which takes pixels as they are: it normalises them itself."""
     module = open_exported(path)
     metadata = module.metadata
-    if metadata.class_names != ID2LABEL:
-        raise UserError(f"{name} is no segmentation model of the {len(ID2LABEL)} land-cover classes")
-    identity = Normalization(mean=(0.0,) * metadata.bands, std=(1.0,) * metadata.bands, scale=1.0)
     return LoadedNetwork(
-        crop_size=metadata.crop_size, normalization=identity, bands=metadata.stretch, origin=name, module=module
+        crop_size=metadata.crop_size,
+        normalization=Normalization(mean=(0.0,) * metadata.bands, std=(1.0,) * metadata.bands, scale=1.0),
+        bands=metadata.stretch,
+        origin=name,
+        model=metadata.name,
+        model_revision=metadata.revision,
+        module=module,
+        label_set=metadata.label_set,
     )
+
+
+def _read_config(folder: Path, name: str) -> Any:
+    """Return the config of a model in a folder, of an architecture that is supported."""
+    from transformers import AutoConfig
+
+    try:
+        config = AutoConfig.from_pretrained(folder)
+    except (OSError, ValueError) as error:
+        raise UserError(f"{name}: config.json cannot be read ({str(error).splitlines()[0]})") from None
+    if config.model_type not in ("segformer", "upernet"):
+        raise UserError(f"{name} is a {config.model_type}, no segmentation model of this project")
+    return config
 
 
 def _read_processor(folder: Path) -> tuple[int, Normalization]:
@@ -260,17 +303,12 @@ def _find_processor(model: Any) -> tuple[int, Normalization] | None:
 
 
 def _open_model(folder: Path, name: str) -> nn.Module:
-    """Load every tensor of a model of the nine classes, as a `SegmentationNetwork`."""
-    from transformers import AutoConfig, SegformerForSemanticSegmentation, UperNetForSemanticSegmentation
+    """Load every tensor of a model, as a `SegmentationNetwork`."""
+    from transformers import SegformerForSemanticSegmentation, UperNetForSemanticSegmentation
 
     from hf_seg.models import SegmentationNetwork, load_weights, require_supported
 
-    try:
-        config = AutoConfig.from_pretrained(folder)
-    except (OSError, ValueError) as error:
-        raise UserError(f"{name}: config.json cannot be read ({str(error).splitlines()[0]})") from None
-    if config.model_type not in ("segformer", "upernet") or config.id2label != ID2LABEL:
-        raise UserError(f"{name} is no segmentation model of the {len(ID2LABEL)} land-cover classes")
+    config = _read_config(folder, name)
     require_supported(name, config)
     stock = SegformerForSemanticSegmentation if config.model_type == "segformer" else UperNetForSemanticSegmentation
     return SegmentationNetwork(load_weights(stock, str(folder), config, may_be_new=()))
@@ -308,4 +346,5 @@ def _read_ensemble(folder: Path, name: str) -> list[LoadedNetwork]:
             )
         networks.append(loaded)
     normalized_weights(networks)  # what is wrong with them shows before anything is loaded
+    common_label_set(networks)
     return networks

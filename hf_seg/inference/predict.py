@@ -19,11 +19,10 @@ from torch import Tensor, nn
 
 from hf_seg.arguments import PredictionSettings
 from hf_seg.errors import UserError
-from hf_seg.inference.load import LoadedNetwork, normalized_weights, shared_bands
+from hf_seg.inference.load import LoadedNetwork, common_label_set, normalized_weights, shared_bands
 from hf_seg.inference.sliding_window import sliding_window_probs
 from hf_seg.inference.tta import TTA_PRESETS, average_views
 from hf_seg.inference.vote import VoteAccumulator
-from hf_seg.labels import NUM_LABELS
 from hf_seg.normalization import to_pixel_values
 
 logger = logging.getLogger(__name__)
@@ -46,10 +45,11 @@ class Predictor:
     Attributes:
         weights: of the networks, with a sum of 1.
         bands: of the images; None: 8-bit SAR or RGB.
+        label_set: their classes.
         seconds: spent in the networks.
 
     Raises:
-        UserError: a setting that does not exist here.
+        UserError: a setting that does not exist here, or networks of different classes.
     """
 
     def __init__(
@@ -72,6 +72,7 @@ class Predictor:
         self.stride, self.batch_size = stride, batch_size
         self.weights = normalized_weights(self.networks)
         self.bands = shared_bands(self.networks)
+        self.label_set = common_label_set(self.networks)
         self.seconds = 0.0
         for loaded in self.networks:
             if loaded.module is not None:
@@ -194,10 +195,11 @@ class Predictor:
                 f"{self.device}; lower --batch_size"
             ) from None
         logits = output if isinstance(output, Tensor) else output.logits
-        if logits.ndim != 4 or logits.shape[:2] != (len(pixel_values), NUM_LABELS):
+        num_labels = self.label_set.num_labels
+        if logits.ndim != 4 or logits.shape[:2] != (len(pixel_values), num_labels):
             raise UserError(
                 f"the network returns {tuple(logits.shape)} for {tuple(pixel_values.shape)}; expected logits of "
-                f"{NUM_LABELS} classes, ({len(pixel_values)}, {NUM_LABELS}, height, width)"
+                f"{num_labels} classes, ({len(pixel_values)}, {num_labels}, height, width)"
             )
         if logits.shape[2:] != pixel_values.shape[2:]:
             size = pixel_values.shape[2:]

@@ -64,9 +64,9 @@ class VoteAccumulator:
         return logits
 
     def entropy(self) -> Tensor:
-        """Return -sum_c q_c ln q_c in nats, (..., H, W), 0 (certain) to ln 8 (uniform).
+        """Return -sum_c q_c ln q_c in nats, (..., H, W): 0 if certain, ln K if uniform over K classes.
 
-        q is the mean probability of classes 1..8, scaled to a sum of 1.
+        q is the mean probability of the classes from 1 up, scaled to a sum of 1.
         """
         mean = _land_cover(self._sum).clamp_min(_LEAST)
         return torch.special.entr(mean / mean.sum(-3, keepdim=True)).sum(-3)

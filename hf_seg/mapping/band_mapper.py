@@ -10,7 +10,7 @@ from torch import Tensor
 from hf_seg.inference.predict import Predictor
 from hf_seg.inference.sliding_window import RowBlender, window_starts
 from hf_seg.inference.vote import VoteAccumulator
-from hf_seg.labels import BACKGROUND, NUM_LABELS
+from hf_seg.labels import BACKGROUND
 from hf_seg.mapping.options import RasterOptions
 from hf_seg.mapping.output import BLOCK, SCORE_MAX, SCORE_NODATA, choose_layers
 from hf_seg.mapping.scene import Scene
@@ -79,7 +79,7 @@ class BandMapper:
             read_rows,
             height=self.scene.height,
             width=self.scene.width,
-            num_labels=NUM_LABELS,
+            num_labels=self.predictor.label_set.num_labels,
             window=window,
             stride=stride,
             batch_size=self.options.batch_size,
@@ -104,7 +104,7 @@ class BandMapper:
             "disagreement": accumulator.disagreement,
             "probabilities": accumulator.probs,
         }
-        for layer in choose_layers(self.options)[1:]:
+        for layer in choose_layers(self.options, self.predictor.label_set)[1:]:
             levels = (scores[layer.name]() * SCORE_MAX).round().clamp(0, SCORE_MAX)
             layers.append(torch.where(valid, levels, SCORE_NODATA).to(torch.uint8).reshape(-1, *valid.shape))
         return torch.cat(layers).cpu().numpy()

@@ -7,19 +7,20 @@ import rasterio
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 
-from hf_seg.labels import BACKGROUND, IGNORE_INDEX, NUM_LABELS
+from hf_seg.labels import BACKGROUND, IGNORE_INDEX, OPEN_EARTH_MAP, LabelSet
 from hf_seg.mapping.scene import Scene
 from hf_seg.report.style import DPI, class_legend, colorize, percent, show_image
 
 MAX_SIDE = 1200  # longest side of the map in the figure, in pixels
 
 
-def plot_map(class_map: Path, scene: Scene, output: Path, *, title: str) -> None:
+def plot_map(class_map: Path, scene: Scene, output: Path, *, title: str, label_set: LabelSet = OPEN_EARTH_MAP) -> None:
     """Draw a scene and its map, a GeoTIFF of class ids, with a legend that gives the percentage of each class.
 
     Args:
         output: PNG to write.
         title: title of the scene.
+        label_set: names and colours of the classes.
     """
     with rasterio.open(class_map) as file:
         zoom = min(1.0, MAX_SIDE / max(file.shape))
@@ -36,8 +37,9 @@ def plot_map(class_map: Path, scene: Scene, output: Path, *, title: str) -> None
     scene_axes, map_axes = figure.subplots(rows, columns).tolist()
     image = _for_display(scene.quicklook(classes != BACKGROUND))
     show_image(scene_axes, title, image, interpolation="auto")
-    show_image(map_axes, "land cover", colorize(np.where(classes == BACKGROUND, IGNORE_INDEX, classes)))
-    figure.legend(handles=_legend(classes), loc="outside lower center", ncols=5, frameon=False, fontsize=10)
+    painted = colorize(np.where(classes == BACKGROUND, IGNORE_INDEX, classes), label_set)
+    show_image(map_axes, "land cover", painted)
+    figure.legend(handles=_legend(classes, label_set), loc="outside lower center", ncols=5, frameon=False, fontsize=10)
     figure.savefig(output, format="png")
 
 
@@ -49,11 +51,11 @@ def _for_display(pixels: np.ndarray) -> np.ndarray:
     return shown[0] if len(shown) < 3 else np.moveaxis(shown * 255, 0, -1).astype(np.uint8)
 
 
-def _legend(classes: np.ndarray) -> list[Patch]:
+def _legend(classes: np.ndarray, label_set: LabelSet) -> list[Patch]:
     """Build the legend of (h, w) class ids: a patch per class with its percentage, and one for pixels without class."""
-    counts = np.bincount(classes.ravel(), minlength=NUM_LABELS)
+    counts = np.bincount(classes.ravel(), minlength=label_set.num_labels)
     land_cover = counts[BACKGROUND + 1 :]
-    *patches, nodata = class_legend({IGNORE_INDEX})
+    *patches, nodata = class_legend({IGNORE_INDEX}, label_set)
     for patch, count in zip(patches, land_cover, strict=True):
         patch.set_label(f"{patch.get_label()} {percent(count / max(land_cover.sum(), 1))}")
     nodata.set_label("no class")

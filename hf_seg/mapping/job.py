@@ -13,6 +13,7 @@ import time
 import zlib
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from tqdm import tqdm
@@ -23,10 +24,13 @@ from hf_seg.inference.predict import Predictor
 from hf_seg.labels import BACKGROUND
 from hf_seg.mapping.band_mapper import ROWS_AT_ONCE, BandMapper
 from hf_seg.mapping.gdal import GDAL_ERRORS, gdal_reason, gdal_session
+from hf_seg.mapping.legend import side_car
 from hf_seg.mapping.options import RasterOptions
 from hf_seg.mapping.output import Layer, choose_layers, write_layer
-from hf_seg.mapping.polygons import write_polygons
+from hf_seg.mapping.provenance import FILE_TIME, Acquisition, find_acquisition, model_tags
 from hf_seg.mapping.scene import READ_ROWS, Scene
+from hf_seg.mapping.side_files import FinishedMap, check_targets, choose_side_files
+from hf_seg.mapping.stac import MapFile
 from hf_seg.mapping.statistics import MapStatistics, MapSummary
 
 logger = logging.getLogger(__name__)
@@ -86,14 +90,12 @@ class MapJob:
         self.predictor, self.destination, self.options = predictor, Path(destination), options
         if options.disagreement and len(predictor.networks) < 2:
             raise UserError("disagreement needs an ensemble; this model is a single network")
-        self.layers = choose_layers(options)
-        self._extras: dict[Path, Callable[[Path, Path], None]] = {}  # file: writes it, given the class map
-        if options.preview:
-            self._extras[self.destination.with_name(f"{self.destination.stem}_preview.png")] = self._draw_preview
-        if options.polygons is not None:
-            self._extras[options.polygon_path(self.destination)] = write_polygons
+        self.layers = choose_layers(options, predictor.label_set)
+        self._model_tags = model_tags(predictor.networks)
+        self.side_files = choose_side_files(self.destination, options)
         self.folder = self.destination.with_name(f".{self.destination.name}.partial")
-        self._check_targets(Path(source))
+        targets = [*(layer.path(self.destination) for layer in self.layers), *(each.path for each in self.side_files)]
+        check_targets(targets, Path(source), predictor.label_set, overwrite=options.overwrite, bands=self.folder)
         windows = [network.crop_size for network in predictor.networks]
         self.geometry = [(window, max(1, round(options.stride * window))) for window in windows]
         self.scene = Scene(
@@ -106,6 +108,9 @@ class MapJob:
             cached_rows=max(windows) + ROWS_AT_ONCE + READ_ROWS,
         )
         self._mapper = BandMapper(predictor, self.scene, self.geometry, options)
+        self._acquisition: Acquisition | None = None
+        if options.stac:
+            self._acquisition = find_acquisition(self.scene.dataset, self.scene.name, options.datetime)
 
     def close(self) -> None:
         """Close the scene."""
@@ -130,6 +135,12 @@ class MapJob:
                 remove(self.folder)
             self.folder.mkdir(parents=True, exist_ok=True)
             write_atomic(file, content)
+        if self._acquisition and self._acquisition.source == FILE_TIME:
+            logger.warning(
+                "%s does not tell when it was acquired; the STAC item has the modification time of the file, %s; pass "
+                "--datetime (datetime=...) to correct it",
+                *(self.scene.name, self._acquisition.begin.isoformat()),
+            )
         finished = self._mapper.count - len(self.missing())
         logger.info(
             "%s: %d x %d pixels, %s; windows of %s, every %s pixels; %s",
@@ -160,13 +171,14 @@ class MapJob:
         Raises:
             UserError: no pixel of the scene has data, a band is damaged, or a file cannot be written.
         """
-        dataset, tags = self.scene.dataset, self._tags()
+        dataset, tags = self.scene.dataset, self._tags() | self._model_tags
         statistics = MapStatistics(
             self.scene.width,
             row_borders=self._mapper.borders(self.scene.height),
             column_borders=self._mapper.borders(self.scene.width),
             crs=dataset.crs,
             transform=dataset.transform,
+            label_set=self.predictor.label_set,
         )
         with self._writing_errors():
             for top, (class_map,) in self._read_bands(self.layers[0]):
@@ -176,38 +188,34 @@ class MapJob:
                 raise UserError(f"{self.scene.name}: no pixel has data")
             if statistics.seam_score is not None:
                 tags["seam_score"] = f"{statistics.seam_score:.4f}"
-            paths = []
-            for layer in self.layers:
-                path, read_bands = layer.path(self.folder / "layer.tif"), functools.partial(self._read_bands, layer)
-                paths.append(write_layer(path, layer, read_bands, scene=dataset, tags=tags, cog=self.options.cog))
-            for target, write in self._extras.items():
-                with atomic_file(target) as temporary:
-                    write(paths[0], temporary)
-            targets = [layer.path(self.destination) for layer in self.layers]
-            for path, target in reversed([*zip(paths, targets, strict=True)]):  # the map last: then everything exists
-                flush(path)
-                os.replace(path, target)
+            files = self._write_files(statistics.pixels.tolist(), tags)
             remove(self.folder)
         return statistics.summary(
-            [*targets, *self._extras],
+            files,
             seconds=time.perf_counter() - self._start,
             network_seconds=self.predictor.seconds - self._networks_start,
         )
 
-    def _check_targets(self, source: Path) -> None:
-        """Refuse to write over the scene, a folder or, without `overwrite`, an existing file."""
-        if self.destination.suffix.lower() not in (".tif", ".tiff"):
-            raise UserError(f"the map is a GeoTIFF: its name must end in .tif, not {self.destination.name!r}")
-        for target in [*(layer.path(self.destination) for layer in self.layers), *self._extras]:
-            with file_errors(target, "cannot be written"):
-                if target.is_dir():
-                    raise UserError(f"{target} is a folder; name the file to write")
-                if source.exists() and target.exists() and source.samefile(target):
-                    raise UserError(f"{target} is the scene itself; name another file for the map")
-                # a run that was killed while it moved its files to their places may have left all but the map
-                is_resumed = target != self.destination and self.folder.exists()
-                if target.exists() and not self.options.overwrite and not is_resumed:
-                    raise UserError(f"{target} already exists; add --overwrite (overwrite=True), or name another file")
+    def _write_files(self, pixels: Sequence[int], tags: dict[str, str]) -> list[Path]:
+        """Write all files of the map and return their places, the map first; it is the last to appear."""
+        files: dict[str, MapFile] = {}
+        for layer in self.layers:
+            path, read_bands = layer.path(self.folder / "layer.tif"), functools.partial(self._read_bands, layer)
+            how: dict[str, Any] = {"tags": tags, "label_set": self.predictor.label_set, "cog": self.options.cog}
+            path = write_layer(path, layer, read_bands, scene=self.scene.dataset, **how)
+            files[layer.name or "land_cover"] = MapFile(layer.path(self.destination), path)
+        layers = [*files.values()]
+        finished = FinishedMap(self.scene, files, self.predictor.label_set, pixels, tags, self._acquisition)
+        for each in self.side_files:
+            with atomic_file(each.path) as temporary:
+                each.write(finished, temporary)
+            files[each.key] = MapFile(each.path, each.path)
+        for target, path in reversed(layers):
+            if target != self.destination:
+                side_car(target).unlink(missing_ok=True)  # what a GIS may have stored about a file that is replaced
+            flush(path)
+            os.replace(path, target)
+        return [file.path for file in files.values()]
 
     @contextlib.contextmanager
     def _writing_errors(self) -> Iterator[None]:
@@ -255,8 +263,3 @@ class MapJob:
         if self.options.abstain:
             tags["abstain"] = repr(self.options.abstain)
         return tags
-
-    def _draw_preview(self, class_map: Path, output: Path) -> None:
-        from hf_seg.mapping.figure import plot_map  # matplotlib is slow to import
-
-        plot_map(class_map, self.scene, output, title=Path(self.scene.name).name)

@@ -7,6 +7,7 @@ from typing import Literal, get_args
 
 from hf_seg.arguments import Tta
 from hf_seg.errors import UserError
+from hf_seg.mapping.provenance import parse_times
 from hf_seg.settings import check_bounds, setting
 
 Units = Literal["linear", "power", "db"]
@@ -58,6 +59,10 @@ class OutputOptions:
         None,
         "also write the map as polygons: a file name, or a suffix (.gpkg, .geojson, .fgb) to name it after the map",
     )
+    stac: bool = setting(False, "also describe the map as an item of a STAC catalog: MAP.stac.json")
+    datetime: str | None = setting(
+        None, "when the scene was acquired, for the STAC item: ISO 8601, or begin/end; default: from the scene's tags"
+    )
     overwrite: bool = setting(False, "replace an existing map")
 
 
@@ -66,13 +71,21 @@ class RasterOptions(OutputOptions, PredictionOptions, SceneOptions):
     """How to read a scene, how to predict, and what to write.
 
     Raises:
-        UserError: a value out of its bounds, or polygons that cannot be written.
+        UserError: a value out of its bounds, or polygons or a STAC item that cannot be written.
     """
 
     def __post_init__(self) -> None:
         check_bounds(self)
-        if self.polygons is None:
-            return
+        if self.polygons is not None:
+            self._check_polygons()
+        if self.datetime is not None:
+            parse_times(self.datetime)
+            if not self.stac:
+                raise UserError("datetime is a property of the STAC item; add --stac (stac=True)")
+        if self.stac and importlib.util.find_spec("pystac") is None:
+            raise UserError("a STAC item needs pystac: pip install 'hf_seg[stac]'")
+
+    def _check_polygons(self) -> None:
         path = self.polygon_path(Path("map.tif"))
         if path.suffix not in POLYGON_SUFFIXES:
             raise UserError(f"polygons are written to a file that ends in {', '.join(POLYGON_SUFFIXES)}; not to {path}")

@@ -15,18 +15,11 @@ from rasterio.enums import Resampling
 from rasterio.profiles import DefaultGTiffProfile
 from rasterio.windows import Window
 
-from hf_seg.labels import BACKGROUND, CLASS_NAMES, PALETTE
+from hf_seg.labels import BACKGROUND, LabelSet
 from hf_seg.mapping.options import OutputOptions
 
 BLOCK = 512  # side of a tile in pixels
 SCORE_NODATA, SCORE_MAX = 255, 254  # a score of 1.0 is stored as SCORE_MAX
-
-# Option that chooses a layer: descriptions of its bands.
-SCORES = {
-    "confidence": ("probability of the class",),
-    "disagreement": ("weight of the networks for another class",),
-    "probabilities": CLASS_NAMES,
-}
 
 Bands = Iterable[tuple[int, np.ndarray]]  # first row, (bands of the layer, rows, width) uint8
 
@@ -42,9 +35,14 @@ class Layer(NamedTuple):
         return class_map.with_name(f"{class_map.stem}_{self.name}.tif") if self.name else class_map
 
 
-def choose_layers(options: OutputOptions) -> list[Layer]:
+def choose_layers(options: OutputOptions, label_set: LabelSet) -> list[Layer]:
     """Return the layers of a map, the class ids first."""
-    scores = [Layer(name, bands) for name, bands in SCORES.items() if getattr(options, name)]
+    descriptions = {  # by the option that chooses the layer
+        "confidence": ("probability of the class",),
+        "disagreement": ("weight of the networks for another class",),
+        "probabilities": label_set.names,
+    }
+    scores = [Layer(name, bands) for name, bands in descriptions.items() if getattr(options, name)]
     return [Layer("", ("land cover",)), *scores]
 
 
@@ -55,6 +53,7 @@ def write_layer(
     *,
     scene: rasterio.DatasetReader,
     tags: Mapping[str, str],
+    label_set: LabelSet,
     cog: bool = False,
 ) -> Path:
     """Write one file of a map, check it and return its path.
@@ -64,12 +63,13 @@ def write_layer(
         read_bands: returns the rows of the layer from top to bottom; called twice.
         scene: its size and georeference are those of the map.
         tags: metadata of the file.
+        label_set: names and colours of the classes.
         cog: write a cloud-optimized file, with GDAL's driver for them.
 
     Raises:
         OSError: it cannot be written, or what was written cannot be read back.
     """
-    with _create(path, layer, scene) as file:
+    with _create(path, layer, scene, label_set) as file:
         for top, rows in read_bands():
             file.write(rows, window=Window(0, top, scene.width, rows.shape[1]))
         file.update_tags(**tags)
@@ -78,7 +78,7 @@ def write_layer(
     return path
 
 
-def _create(path: Path, layer: Layer, scene: rasterio.DatasetReader) -> Any:
+def _create(path: Path, layer: Layer, scene: rasterio.DatasetReader, label_set: LabelSet) -> Any:
     gcps, gcps_crs = scene.gcps
     georeference = {"gcps": gcps, "crs": gcps_crs} if gcps else {"crs": scene.crs}
     if not gcps and not scene.transform.is_identity:
@@ -101,8 +101,8 @@ def _create(path: Path, layer: Layer, scene: rasterio.DatasetReader) -> Any:
     if layer.name:
         file.scales = [1 / SCORE_MAX] * len(layer.bands)
     else:
-        file.write_colormap(1, {i: (*color, 0 if i == BACKGROUND else 255) for i, color in enumerate(PALETTE.tolist())})
-        file.update_tags(1, **{f"class_{i}": name for i, name in enumerate(CLASS_NAMES)})
+        file.write_colormap(1, {i: (*color, 0 if i == BACKGROUND else 255) for i, color in enumerate(label_set.colors)})
+        file.update_tags(1, **{f"class_{i}": name for i, name in enumerate(label_set.names)})
     return file
 
 

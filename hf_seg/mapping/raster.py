@@ -35,7 +35,8 @@ def predict_raster(
 
     Args:
         model: folder or Hub id of a trained network or ensemble; or an exported file .onnx; or a network in memory that
-            maps (B, 3, h, w) to logits of the nine classes, which is put into eval mode.
+            maps (B, 3, h, w) to logits of OpenEarthMap's classes, which is put into eval mode (one of other classes:
+            `use_network`).
         source: the scene: a GeoTIFF, or anything else that GDAL reads.
         destination: the GeoTIFF to write.
         device: None: an accelerator if there is one; for a network in memory, its own device.

@@ -10,10 +10,11 @@ from rasterio.crs import CRS
 from rasterio.transform import Affine
 from rasterio.warp import transform as transform_coordinates
 
-from hf_seg.labels import BACKGROUND, CLASS_NAMES, NUM_LABELS
+from hf_seg.labels import BACKGROUND, OPEN_EARTH_MAP, LabelSet
 
 # WGS 84: semi-major axis in metres, squared eccentricity
 SEMI_MAJOR_AXIS, ECCENTRICITY_2 = 6378137.0, 0.00669437999014
+GIS_SUFFIXES = (".aux.xml", ".qml")  # of the files that give a GIS the legend of the map
 
 
 @dataclass(frozen=True)
@@ -39,7 +40,9 @@ class MapSummary:
         lines.append(f"seam score {score} (class changes across window borders over those elsewhere; 1: no seams)")
         percentage = 100 * self.network_seconds / max(self.seconds, 1e-9)
         lines.append(f"{self.seconds:.1f} s, {percentage:.0f} % of it in the networks")
-        return "\n".join([*lines, *(f"written: {file}" for file in self.files)])
+        beside = [file for file in self.files if file.name.endswith(GIS_SUFFIXES)]
+        lines += [f"written: {file}" for file in self.files if file not in beside]
+        return "\n".join([*lines, f"class names and colours for a GIS: {', '.join(file.name for file in beside)}"])
 
 
 class MapStatistics:
@@ -49,10 +52,11 @@ class MapStatistics:
         width: of the map in pixels.
         row_borders, column_borders: first rows (columns) of the windows, and the first after each window.
         crs, transform: of the map.
+        label_set: the N classes, background included.
 
     Attributes:
-        pixels: (NUM_LABELS,) int64.
-        areas: (NUM_LABELS,) float64 in square metres; None if the map has no CRS on the earth.
+        pixels: (N,) int64.
+        areas: (N,) float64 in square metres; None if the map has no CRS on the earth.
     """
 
     def __init__(
@@ -63,9 +67,11 @@ class MapStatistics:
         column_borders: Iterable[int],
         crs: CRS | None,
         transform: Affine,
+        label_set: LabelSet = OPEN_EARTH_MAP,
     ) -> None:
-        self.pixels = np.zeros(NUM_LABELS, np.int64)
-        self.areas: np.ndarray | None = np.zeros(NUM_LABELS) if crs else None
+        self.pixels = np.zeros(label_set.num_labels, np.int64)
+        self.areas: np.ndarray | None = np.zeros(label_set.num_labels) if crs else None
+        self._names = label_set.names
         self._crs, self._transform = crs, transform
         self._row_borders = sorted(row_borders)
         self._is_column_border = np.isin(np.arange(1, width), sorted(column_borders))
@@ -75,7 +81,7 @@ class MapStatistics:
 
     def update(self, top: int, classes: np.ndarray) -> None:
         """Count the next rows, from row `top`; (rows, width) uint8 ids, `BACKGROUND` is nodata."""
-        counts = np.stack([(classes == index).sum(axis=1) for index in range(NUM_LABELS)], axis=1)
+        counts = np.stack([(classes == index).sum(axis=1) for index in range(len(self._names))], axis=1)
         self.pixels += counts.sum(axis=0)
         if self.areas is not None:
             areas = pixel_areas(self._crs, self._transform, classes.shape[1], range(top, top + len(classes)))
@@ -109,7 +115,7 @@ class MapStatistics:
 
     def summary(self, files: Sequence[Path], *, seconds: float, network_seconds: float) -> MapSummary:
         """Return the statistics of the rows counted so far, by class name."""
-        names = {index: name for index, name in enumerate(CLASS_NAMES) if index != BACKGROUND}
+        names = {index: name for index, name in enumerate(self._names) if index != BACKGROUND}
         return MapSummary(
             files=list(files),
             pixels={name: int(self.pixels[i]) for i, name in names.items()},

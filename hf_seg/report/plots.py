@@ -14,7 +14,7 @@ from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.ticker import MaxNLocator
 
-from hf_seg.labels import BACKGROUND, CLASS_NAMES, NUM_LABELS, PALETTE
+from hf_seg.labels import BACKGROUND, OPEN_EARTH_MAP, LabelSet
 from hf_seg.report.style import DPI, LINE_COLORS, percent, save_figure, style_axes
 
 if TYPE_CHECKING:
@@ -74,21 +74,23 @@ def plot_curves(metrics_file: Path, output: Path) -> None:
     save_figure(figure, output)
 
 
-def plot_confusion_matrix(results: Mapping[str, Any], output: Path) -> None:
+def plot_confusion_matrix(results: Mapping[str, Any], output: Path, *, label_set: LabelSet = OPEN_EARTH_MAP) -> None:
     """Draw the confusion matrix in percent of the true pixels of each class, and the IoU of each class.
 
     Args:
         results: as in `eval_results.json`: `confusion_matrix` (C, C) counts with rows = truth; `iou` by class name
             and `mean_iou`, `overall_accuracy`, `n_images` where they are known (fractions; null = absent).
+        label_set: names and colours of the C classes.
 
     Raises:
-        ValueError: the matrix does not have the classes of `hf_seg.labels`.
+        ValueError: the matrix has another number of classes.
     """
     counts = np.asarray(results["confusion_matrix"], dtype=np.float64)
-    if counts.shape != (NUM_LABELS, NUM_LABELS):
-        raise ValueError(f"confusion_matrix has shape {counts.shape}, expected {(NUM_LABELS, NUM_LABELS)}")
+    num_labels = label_set.num_labels
+    if counts.shape != (num_labels, num_labels):
+        raise ValueError(f"confusion_matrix has shape {counts.shape}, expected {(num_labels, num_labels)}")
     # Background is normally neither scored nor predicted; it gets a row only if it occurs.
-    shown = [i for i in range(NUM_LABELS) if i != BACKGROUND or counts[i].sum() + counts[:, i].sum() > 0]
+    shown = [i for i in range(num_labels) if i != BACKGROUND or counts[i].sum() + counts[:, i].sum() > 0]
     counts = counts[np.ix_(shown, shown)]
     figure = Figure(figsize=(12.5, 7.0), dpi=DPI, layout="constrained")
     matrix_axes, iou_axes = figure.subplots(1, 2, width_ratios=(2.3, 1))
@@ -97,11 +99,11 @@ def plot_confusion_matrix(results: Mapping[str, Any], output: Path) -> None:
     if results.get("n_images") is not None:
         headline.append(f"{results['n_images']:,} images")
     figure.suptitle(" \N{MIDDLE DOT} ".join(headline), fontsize=13, fontweight="bold")
-    draw_matrix(matrix_axes, counts, shown)
+    draw_matrix(matrix_axes, counts, [label_set.names[i] for i in shown])
     matrix_axes.set_xlabel("predicted class")
     matrix_axes.set_ylabel("true class, percent of all pixels")
     matrix_axes.set_title("percent of the true pixels of each class", loc="left", fontsize=11)
-    _draw_iou(iou_axes, shown, results.get("iou") or {}, counts.sum(axis=1) > 0)
+    _draw_iou(iou_axes, shown, results.get("iou") or {}, counts.sum(axis=1) > 0, label_set)
     save_figure(figure, output)
 
 
@@ -169,12 +171,12 @@ def _draw_loss(axes: Axes, values: "Series", name: str, color: str) -> None:
     axes.plot(running_mean.where(values.notna()), color=color, linewidth=1.6, label=name)
 
 
-def draw_matrix(axes: Axes, counts: np.ndarray, shown: Sequence[int]) -> None:
+def draw_matrix(axes: Axes, counts: np.ndarray, names: Sequence[str]) -> None:
     """Draw counts as a table of numbers in percent of their row; rows of classes that do not occur are grey.
 
     Args:
         counts: (K, K) pixels.
-        shown: the K class ids.
+        names: of the K classes.
     """
     total = counts.sum(axis=1)
     percents = np.full(counts.shape, np.nan)
@@ -187,27 +189,30 @@ def draw_matrix(axes: Axes, counts: np.ndarray, shown: Sequence[int]) -> None:
             color = "white" if value > 55 else "#1b1b1b"
             text = f"{value:.1f}"
             axes.text(column, row, text, ha="center", va="center", color=color, fontweight=weight, fontsize=10)
-    names = [CLASS_NAMES[index] for index in shown]
     parts = 100 * total / max(total.sum(), 1)
-    axes.set_xticks(range(len(shown)), names, rotation=35, ha="right", rotation_mode="anchor")
-    axes.set_yticks(range(len(shown)), [f"{name}\n{part:.1f} %" for name, part in zip(names, parts, strict=True)])
+    axes.set_xticks(range(len(names)), names, rotation=35, ha="right", rotation_mode="anchor")
+    axes.set_yticks(range(len(names)), [f"{name}\n{part:.1f} %" for name, part in zip(names, parts, strict=True)])
     for tick, count in zip(axes.get_yticklabels(), total, strict=True):
         tick.set_color("#1b1b1b" if count else "#9a9a9a")
-    axes.set_xticks(np.arange(len(shown) - 1) + 0.5, minor=True)
-    axes.set_yticks(np.arange(len(shown) - 1) + 0.5, minor=True)
+    axes.set_xticks(np.arange(len(names) - 1) + 0.5, minor=True)
+    axes.set_yticks(np.arange(len(names) - 1) + 0.5, minor=True)
     axes.grid(which="minor", color="white", linewidth=1.5)
     axes.tick_params(which="both", length=0)
     axes.spines[:].set_visible(False)
 
 
-def _draw_iou(axes: Axes, shown: list[int], iou: Mapping[str, float | None], present: np.ndarray) -> None:
+def _draw_iou(
+    axes: Axes, shown: list[int], iou: Mapping[str, float | None], present: np.ndarray, label_set: LabelSet
+) -> None:
     for row, (index, is_present) in enumerate(zip(shown, present, strict=True)):
-        value = iou.get(CLASS_NAMES[index])
+        value = iou.get(label_set.names[index])
         if value is None or not math.isfinite(value) or not is_present:
             axes.barh(row, 100, height=0.62, color=ABSENT_COLOR, alpha=0.5)
             axes.text(2, row, "absent" if not is_present else "not scored", va="center", color="#777777", fontsize=10)
             continue
-        axes.barh(row, 100 * value, height=0.62, color=PALETTE[index] / 255, edgecolor="#555555", linewidth=0.8)
+        axes.barh(
+            row, 100 * value, height=0.62, color=label_set.palette[index] / 255, edgecolor="#555555", linewidth=0.8
+        )
         axes.text(100 * value + 2, row, f"{100 * value:.1f}", va="center", fontsize=10)
     axes.set(xlim=(0, 112), ylim=(len(shown) - 0.5, -0.5), yticks=[], xticks=range(0, 101, 20))
     style_axes(axes, "IoU of each class")

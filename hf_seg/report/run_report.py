@@ -16,7 +16,7 @@ from hf_seg import __version__
 from hf_seg.bootstrap import REPLICATES, Interval, Scores, bootstrap_difference, bootstrap_scores
 from hf_seg.calibration import Calibration
 from hf_seg.files import write_atomic
-from hf_seg.labels import CLASS_NAMES, PALETTE
+from hf_seg.labels import OPEN_EARTH_MAP, LabelSet
 from hf_seg.report.page import FEW_TILES, embed_from, environment, say_difference
 from hf_seg.report.plots import plot_curves, plot_member_scores, read_series
 from hf_seg.report.score_plots import plot_coverage, plot_intervals, plot_reliability
@@ -38,17 +38,22 @@ class ShownTile(NamedTuple):
     entropy: np.ndarray  # (H, W) uint8, 255 = uniform
 
 
-def describe(scores: Scores) -> dict[str, Any]:
+def describe(scores: Scores, label_set: LabelSet = OPEN_EARTH_MAP) -> dict[str, Any]:
     """Return scores as JSON has them: `{value, low, high}` of each, None for a class that is not in the truth."""
-    rows = {name: _as_row(each) for name, each in zip(CLASS_NAMES[1:], scores.iou[1:], strict=True)}
+    rows = {name: _as_row(each) for name, each in zip(label_set.names[1:], scores.iou[1:], strict=True)}
     return {**{key: _as_row(getattr(scores, key)) for key in ("mean_iou", "overall_accuracy")}, "iou": rows}
 
 
-def summarize_intervals(matrices: np.ndarray, regions: Sequence[str] | None, seed: int) -> dict[str, Any]:
+def summarize_intervals(
+    matrices: np.ndarray, regions: Sequence[str] | None, seed: int, label_set: LabelSet = OPEN_EARTH_MAP
+) -> dict[str, Any]:
     """Score (T, C, C) counts with intervals over `tiles` and, where the T regions are known, over `regions`."""
-    by_region = None if regions is None else describe(bootstrap_scores(matrices, groups=regions, seed=seed))
+    by_region = None
+    if regions is not None:
+        by_region = describe(bootstrap_scores(matrices, groups=regions, seed=seed), label_set)
     n_regions = None if regions is None else len(set(regions))
-    return {"tiles": describe(bootstrap_scores(matrices, seed=seed)), "regions": by_region, "n_regions": n_regions}
+    tiles = describe(bootstrap_scores(matrices, seed=seed), label_set)
+    return {"tiles": tiles, "regions": by_region, "n_regions": n_regions}
 
 
 def summarize_calibration(calibration: Calibration) -> dict[str, Any]:
@@ -66,11 +71,18 @@ def summarize_calibration(calibration: Calibration) -> dict[str, Any]:
     }
 
 
-def compare(matrices: np.ndarray, other: np.ndarray, name: str, other_name: str, seed: int) -> dict[str, Any]:
+def compare(
+    matrices: np.ndarray,
+    other: np.ndarray,
+    name: str,
+    other_name: str,
+    seed: int,
+    label_set: LabelSet = OPEN_EARTH_MAP,
+) -> dict[str, Any]:
     """Compare a network with another one on the same tiles: its `difference` and a `verdict` in words."""
     found = bootstrap_difference(other, matrices, seed=seed)
     verdict = say_difference(found.mean_iou, other_name, name, len(matrices), noun="Network", verb="is")
-    return {"name": other_name, "verdict": verdict, "difference": describe(found)}
+    return {"name": other_name, "verdict": verdict, "difference": describe(found, label_set)}
 
 
 def write_report(
@@ -79,6 +91,7 @@ def write_report(
     calibration: Calibration,
     shown: Mapping[str, Sequence[ShownTile]],
     *,
+    label_set: LabelSet = OPEN_EARTH_MAP,
     metrics_file: Path | None = None,
     **more: Any,
 ) -> None:
@@ -90,6 +103,7 @@ def write_report(
             `intervals`, `calibration`, `against` (None or of `compare`).
         calibration: of all pixels.
         shown: tiles by the heading that they stand under.
+        label_set: names and colours of the classes.
         metrics_file: `metrics.jsonl` of a run, if there is one.
         more: `settings`, `training_data` and `audit`, as their files have them; empty where there are none.
     """
@@ -97,7 +111,9 @@ def write_report(
         folder = Path(temporary)
         curve = _draw(results, calibration, folder, metrics_file)
         tiles = {
-            heading: [(tile, _draw_tile(tile, folder, f"{heading}_{index}")) for index, tile in enumerate(group)]
+            heading: [
+                (tile, _draw_tile(tile, folder, f"{heading}_{index}", label_set)) for index, tile in enumerate(group)
+            ]
             for heading, group in shown.items()
         }
         content = {
@@ -105,8 +121,8 @@ def write_report(
             "verdict": say_score(results),
             "replicates": REPLICATES,
             "tiles": tiles,
-            "classes": CLASS_NAMES[1:],
-            "colors": [bytes(color).hex() for color in PALETTE[1:]],
+            "classes": label_set.names[1:],
+            "colors": [bytes(color).hex() for color in label_set.palette[1:]],
             "curve": curve,
             "drawn": {path.name for path in folder.iterdir()},
             "embed": embed_from(folder),
@@ -151,10 +167,11 @@ def _draw(
     return {"names": names, "rows": {step: [values.get(step) for values in series.values()] for step in steps}}
 
 
-def _draw_tile(tile: ShownTile, folder: Path, stem: str) -> dict[str, str]:
+def _draw_tile(tile: ShownTile, folder: Path, stem: str, label_set: LabelSet) -> dict[str, str]:
     """Write image, truth, prediction and entropy of a tile, at most 400 pixels wide, and return the files by title."""
     image = tile.image if tile.image.ndim == 3 else (255 * stretch(tile.image)).astype(np.uint8)
-    maps = {"truth": colorize(tile.label), "prediction": colorize(tile.label_map), "uncertainty": tile.entropy}
+    maps = {"truth": colorize(tile.label, label_set), "prediction": colorize(tile.label_map, label_set)}
+    maps["uncertainty"] = tile.entropy
     files = {}
     for title, pixels in {"image": image, **maps}.items():
         picture = Image.fromarray(pixels)

@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 
 from hf_seg.files import atomic_file
-from hf_seg.labels import BACKGROUND, CLASS_NAMES, IGNORE_INDEX, NUM_LABELS, PALETTE
+from hf_seg.labels import BACKGROUND, IGNORE_INDEX, OPEN_EARTH_MAP, LabelSet
 
 DPI = 120
 LINE_COLORS = ("#1b1b1b", "#3572b0", "#c8553d", "#4c9a6a", "#8a6fb0", "#b58b2a")
@@ -23,7 +23,7 @@ SAR_GAMMA = 0.7  # amplitudes have a long bright tail: linear, three quarters of
 IGNORE_STRIPES = np.array([(0x30, 0x2A, 0x3C), (0x6A, 0x62, 0x78)], dtype=np.uint8)
 
 
-def colorize(label_map: np.ndarray) -> np.ndarray:
+def colorize(label_map: np.ndarray, label_set: LabelSet = OPEN_EARTH_MAP) -> np.ndarray:
     """Draw (H, W) class ids in the colours of the classes, (H, W, 3) uint8; `IGNORE_INDEX` is striped.
 
     Raises:
@@ -31,10 +31,12 @@ def colorize(label_map: np.ndarray) -> np.ndarray:
     """
     ignored = label_map == IGNORE_INDEX
     ids = np.where(ignored, BACKGROUND, label_map)
-    if ids.size and not 0 <= ids.min() <= ids.max() < NUM_LABELS:
-        wrong = sorted({int(index) for index in np.unique(ids) if not 0 <= index < NUM_LABELS})
-        raise ValueError(f"label ids {wrong} are not classes; expected 0..{NUM_LABELS - 1} or {IGNORE_INDEX} (ignored)")
-    colors = PALETTE[ids]
+    if ids.size and not 0 <= ids.min() <= ids.max() < label_set.num_labels:
+        wrong = sorted({int(index) for index in np.unique(ids) if not 0 <= index < label_set.num_labels})
+        raise ValueError(
+            f"label ids {wrong} are not classes; expected 0..{label_set.num_labels - 1} or {IGNORE_INDEX} (ignored)"
+        )
+    colors = label_set.palette[ids]
     height, width = label_map.shape
     stripe_width = max(min(height, width) // 64, 1)
     stripes = (np.add.outer(np.arange(height), np.arange(width)) // stripe_width) % 2
@@ -42,10 +44,11 @@ def colorize(label_map: np.ndarray) -> np.ndarray:
     return colors
 
 
-def class_legend(ids: set[int]) -> list[Patch]:
-    """Return a patch for each land-cover class, and for background and ignored pixels if they are among the ids."""
-    shown = [index for index in range(NUM_LABELS) if index != BACKGROUND or index in ids]
-    patches = [Patch(facecolor=PALETTE[i] / 255, edgecolor="#555555", label=CLASS_NAMES[i]) for i in shown]
+def class_legend(ids: set[int], label_set: LabelSet = OPEN_EARTH_MAP) -> list[Patch]:
+    """Return a patch for each class from 1 up, and for background and ignored pixels if they are among the ids."""
+    shown = [index for index in range(label_set.num_labels) if index != BACKGROUND or index in ids]
+    names, colors = label_set.names, label_set.palette / 255
+    patches = [Patch(facecolor=colors[i], edgecolor="#555555", label=names[i]) for i in shown]
     if IGNORE_INDEX in ids:
         dark, light = IGNORE_STRIPES / 255
         patches.append(Patch(facecolor=dark, edgecolor=light, hatch="////", label="ignored"))

@@ -15,7 +15,7 @@ from matplotlib.figure import Figure
 from hf_seg.bootstrap import REPLICATES, crossed_difference
 from hf_seg.errors import file_errors
 from hf_seg.files import write_atomic
-from hf_seg.labels import CLASS_NAMES
+from hf_seg.labels import OPEN_EARTH_MAP
 from hf_seg.metrics import ConfusionMatrix
 from hf_seg.report.page import embed_from, environment
 from hf_seg.report.style import DPI, LINE_COLORS, save_figure, style_axes
@@ -119,7 +119,7 @@ def _average(runs: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """Average a row over its seeds: `mean` and `deviation` of the mIoU, `iou` of each class from 1 up, `seconds`."""
     scores = [run["mean_iou"] for run in runs]
     known = [run["seconds"] for run in runs if run["seconds"] is not None]
-    classes = [[run["iou"][name] for run in runs] for name in CLASS_NAMES[1:]]
+    classes = [[run["iou"][name] for run in runs] for name in OPEN_EARTH_MAP.names[1:]]
     return {
         "mean": float(np.mean(scores)),
         "deviation": float(np.std(scores, ddof=1)) if len(scores) > 1 else None,
@@ -154,7 +154,7 @@ def _score(tiles: np.ndarray) -> dict[str, Any]:
 def render(summary: Mapping[str, Any], folder: Path, layout: str) -> str:
     """Return the report of a study, with the layout `html.j2` (the folder's figure in it) or `markdown.j2`."""
     template = environment("hf_seg.studies", html=layout == "html.j2").get_template("study.j2")
-    content = {**summary, "classes": CLASS_NAMES[1:], "replicates": REPLICATES, "embed": embed_from(folder)}
+    content = {**summary, "classes": OPEN_EARTH_MAP.names[1:], "replicates": REPLICATES, "embed": embed_from(folder)}
     return template.render(content, layout=layout)
 
 
@@ -162,10 +162,12 @@ def to_csv(summary: Mapping[str, Any]) -> str:
     """Return one line per row and seed, with the IoU of each class."""
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(["world", "row", "seed", "mean_iou", "overall_accuracy", *CLASS_NAMES[1:], "seconds", "origin"])
+    writer.writerow(
+        ["world", "row", "seed", "mean_iou", "overall_accuracy", *OPEN_EARTH_MAP.names[1:], "seconds", "origin"]
+    )
     for row in summary["rows"]:
         for run in row["runs"]:
-            iou = [run["iou"][name] for name in CLASS_NAMES[1:]]
+            iou = [run["iou"][name] for name in OPEN_EARTH_MAP.names[1:]]
             scores = [run["mean_iou"], run["overall_accuracy"], *iou]
             writer.writerow([row["world"], row["row"], run["seed"], *scores, run["seconds"], run["origin"]])
     return text.getvalue()

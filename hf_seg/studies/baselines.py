@@ -6,7 +6,7 @@ from typing import Literal
 import cv2
 import numpy as np
 
-from hf_seg.labels import BACKGROUND, IGNORE_INDEX, NUM_LABELS
+from hf_seg.labels import BACKGROUND, IGNORE_INDEX, OPEN_EARTH_MAP
 from hf_seg.metrics import ConfusionMatrix
 
 WINDOW = 9  # pixels: side of the local windows
@@ -39,7 +39,7 @@ def score_histogram(fit: Tiles, score: Tiles, feature: Feature) -> float:
         mean, deviation = local_moments(sar)
         return np.minimum(mean / 4, 63).astype(np.int64) * 64 + np.minimum(deviation, 63).astype(np.int64)
 
-    counts = np.zeros((NUM_LABELS, 4096), np.int64)
+    counts = np.zeros((OPEN_EARTH_MAP.num_labels, 4096), np.int64)
     for sar, label in fit:
         valid = (sar > 0) & (label != IGNORE_INDEX)
         np.add.at(counts, (label[valid], bins(sar)[valid]), 1)

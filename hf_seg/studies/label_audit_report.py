@@ -12,11 +12,10 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 
 from hf_seg.bootstrap import Interval
-from hf_seg.labels import BACKGROUND, IGNORE_INDEX, NUM_LABELS
+from hf_seg.labels import BACKGROUND, IGNORE_INDEX, OPEN_EARTH_MAP, LabelSet
 from hf_seg.report.page import embed_from, environment, say_difference
 from hf_seg.report.plots import draw_matrix
 from hf_seg.report.style import DPI, class_legend, colorize, percent, save_figure, show_image, style_axes
-from hf_seg.studies.label_audit import CLASSES
 
 TRANSITIONS, GALLERY = "transition.png", "gallery.png"
 COLOR_A, COLOR_B = "#e08a2e", "#3572b0"
@@ -60,7 +59,7 @@ def write_report(result: Mapping[str, Any], folder: Path) -> None:
     content = {
         **result,
         "titles": {key: title(key, found["name"]) for key, found in result["sets"].items()},
-        "classes": CLASSES,
+        "classes": _classes(result),
         "transitions": TRANSITIONS,
         "gallery": GALLERY,
         "embed": embed_from(folder),
@@ -73,22 +72,28 @@ def write_report(result: Mapping[str, Any], folder: Path) -> None:
 def plot_transitions(result: Mapping[str, Any], output: Path, title_a: str = "A", title_b: str = "B") -> None:
     """Draw which classes of B the classes of A are; with a truth also which true classes A and B are, and their IoU."""
     title_a, title_b = _shorten(title_a), _shorten(title_b)
-    a_to_b = np.array(result["agreement"]["transition"])[1:, 1:]
+    a_to_b, classes = np.array(result["agreement"]["transition"])[1:, 1:], _classes(result)
     if result["truth"] is None:
         figure = Figure(figsize=(9.2, 7.2), dpi=DPI, layout="constrained")
-        _draw_transition(figure.subplots(), title_a, title_b, a_to_b)
+        _draw_transition(figure.subplots(), title_a, title_b, a_to_b, classes)
     else:
         scores = result["truth"]["same_pixels"]
         figure = Figure(figsize=(16.5, 12.5), dpi=DPI, layout="constrained")
         (a_axes, b_axes), (both_axes, iou_axes) = figure.subplots(2, 2)
-        _draw_transition(a_axes, title_a, "truth", np.array(scores["a"]["confusion_matrix"])[1:, 1:].T)
-        _draw_transition(b_axes, title_b, "truth", np.array(scores["b"]["confusion_matrix"])[1:, 1:].T)
-        _draw_transition(both_axes, title_a, title_b, a_to_b)
-        _draw_scores(iou_axes, scores)
+        _draw_transition(a_axes, title_a, "truth", np.array(scores["a"]["confusion_matrix"])[1:, 1:].T, classes)
+        _draw_transition(b_axes, title_b, "truth", np.array(scores["b"]["confusion_matrix"])[1:, 1:].T, classes)
+        _draw_transition(both_axes, title_a, title_b, a_to_b, classes)
+        _draw_scores(iou_axes, scores, classes)
     save_figure(figure, output)
 
 
-def plot_gallery(rows: Sequence[GalleryRow], output: Path, title_a: str = "A", title_b: str = "B") -> None:
+def plot_gallery(
+    rows: Sequence[GalleryRow],
+    output: Path,
+    title_a: str = "A",
+    title_b: str = "B",
+    label_set: LabelSet = OPEN_EARTH_MAP,
+) -> None:
     """Draw image | A | B | truth | comparison of at least one tile; a column that no tile has is omitted."""
     titles = {"image": "image", "a": _shorten(title_a), "b": _shorten(title_b), "truth": "truth"}
     shown = [name for name in titles if any(getattr(row, name) is not None for row in rows)]
@@ -96,12 +101,12 @@ def plot_gallery(rows: Sequence[GalleryRow], output: Path, title_a: str = "A", t
     for axes, row in zip(figure.subplots(len(rows), len(shown) + 1, squeeze=False), rows, strict=True):
         for cell, name in zip(axes, shown, strict=False):
             pixels = getattr(row, name)
-            show_image(cell, titles[name], pixels if name == "image" else _paint(pixels))
+            show_image(cell, titles[name], pixels if name == "image" else _paint(pixels, label_set))
         differ = np.mean((row.a != row.b) & (row.a > 0) & (row.b > 0))
         show_image(axes[-1], f"A and B differ on {100 * differ:.1f} %", paint_comparison(row.a, row.b, row.truth))
         axes[0].set_ylabel(row.image_id, fontsize=10)
     unlabelled = any((label == BACKGROUND).any() for row in rows for label in row[2:] if label is not None)
-    classes = class_legend({IGNORE_INDEX} if unlabelled else set())
+    classes = class_legend({IGNORE_INDEX} if unlabelled else set(), label_set)
     if unlabelled:
         classes[-1].set_label("no label")
     kinds = {**(WITH_TRUTH if "truth" in shown else WITHOUT_TRUTH), **NOT_COMPARED}
@@ -122,33 +127,40 @@ def paint_comparison(a: np.ndarray, b: np.ndarray, truth: np.ndarray | None) -> 
     return (255 * colors).round().astype(np.uint8)[np.where(known, kind, len(kinds))]
 
 
-def _draw_transition(axes: Axes, rows: str, columns: str, counts: np.ndarray) -> None:
-    """Draw (8, 8) counts of classes 1..8 in percent of each row."""
-    draw_matrix(axes, counts, range(1, NUM_LABELS))
+def _classes(result: Mapping[str, Any]) -> list[str]:
+    """Return the names of the classes from 1 up."""
+    return [*result["agreement"]["iou"]]
+
+
+def _draw_transition(axes: Axes, rows: str, columns: str, counts: np.ndarray, classes: Sequence[str]) -> None:
+    """Draw (C, C) counts of the classes in percent of each row."""
+    draw_matrix(axes, counts, classes)
     axes.set_xlabel(f"class in {columns}")
     axes.set_ylabel(f"class in {rows}, percent of the compared pixels")
     axes.set_title(f"{rows} \N{RIGHTWARDS ARROW} {columns}, percent of each row", loc="left", fontsize=12)
 
 
-def _draw_scores(axes: Axes, scores: dict[str, Any]) -> None:
+def _draw_scores(axes: Axes, scores: dict[str, Any], classes: Sequence[str]) -> None:
     """Draw the IoU of each class of A and B side by side."""
     for key, name, color, shift in (("a", "A", COLOR_A, -0.19), ("b", "B", COLOR_B, 0.19)):
-        percents = 100 * np.array([scores[key]["iou"][label] for label in CLASSES], dtype=float)
+        percents = 100 * np.array([scores[key]["iou"][label] for label in classes], dtype=float)
         label = f"{name}, mIoU {100 * scores[key]['mean_iou']:.1f}"
-        bars = axes.barh(np.arange(len(CLASSES)) + shift, percents, height=0.36, color=color, label=label)
+        bars = axes.barh(np.arange(len(classes)) + shift, percents, height=0.36, color=color, label=label)
         axes.bar_label(bars, fmt="%.1f", padding=4, fontsize=9)
     for row in np.flatnonzero(np.isnan(percents)).tolist():
         axes.text(1, row, "not in the truth", va="center", color="#777777", fontsize=9)
-    axes.set_yticks(range(len(CLASSES)), CLASSES)
-    axes.set(xlim=(0, 109), ylim=(len(CLASSES) - 0.5, -0.5), xticks=range(0, 101, 20), xlabel="IoU, percent")
+    axes.set_yticks(range(len(classes)), classes)
+    axes.set(xlim=(0, 109), ylim=(len(classes) - 0.5, -0.5), xticks=range(0, 101, 20), xlabel="IoU, percent")
     style_axes(axes, "IoU with the truth, on the same pixels")
     axes.grid(visible=False, axis="y")
     axes.tick_params(axis="y", length=0)
     axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.08), ncols=2, frameon=False, fontsize=11)
 
 
-def _paint(label: np.ndarray | None) -> np.ndarray | None:
-    return None if label is None else colorize(np.where(label == BACKGROUND, np.uint8(IGNORE_INDEX), label))
+def _paint(label: np.ndarray | None, label_set: LabelSet) -> np.ndarray | None:
+    if label is None:
+        return None
+    return colorize(np.where(label == BACKGROUND, np.uint8(IGNORE_INDEX), label), label_set)
 
 
 def _shorten(title: str) -> str:

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor, nn
 
-from hf_seg.labels import NUM_LABELS
+from hf_seg.labels import OPEN_EARTH_MAP
 from hf_seg.models import SegmentationLogits
 
 
@@ -22,7 +22,7 @@ class SmallNetwork(nn.Module):
         dilated = [_block(wide, wide, dilation=dilation) for dilation in (1, 2, 4)]
         self.stage3 = nn.Sequential(_block(2 * width, wide, 2), *dilated)
         self.fuse_quarter, self.fuse_half = _block(wide + 2 * width, 2 * width), _block(3 * width, 2 * width)
-        self.head = nn.Conv2d(2 * width, NUM_LABELS, 1)
+        self.head = nn.Conv2d(2 * width, OPEN_EARTH_MAP.num_labels, 1)
 
     def forward(self, pixel_values: Tensor) -> SegmentationLogits:
         """Map (B, 3, H, W) to logits of the same height and width."""

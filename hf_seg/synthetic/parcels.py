@@ -10,10 +10,10 @@ from typing import Any
 
 import numpy as np
 
-from hf_seg.labels import LABEL2ID
+from hf_seg.labels import OPEN_EARTH_MAP
 
 BARE, RANGE, DEVELOPED, ROAD, TREE, WATER, FIELD, BUILDING = (
-    LABEL2ID[name]
+    OPEN_EARTH_MAP.label2id[name]
     for name in ("bareland", "rangeland", "developed space", "road", "tree", "water", "agriculture land", "building")
 )
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import cv2
 import numpy as np
 
-from hf_seg.labels import NUM_LABELS
+from hf_seg.labels import OPEN_EARTH_MAP
 from hf_seg.synthetic.fields import RayFrame, fractal_noise, smooth_noise
 from hf_seg.synthetic.ground import Ground
 from hf_seg.synthetic.parcels import BUILDING, DEVELOPED, FIELD, ROAD, TREE, WATER
@@ -78,7 +78,7 @@ def _reflectivity(rng: np.random.Generator, ground: Ground) -> np.ndarray:
     )
     # unit variance; bounded and stratified, so that no single field dominates the statistics of a small dataset
     n_parcels = int(ground.parcel.max()) + 1
-    strata = rng.permuted(np.tile(np.arange(n_parcels)[:, None], NUM_LABELS), axis=0)
+    strata = rng.permuted(np.tile(np.arange(n_parcels)[:, None], OPEN_EARTH_MAP.num_labels), axis=0)
     offsets = (3**0.5 * (2 * (strata + rng.random(strata.shape)) / n_parcels - 1)).astype(np.float32)
     field = fractal_noise(rng, shape, 6 / ground.gsd, 2)
     lot = np.where(np.isin(label, (ROAD, TREE, WATER)), 0, ground.parcel)  # these cross the borders of lots
@@ -157,7 +157,7 @@ def _glints(
     rng: np.random.Generator, label: np.ndarray, shift: np.ndarray, gsd: float
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Return (rows, columns, power) of bright points, e.g. cars, poles and fences."""
-    rate = np.zeros(NUM_LABELS, np.float32)
+    rate = np.zeros(OPEN_EARTH_MAP.num_labels, np.float32)
     rate[list(GLINT_RATE)] = list(GLINT_RATE.values())
     row, column = np.nonzero(rng.random(label.shape, dtype=np.float32) < rate[label] * gsd**2)
     return row, column - shift[row, column], (60 * rng.lognormal(0, 0.6, row.shape)) ** 2

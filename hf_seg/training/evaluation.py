@@ -17,7 +17,7 @@ from hf_seg.errors import DatasetError
 from hf_seg.inference.load import use_network
 from hf_seg.inference.predict import Predictor
 from hf_seg.inference.vote import VoteAccumulator
-from hf_seg.labels import NUM_LABELS
+from hf_seg.label_sets import require_same_classes
 from hf_seg.metrics import ConfusionMatrix
 from hf_seg.report.panels import plot_panel
 from hf_seg.report.plots import plot_confusion_matrix
@@ -66,8 +66,12 @@ def evaluate(
 
     Raises:
         DatasetError: no pixel of any image is labelled.
+        UserError: the networks and the labels have different classes.
     """
-    counts = [ConfusionMatrix() for _ in range(1 + len(predictor.networks))]
+    label_set = predictor.label_set
+    hint = "; give the --label_set that the networks were trained with"
+    require_same_classes(label_set.names, images.label_set.names, predictor.networks[0].origin, "the labels", hint)
+    counts = [ConfusionMatrix(label_set) for _ in range(1 + len(predictor.networks))]
     mine = range(accelerator.process_index, len(images), accelerator.num_processes)
     for index in tqdm(mine, desc=title, unit="tile", leave=False, disable=not accelerator.is_main_process):
         sample = images[index]
@@ -83,13 +87,17 @@ def evaluate(
         matrix.matrix[:] = total
     results, *each = (matrix.compute() for matrix in counts)
     if results["mean_iou"] is None:
-        raise DatasetError(f"the labels of all {len(images)} {title} images are empty: no pixel is of class 1 to 8")
+        range_of_ids = f"1 to {label_set.num_labels - 1}"
+        raise DatasetError(
+            f"the labels of all {len(images)} {title} images are empty: no pixel is of class {range_of_ids}"
+        )
     return {**results, "n_images": len(images)}, each
 
 
 def entropy_levels(accumulator: VoteAccumulator) -> np.ndarray:
     """Return the entropy of a prediction as an image, (H, W) uint8: 0 = certain, 255 = uniform."""
-    levels = 255 / math.log(NUM_LABELS - 1) * accumulator.entropy()
+    n_classes = accumulator.probs().shape[-3] - 1  # without background
+    levels = 255 / math.log(n_classes) * accumulator.entropy()
     return levels.clamp(0, 255).to(torch.uint8).cpu().numpy()
 
 
@@ -109,7 +117,8 @@ def draw_results(
             `uncertainty.png`.
         titles: of the panel's columns.
     """
-    plot_confusion_matrix(results, folder / "confusion_matrix.png")
+    label_set = predictor.label_set
+    plot_confusion_matrix(results, folder / "confusion_matrix.png", label_set=label_set)
     panel, entropies = [], []
     for index in np.unique(np.linspace(0, len(images) - 1, PANEL_ROWS).round().astype(int)).tolist():
         image_id, image, label, _ = images[index]
@@ -118,6 +127,7 @@ def draw_results(
         panel.append((image_id, image, label, label_map))
         if with_uncertainty:
             entropies.append((image_id, np.dstack([entropy_levels(accumulator)] * 3), label, label_map))
-    plot_panel(panel, folder / "panel.png", titles=titles)
+    plot_panel(panel, folder / "panel.png", titles=titles, label_set=label_set)
     if with_uncertainty:
-        plot_panel(entropies, folder / "uncertainty.png", titles=("entropy, white = uniform", *titles[1:]))
+        titles = ("entropy, white = uniform", *titles[1:])
+        plot_panel(entropies, folder / "uncertainty.png", titles=titles, label_set=label_set)

@@ -13,7 +13,7 @@ from timm.scheduler import PolyLRScheduler
 from transformers import AutoConfig, PreTrainedModel, UperNetForSemanticSegmentation
 from transformers.utils.logging import disable_progress_bar
 
-from hf_seg.arguments import HubSettings, RecipeArguments, check_same_recipe
+from hf_seg.arguments import HubSettings, RecipeArguments, check_same_recipe, without_folders
 from hf_seg.bands import Bands
 from hf_seg.data.band_images import BandStatistics, measure_bands
 from hf_seg.data.dataloaders import AugmentedStream, StreamLoader, train_dataloader
@@ -22,6 +22,8 @@ from hf_seg.data.rare_classes import RareClassSampling, class_pixels
 from hf_seg.data.samples import LabelledImages, UnlabelledImages
 from hf_seg.errors import UserError
 from hf_seg.hub.push import check_login, publish
+from hf_seg.labels import LabelSet
+from hf_seg.lora import add_adapters, count_parameters
 from hf_seg.models import SegmentationNetwork, build_model, normalization_of, synchronize_batch_norm
 from hf_seg.normalization import Normalization
 from hf_seg.report.plots import plot_curves
@@ -134,6 +136,7 @@ def _trained_bands(name: str) -> BandStatistics | None:
 def build_network(
     args: RecipeArguments,
     accelerator: Accelerator,
+    label_set: LabelSet,
     statistics: BandStatistics | None = None,
     *,
     native_stem: bool = False,
@@ -141,6 +144,7 @@ def build_network(
     """Build the network that is trained, ready for several processes.
 
     Args:
+        label_set: the classes.
         statistics: of bands other than 8-bit SAR or RGB.
         native_stem: the stem takes one band, not the same band three times.
     """
@@ -149,8 +153,19 @@ def build_network(
         crop_size=args.crop_size,
         from_scratch=args.from_scratch,
         head_width=args.head_width,
+        label_set=label_set,
     )
     _set_bands(model, statistics, native_stem, args.from_scratch)
+    if args.lora_rank:
+        add_adapters(
+            model,
+            rank=args.lora_rank,
+            alpha=args.lora_alpha,
+            targets=args.lora_targets,
+            base=without_folders(args.model_name_or_path),
+        )
+        trained, total = count_parameters(model)
+        accelerator.print(f"LoRA of rank {args.lora_rank}: {trained:,} of {total:,} parameters are trained")
     network = SegmentationNetwork(model)
     if args.gradient_checkpointing:
         network.enable_gradient_checkpointing()

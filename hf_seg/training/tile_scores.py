@@ -12,7 +12,6 @@ import numpy as np
 from hf_seg.calibration import Calibration
 from hf_seg.data.samples import Sample
 from hf_seg.inference.vote import VoteAccumulator
-from hf_seg.labels import NUM_LABELS
 from hf_seg.metrics import ConfusionMatrix
 from hf_seg.report.run_report import ShownTile
 from hf_seg.training.evaluation import entropy_levels
@@ -39,7 +38,7 @@ class TileScores:
 
     def add(self, sample: Sample, label_map: np.ndarray, accumulator: VoteAccumulator) -> None:
         """Count one tile; one without a labelled pixel is never shown."""
-        counts = ConfusionMatrix()
+        counts = ConfusionMatrix(accumulator.probs().shape[-3])
         counts.update(label_map, sample.label)
         self.image_ids.append(sample.image_id)
         self._matrices.append(counts.matrix)
@@ -53,8 +52,8 @@ class TileScores:
                 del self._shown[self._n_shown]  # neither among the worst nor among the best
 
     def matrices(self) -> np.ndarray:
-        """Return the (T, C, C) int64 counts of all tiles, rows = truth."""
-        return np.array(self._matrices, dtype=np.int64).reshape(-1, NUM_LABELS, NUM_LABELS)
+        """Return the (T, C, C) int64 counts of all tiles, rows = truth; an empty array without tiles."""
+        return np.array(self._matrices, dtype=np.int64)
 
     def worst(self) -> list[ShownTile]:
         """Return the tiles with the lowest mIoU, lowest first."""

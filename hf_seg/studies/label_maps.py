@@ -1,4 +1,4 @@
-"""Label sets on disk or on the Hub: read them, match them by image id, and count their pixels tile by tile."""
+"""Label maps on disk or on the Hub: read them, match them by image id, and count their pixels tile by tile."""
 
 import re
 from collections.abc import Sequence
@@ -12,7 +12,7 @@ from tqdm import tqdm
 
 from hf_seg.data.pseudo_label_dataset import load_pseudo_labels
 from hf_seg.errors import DatasetError, UserError, file_errors
-from hf_seg.labels import BACKGROUND, IGNORE_INDEX, NUM_LABELS
+from hf_seg.labels import BACKGROUND, IGNORE_INDEX, OPEN_EARTH_MAP, LabelSet
 from hf_seg.studies.images import LOSSLESS, list_images, read_image
 from hf_seg.studies.label_audit import count_confidence, count_pixels
 
@@ -21,20 +21,22 @@ REGION_RULE = re.compile(r"(?!(?:Train|Val|Test)Area_)(.+)_[0-9]+")  # OpenEarth
 NO_REGION = "(none)"
 
 
-class LabelSet:
+class LabelMaps:
     """Label maps by image id, each read on access.
 
     Args:
         source: folder of label images, or folder or Hub id of pseudo-labels.
-        name: what the report calls the set; by default the last parts of the source.
+        name: what the report calls the maps; by default the last parts of the source.
+        label_set: classes, and the pixel values by which label images code them; pseudo-labels are ids already.
 
     Raises:
-        UserError: the source contains no labels, or an image id twice.
+        UserError: the source contains no labels, an image id twice, or pseudo-labels of other classes.
     """
 
-    def __init__(self, source: str, name: str | None = None) -> None:
+    def __init__(self, source: str, name: str | None = None, label_set: LabelSet = OPEN_EARTH_MAP) -> None:
         path = Path(source)
         self.source = source
+        self.label_set = label_set
         self.name = name or default_name(source)
         self.rows: datasets.Dataset | None = None
         self.entries: dict[str, Any]  # {image id: file, or row of the dataset}
@@ -45,7 +47,7 @@ class LabelSet:
             if not self.entries:
                 raise UserError(f"{source}: contains neither label images ({', '.join(LOSSLESS)}) nor Parquet files")
             return
-        self.rows = load_pseudo_labels(source, columns=("image_id", "pseudo_label", "confidence"))
+        self.rows = load_pseudo_labels(source, ("image_id", "pseudo_label", "confidence"), label_set=label_set)
         ids = self.rows["image_id"][:]
         self.entries = {image_id: row for row, image_id in enumerate(ids)}
         if len(self.entries) < len(ids):
@@ -70,13 +72,21 @@ class LabelSet:
             confidence = np.asarray(row["confidence"]) if "confidence" in row else None
         if label.ndim != 2 or label.dtype.kind not in "iu":
             raise DatasetError(f"{place}: expected one band of class ids, found {label.shape} {label.dtype}")
-        if (wrong := label[((label < 0) | (label >= NUM_LABELS)) & (label != IGNORE_INDEX)]).size:
-            allowed = f"0..{NUM_LABELS - 1}, or {IGNORE_INDEX} for no label"
-            raise DatasetError(f"{place}: {wrong[0]} is not a class id ({allowed}); remap it")
+        label = self._to_ids(label, place)
         if confidence is not None and (confidence.shape, confidence.dtype) != (label.shape, np.uint8):
             found = f"{confidence.shape} {confidence.dtype}"
             raise DatasetError(f"{place}: expected confidence as {label.shape} uint8, found {found}")
-        return np.where(label == IGNORE_INDEX, BACKGROUND, label).astype(np.uint8), confidence
+        return label, confidence
+
+    def _to_ids(self, label: np.ndarray, place: str) -> np.ndarray:
+        """Return (H, W) uint8 class ids, 0 = no label, of pixel values; DatasetError for one that is no class."""
+        ids = self.label_set.to_ids(label, are_ids=self.rows is not None)
+        if (wrong := label[ids < 0]).size:
+            allowed = f"0..{self.label_set.num_labels - 1}, or {IGNORE_INDEX} for no label"
+            if self.rows is None and self.label_set != OPEN_EARTH_MAP:
+                allowed = "see `values` of the label set"
+            raise DatasetError(f"{place}: {wrong[0]} is not a class id ({allowed}); remap it")
+        return np.where(ids == IGNORE_INDEX, BACKGROUND, ids).astype(np.uint8)
 
 
 def default_name(source: str) -> str:
@@ -98,7 +108,7 @@ def images_by_id(folder: Path, pattern: str) -> dict[str, Path]:
     return files
 
 
-def match_ids(sets: dict[str, LabelSet]) -> list[str]:
+def match_ids(sets: dict[str, LabelMaps]) -> list[str]:
     """Return the ids that the sets `a` and `b` share, sorted.
 
     Raises:
@@ -114,9 +124,9 @@ def match_ids(sets: dict[str, LabelSet]) -> list[str]:
     return sorted(shared)
 
 
-def read_tiles(sets: dict[str, LabelSet], image_id: str) -> dict[str, tuple[np.ndarray, np.ndarray | None]]:
+def read_tiles(sets: dict[str, LabelMaps], image_id: str) -> dict[str, tuple[np.ndarray, np.ndarray | None]]:
     """Read one tile of every set that has it; DatasetError if the sizes differ."""
-    tiles = {key: label_set.read(image_id) for key, label_set in sets.items() if image_id in label_set.entries}
+    tiles = {key: maps.read(image_id) for key, maps in sets.items() if image_id in maps.entries}
     if len({label.shape for label, _ in tiles.values()}) > 1:
         sizes = ", ".join(f"{sets[key].source} {label.shape}" for key, (label, _) in tiles.items())
         raise DatasetError(f"{image_id}: the label maps differ in size: {sizes}")
@@ -140,17 +150,18 @@ def read_regions(file: Path | None, image_ids: Sequence[str]) -> list[str] | Non
     return [region_of.get(image_id) or NO_REGION for image_id in image_ids]
 
 
-def count_tiles(sets: dict[str, LabelSet], image_ids: Sequence[str]) -> tuple[np.ndarray, dict[str, np.ndarray]]:
-    """Apply `count_pixels` to all tiles, (N, 9, 9, 9) uint32, and `count_confidence` to each set with a confidence.
+def count_tiles(sets: dict[str, LabelMaps], image_ids: Sequence[str]) -> tuple[np.ndarray, dict[str, np.ndarray]]:
+    """Apply `count_pixels` to all tiles, (N, C, C, C) uint32, and `count_confidence` to each set with a confidence.
 
     Confidence is compared with the truth or, without one, with the other set. One tile is in memory at a time.
     """
-    counts = np.zeros((len(image_ids), NUM_LABELS, NUM_LABELS, NUM_LABELS), dtype=np.uint32)
+    num_labels = sets["a"].label_set.num_labels
+    counts = np.zeros((len(image_ids), num_labels, num_labels, num_labels), dtype=np.uint32)
     levels: dict[str, np.ndarray] = {}
     for index, image_id in enumerate(tqdm(image_ids, desc="audit", unit="tile")):
         tiles = read_tiles(sets, image_id)
         labels = {key: label for key, (label, _) in tiles.items()}
-        counts[index] = count_pixels(labels["a"], labels["b"], labels.get("truth"))
+        counts[index] = count_pixels(labels["a"], labels["b"], labels.get("truth"), num_labels=num_labels)
         for key, other in (("a", "b"), ("b", "a")):
             confidence, reference = tiles[key][1], labels.get("truth" if "truth" in sets else other)
             if confidence is not None and reference is not None:
