@@ -18,8 +18,8 @@ $(BIN)/installed: setup.cfg pyproject.toml constraints.txt scripts/repair_torchv
 		$(PYTHON) -m venv $$inherit $(VENV); }
 	@$(BIN)/python $(HAS_TORCH) 2>/dev/null || $(BIN)/python -m pip install -q -c constraints.txt torch==$(TORCH)
 	@{ command -v uv >/dev/null && ! grep -q "system-site-packages = true" $(VENV)/pyvenv.cfg \
-		&& VIRTUAL_ENV=$(abspath $(VENV)) uv pip install -q -c constraints.txt -e '.[test,dev,pretrained,lora]'; } \
-		|| $(BIN)/python -m pip install -q -c constraints.txt -e '.[test,dev,pretrained,lora]'
+		&& VIRTUAL_ENV=$(abspath $(VENV)) uv pip install -q -c constraints.txt -e '.[test,dev,pretrained,lora,export]'; } \
+		|| $(BIN)/python -m pip install -q -c constraints.txt -e '.[test,dev,pretrained,lora,export]'
 	@$(BIN)/python scripts/repair_torchvision.py
 	@NO_ALBUMENTATIONS_UPDATE=1 $(BIN)/python -c "import torch, transformers, accelerate, datasets, timm, evaluate, huggingface_hub, albumentations; \
 		print('ready: torch', torch.__version__, 'and seven more; now: source $(BIN)/activate')"

@@ -18,7 +18,7 @@ RANKS = (
     "stem",
     "inference lora",
     "hub synthetic",
-    "ensemble",
+    "ensemble export",
     "training mapping studies",
 )
 RANK_OF = {name: rank for rank, names in enumerate(RANKS) for name in names.split()}

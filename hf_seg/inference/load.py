@@ -7,6 +7,9 @@ A model is a folder that stock transformers opens: config.json, model.safetensor
 is a folder of such folders and
 
     ensemble.json    {"version", "masked_classes", "members": [{"folder", "origin", "crop", "weight", "revision"}, ...]}
+
+A network or an ensemble that was exported to ONNX is one file, and counts as one network. The model classes of
+transformers are imported only where a model of theirs is opened.
 """
 
 import functools
@@ -20,22 +23,14 @@ from typing import Any
 
 from huggingface_hub import snapshot_download
 from torch import nn
-from transformers import (
-    AutoConfig,
-    AutoImageProcessor,
-    PretrainedConfig,
-    SegformerForSemanticSegmentation,
-    UperNetForSemanticSegmentation,
-)
 
 from hf_seg.bands import Bands
 from hf_seg.errors import UserError
 from hf_seg.files import sha256_of
+from hf_seg.inference.exported import find_exported, open_exported
 from hf_seg.label_sets import label_set_of, require_same_classes
 from hf_seg.labels import BACKGROUND, OPEN_EARTH_MAP, LabelSet
-from hf_seg.models import SegmentationNetwork, load_weights, require_supported
 from hf_seg.normalization import IMAGENET, Normalization
-from hf_seg.stem import input_bands_of
 
 ENSEMBLE_FILE = "ensemble.json"
 ENSEMBLE_FORMAT = {"version": 1, "masked_classes": [BACKGROUND]}
@@ -89,7 +84,7 @@ class LoadedNetwork:
     def sha256(self) -> str | None:
         """Digest of the files of weights, config and processor, in hexadecimal; None for a network in memory."""
         if self.folder is None:
-            return None
+            return getattr(self.module, "sha256", None)  # an exported network has one of its file
         files = sorted([*self.folder.glob("*config.json"), *self.folder.glob("*.safetensors")])
         return hashlib.sha256("".join(f"{file.name} {sha256_of(file)}\n" for file in files).encode()).hexdigest()
 
@@ -100,7 +95,8 @@ def load_networks(
     """Load a trained network, or the networks of an ensemble.
 
     Args:
-        name: folder, or Hub id; `id@revision` pins a commit, branch or tag.
+        name: folder, or Hub id; `id@revision` pins a commit, branch or tag; or an exported network, a file .onnx or
+            the folder that contains it.
         subfolder: folder of a single network in it, e.g. "student".
         low_memory: leave the networks on disk, to be loaded one at a time.
         hub: settings of `snapshot_download`: revision (that of the name wins), token, cache_dir, force_download,
@@ -113,6 +109,8 @@ def load_networks(
         UserError: not found, incomplete or damaged, not of this project, or members of different classes; the message
             names it.
     """
+    if not subfolder and (exported := find_exported(str(name))):
+        return [_describe_exported(exported, str(name))]
     prefix = f"{subfolder}/" if subfolder else ""
     patterns = [f"{prefix}{file}" for file in MODEL_FILES]
     if not subfolder:
@@ -150,6 +148,11 @@ def use_network(
     Raises:
         UserError: the crop size is unknown, or the model is not of this project.
     """
+    from transformers import SegformerForSemanticSegmentation, UperNetForSemanticSegmentation
+
+    from hf_seg.models import SegmentationNetwork
+    from hf_seg.stem import input_bands_of
+
     described, bands = None, None
     if isinstance(module, SegformerForSemanticSegmentation | UperNetForSemanticSegmentation):
         described, bands = _find_processor(module), input_bands_of(module)
@@ -243,8 +246,26 @@ def _describe(folder: Path, name: str, **known: Any) -> LoadedNetwork:
     return LoadedNetwork(crop_size=crop_size, normalization=normalization, bands=bands, folder=folder, **known)
 
 
-def _read_config(folder: Path, name: str) -> PretrainedConfig:
+def _describe_exported(path: Path, name: str) -> LoadedNetwork:
+    """Open an exported network, which takes pixels as they are: it normalises them itself."""
+    module = open_exported(path)
+    metadata = module.metadata
+    return LoadedNetwork(
+        crop_size=metadata.crop_size,
+        normalization=Normalization(mean=(0.0,) * metadata.bands, std=(1.0,) * metadata.bands, scale=1.0),
+        bands=metadata.stretch,
+        origin=name,
+        model=metadata.name,
+        model_revision=metadata.revision,
+        module=module,
+        label_set=metadata.label_set,
+    )
+
+
+def _read_config(folder: Path, name: str) -> Any:
     """Return the config of a model in a folder, of an architecture that is supported."""
+    from transformers import AutoConfig
+
     try:
         config = AutoConfig.from_pretrained(folder)
     except (OSError, ValueError) as error:
@@ -256,6 +277,8 @@ def _read_config(folder: Path, name: str) -> PretrainedConfig:
 
 def _read_processor(folder: Path) -> tuple[int, Normalization]:
     """Return the crop size and the normalisation that the image processor of a folder has."""
+    from transformers import AutoImageProcessor
+
     try:
         processor = AutoImageProcessor.from_pretrained(folder)
         scale = 1 / processor.rescale_factor if processor.do_rescale else 1.0
@@ -279,8 +302,12 @@ def _find_processor(model: Any) -> tuple[int, Normalization] | None:
         return None
 
 
-def _open_model(folder: Path, name: str) -> SegmentationNetwork:
-    """Load every tensor of a model."""
+def _open_model(folder: Path, name: str) -> nn.Module:
+    """Load every tensor of a model, as a `SegmentationNetwork`."""
+    from transformers import SegformerForSemanticSegmentation, UperNetForSemanticSegmentation
+
+    from hf_seg.models import SegmentationNetwork, load_weights, require_supported
+
     config = _read_config(folder, name)
     require_supported(name, config)
     stock = SegformerForSemanticSegmentation if config.model_type == "segformer" else UperNetForSemanticSegmentation

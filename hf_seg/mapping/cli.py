@@ -24,6 +24,7 @@ from hf_seg.settings import Parser, filled
 logger = logging.getLogger(__name__)
 
 SUFFIXES = (".tif", ".tiff")
+MODEL_HELP = "folder or Hub id of a trained network or an ensemble, or a file .onnx of scripts/export_model.py"
 
 
 def parse(argv: Sequence[str] | None = None) -> tuple[argparse.Namespace, RasterOptions]:
@@ -35,7 +36,7 @@ def parse(argv: Sequence[str] | None = None) -> tuple[argparse.Namespace, Raster
     parser = Parser(prog="hf-seg-predict", description=__doc__)
     parser.add_argument("sources", nargs="+", metavar="SOURCE", help="scenes: files, folders, or patterns in quotes")
     parser.add_argument("destination", metavar="DESTINATION", help="the map, or the folder of the maps")
-    parser.add_argument("--model", required=True, help="folder or Hub id of a trained network or an ensemble")
+    parser.add_argument("--model", required=True, help=MODEL_HELP)
     parser.add_settings(RasterOptions)
     actions = {action.dest: action for action in parser._actions}
     # these end with their last number, so that scenes may follow

@@ -15,7 +15,6 @@ from typing import Any
 import torch
 from torch import nn
 
-from hf_seg.ensemble import EnsembleForSemanticSegmentation
 from hf_seg.inference.load import LoadedNetwork, load_networks, use_network
 from hf_seg.inference.predict import Predictor
 from hf_seg.mapping.job import map_scene
@@ -35,8 +34,9 @@ def predict_raster(
     """Map one scene.
 
     Args:
-        model: folder or Hub id of a trained network or ensemble; or a network in memory that maps (B, 3, h, w) to
-            logits of OpenEarthMap's classes, which is put into eval mode (one of other classes: `use_network`).
+        model: folder or Hub id of a trained network or ensemble; or an exported file .onnx; or a network in memory that
+            maps (B, 3, h, w) to logits of OpenEarthMap's classes, which is put into eval mode (one of other classes:
+            `use_network`).
         source: the scene: a GeoTIFF, or anything else that GDAL reads.
         destination: the GeoTIFF to write.
         device: None: an accelerator if there is one; for a network in memory, its own device.
@@ -72,10 +72,13 @@ def find_networks(
         UserError: as `load_networks` and `use_network`.
     """
     networks: Sequence[LoadedNetwork]
-    if isinstance(model, EnsembleForSemanticSegmentation):
-        networks = model.members
-    elif isinstance(model, nn.Module):
-        networks = [use_network(model, crop_size=window)]
+    if isinstance(model, nn.Module):
+        from hf_seg.ensemble import EnsembleForSemanticSegmentation  # not needed, and slow to import, for a file
+
+        if isinstance(model, EnsembleForSemanticSegmentation):
+            networks = model.members
+        else:
+            networks = [use_network(model, crop_size=window)]
     elif isinstance(model, str | Path):
         networks = load_networks(model)
     else:
