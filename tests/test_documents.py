@@ -30,6 +30,7 @@ TOY_SIZE = (
     (r"(.*recipes/stage[12]\.py(?!.*--help).*)", rf"\1{TRAINING}"),
     (r"(.*recipes/pseudo_label\.py.*)", r"\1 --tta none --batch_size 16"),
     (r"(.*scripts/ablation\.py.*)", r"\1 --dry_run"),
+    (r"(.*scripts/export_model\.py.*)", r"\1 --fixed_size"),
     (r"--nproc_per_node \d", "--nproc_per_node 2"),
     (r"--(source|train|size) \d+", lambda found: f"--{found[1]} {128 if found[1] == 'size' else 3}"),
     (r"--(width|height) \d+", r"--\1 600"),
@@ -62,7 +63,8 @@ def commands_of(text: str) -> list[str]:
 TEXTS = {name: (PROJECT / name).read_text(encoding="utf-8") for name in DOCUMENTS}
 COMMANDS = [(name, command) for name, text in TEXTS.items() for command in commands_of(text)]
 SNIPPETS = [(name, code) for name, text in TEXTS.items() for code in fenced(text, "python")]
-MAKERS = {found[1]: command for _, command in COMMANDS if (found := re.search(r"--output_dir (\S+)", command))}
+OUTPUT = r"(?:--output_dir|export_model\.py .*--output) (\S+)"
+MAKERS = {found[1]: command for _, command in COMMANDS if (found := re.search(OUTPUT, command))}
 
 
 @pytest.fixture(scope="module")
@@ -94,7 +96,7 @@ class Checkout:
     def run(self, command: str, *, launcher: bool = False) -> subprocess.CompletedProcess[str]:
         """Run a command at toy size, and first what makes its input."""
         self.make_input(command)
-        output = re.search(r"--output_dir (\S+)|(?:scene|large).tif (map.tif)", command)
+        output = re.search(rf"{OUTPUT}|(?:scene|large).tif (map.tif)", command)
         if output is not None:
             remove(self.folder / (output[1] or output[2]))
         for pattern, replacement in TOY_SIZE:
@@ -105,7 +107,7 @@ class Checkout:
         return subprocess.run(["bash", "-c", command], **options)
 
     def make_input(self, text: str) -> None:
-        output = re.search(r"--output_dir (\S+)", text)
+        output = re.search(OUTPUT, text)
         for path in set(re.findall(r"\bruns/\w+", text)) - {output and output[1]}:
             if (self.folder / path).exists():
                 continue

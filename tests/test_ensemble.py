@@ -18,11 +18,11 @@ from torch import Tensor
 from transformers import AutoImageProcessor, AutoModelForSemanticSegmentation, PreTrainedModel
 
 import hf_seg
+from hf_seg import models
 from hf_seg.ensemble import EnsembleForSemanticSegmentation as Ensemble
 from hf_seg.ensemble import Prediction
 from hf_seg.errors import UserError
 from hf_seg.hub.export import export_model
-from hf_seg.inference import load
 from hf_seg.inference.load import find_folder, load_networks
 from hf_seg.inference.sliding_window import sliding_window_probs
 from hf_seg.labels import BACKGROUND, OPEN_EARTH_MAP
@@ -350,8 +350,8 @@ def test_low_memory_gives_the_same_bits_with_one_member_at_a_time(
         born.append(weakref.ref(model))
         return model
 
-    load_weights = load.load_weights
-    monkeypatch.setattr(load, "load_weights", load_and_count)
+    load_weights = models.load_weights
+    monkeypatch.setattr(models, "load_weights", load_and_count)
     gc.disable()  # memory that only the collector frees is not free
     try:
         streamed = Ensemble.from_pretrained(saved, low_memory=True)
