@@ -8,7 +8,7 @@ import pytest
 from hf_seg.data.provenance import DATASET_FILE, read_provenance
 from hf_seg.errors import DatasetError, FileError
 
-UNKNOWN = {"description": None, "license": None, "synthetic": False, "released": False, "labels": None}
+UNKNOWN = {"description": None, "license": None, "synthetic": False, "released": False, "labels": None, "bands": None}
 
 
 def make_open_earth_map(root: Path, **counts: int) -> Path:
