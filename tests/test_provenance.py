@@ -83,6 +83,7 @@ def test_a_description_in_the_root_is_returned_whatever_the_numbers(tmp_path: Pa
         "license": "CC0-1.0",
         "synthetic": True,
         "labels": {"val": "manual"},
+        "bands": {"sar": ["HH"]},
         "settings": {"seed": 1},
     }
     describe(root, content)
