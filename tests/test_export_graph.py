@@ -455,6 +455,26 @@ def test_a_file_that_is_no_export_is_named(exported: Exported, tmp_path: Path) -
             load_networks(path)
 
 
+def test_weights_in_a_file_of_their_own_are_found_and_part_of_the_digest(exported: Exported, tmp_path: Path) -> None:
+    """As the exporter writes a model over 2 GB."""
+    import onnx
+
+    (tmp_path / "large").mkdir()
+    model, path = onnx.load(exported.file), tmp_path / "large" / "model.onnx"
+    onnx.save_model(model, path, save_as_external_data=True, location="model.onnx.data")
+    (tmp_path / "large").rename(tmp_path / "moved")
+    path = tmp_path / "moved" / "model.onnx"
+    image, _ = make_scene(np.random.default_rng(2), 40)
+    found, expected = (Predictor(load_networks(each), device=CPU).predict(image) for each in (path, exported.file))
+    assert torch.allclose(found.probs(), expected.probs(), atol=1e-6)
+    before, weights = open_exported(path).sha256, path.with_name("model.onnx.data")
+    weights.write_bytes(weights.read_bytes()[:-4] + b"1234")
+    assert open_exported(path).sha256 != before
+    weights.unlink()
+    with pytest.raises(UserError, match=r"model.onnx cannot be opened as an ONNX model; export it again \("):
+        load_networks(path)
+
+
 def test_an_exported_network_is_one_of_the_networks(exported: Exported, dual: Exported, root: Path) -> None:
     """In an ensemble beside others; a window that it cannot compute is told."""
     ensemble = EnsembleForSemanticSegmentation.from_members([exported.file.parent, root / "a"])
