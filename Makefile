@@ -18,8 +18,8 @@ $(BIN)/installed: setup.cfg pyproject.toml constraints.txt scripts/repair_torchv
 		$(PYTHON) -m venv $$inherit $(VENV); }
 	@$(BIN)/python $(HAS_TORCH) 2>/dev/null || $(BIN)/python -m pip install -q -c constraints.txt torch==$(TORCH)
 	@{ command -v uv >/dev/null && ! grep -q "system-site-packages = true" $(VENV)/pyvenv.cfg \
-		&& VIRTUAL_ENV=$(abspath $(VENV)) uv pip install -q -c constraints.txt -e '.[test,dev,pretrained,lora,export]'; } \
-		|| $(BIN)/python -m pip install -q -c constraints.txt -e '.[test,dev,pretrained,lora,export]'
+		&& VIRTUAL_ENV=$(abspath $(VENV)) uv pip install -q -c constraints.txt -e '.[train,test,dev,pretrained,lora,export]'; } \
+		|| $(BIN)/python -m pip install -q -c constraints.txt -e '.[train,test,dev,pretrained,lora,export]'
 	@$(BIN)/python scripts/repair_torchvision.py
 	@NO_ALBUMENTATIONS_UPDATE=1 $(BIN)/python -c "import torch, transformers, accelerate, datasets, timm, evaluate, huggingface_hub, albumentations; \
 		print('ready: torch', torch.__version__, 'and seven more; now: source $(BIN)/activate')"
@@ -32,12 +32,12 @@ SEED ?= 0
 THREADS ?= 2
 DATA := $(QUICKSTART)/data
 SAR := $(DATA)/dfc25_track1
-LAUNCH := $(BIN)/accelerate launch -q --config_file recipes/accelerate_configs/one_process.yaml
+HF_SEG := $(BIN)/hf-seg
 TOY := recipes/configs/toy
 MEMBERS := 0 1 2
-STAGE1 = $(LAUNCH) recipes/stage1.py --config $(TOY)/stage1_efficientnet_lite.yaml --cache_gib 0.5 \
+STAGE1 = $(HF_SEG) stage1 --config $(TOY)/stage1_efficientnet_lite.yaml --cache_gib 0.5 \
 	--source_dir $(DATA)/OpenEarthMap_wo_xBD --data_dir $(SAR) --resume_from_checkpoint latest
-LABEL = $(LAUNCH) recipes/pseudo_label.py --stride 1 --tta flips --data_dir $(SAR)
+LABEL = $(HF_SEG) pseudo-label --stride 1 --tta flips --batch_size 16 --data_dir $(SAR)
 quickstart: export OMP_NUM_THREADS = $(THREADS)
 quickstart: $(DATA) $(MEMBERS:%=pretrained/efficientnet_lite%)
 	@$(STAGE1) --method source_only --output_dir $(QUICKSTART)/source_only
@@ -45,33 +45,33 @@ quickstart: $(DATA) $(MEMBERS:%=pretrained/efficientnet_lite%)
 		--max_train_steps 200 --eval_steps 40 --checkpointing_steps 40 --output_dir $(QUICKSTART)/stage1
 	@$(LABEL) --model $(QUICKSTART)/source_only --output_dir $(QUICKSTART)/labels_source_only
 	@$(LABEL) --model $(QUICKSTART)/stage1 --output_dir $(QUICKSTART)/labels
-	@$(BIN)/python scripts/audit_labels.py $(QUICKSTART)/labels_source_only $(QUICKSTART)/labels \
+	@$(HF_SEG) audit $(QUICKSTART)/labels_source_only $(QUICKSTART)/labels \
 		--name_a "labels of the source-only network" --name_b "our pseudo-labels" \
 		--truth $(DATA)/dfc25_track1_extra/train_clean_labels --output $(QUICKSTART)/audit
-	@for member in $(MEMBERS); do $(LAUNCH) recipes/stage2.py --config $(TOY)/stage2_efficientnet_lite.yaml --seed $$member \
+	@for member in $(MEMBERS); do $(HF_SEG) stage2 --config $(TOY)/stage2_efficientnet_lite.yaml --seed $$member \
 			--model_name_or_path pretrained/efficientnet_lite$$member --data_dir $(SAR) --pseudo_labels $(QUICKSTART)/labels \
 			--output_dir $(QUICKSTART)/lite$$member --resume_from_checkpoint latest || exit 1; done
-	@$(LAUNCH) recipes/ensemble.py --model $(MEMBERS:%=$(QUICKSTART)/lite%) --data_dir $(SAR) --split test \
-		--stride 1 --output_dir $(QUICKSTART)/ensemble
-	@$(BIN)/hf-seg-predict $(DATA)/scene.tif $(QUICKSTART)/map.tif --model $(QUICKSTART)/ensemble --preview --stride 0.75 \
-		--overwrite > $(QUICKSTART)/map.txt
+	@$(HF_SEG) ensemble --model $(MEMBERS:%=$(QUICKSTART)/lite%) --data_dir $(SAR) --split test \
+		--stride 1 --batch_size 16 --output_dir $(QUICKSTART)/ensemble
+	@$(HF_SEG) predict $(DATA)/scene.tif $(QUICKSTART)/map.tif --model $(QUICKSTART)/ensemble --preview --stride 0.75 \
+		--batch_size 16 --overwrite > $(QUICKSTART)/map.txt
 	@$(BIN)/python scripts/summarize_quickstart.py $(QUICKSTART)
 
 # The same SAR stage with toys of the paper's three architectures, from random weights.
 STOCK := segformer upernet_convnextv2 upernet_swinv2
 quickstart-architectures: export OMP_NUM_THREADS = $(THREADS)
 quickstart-architectures: quickstart
-	@for member in $(STOCK); do $(LAUNCH) recipes/stage2.py --config $(TOY)/stage2_$$member.yaml \
+	@for member in $(STOCK); do $(HF_SEG) stage2 --config $(TOY)/stage2_$$member.yaml \
 		--data_dir $(SAR) --pseudo_labels $(QUICKSTART)/labels --output_dir $(QUICKSTART)/$$member \
 		--resume_from_checkpoint latest || exit 1; done
-	@$(LAUNCH) recipes/ensemble.py --model $(STOCK:%=$(QUICKSTART)/%) --data_dir $(SAR) --split test --stride 1 \
+	@$(HF_SEG) ensemble --model $(STOCK:%=$(QUICKSTART)/%) --data_dir $(SAR) --split test --stride 1 \
 		--output_dir $(QUICKSTART)/ensemble_architectures
 
 pretrained/efficientnet_lite%: | install
 	@$(BIN)/python scripts/convert_pretrained.py --model tf_efficientnet_lite$* --output $@
 
 $(DATA): | install
-	@$(BIN)/python scripts/make_synthetic_dataset.py --output $@ --seed $(SEED) --source 70 --train 160 --val 20 --test 100 --size 256 \
+	@$(HF_SEG) synth --output $@ --seed $(SEED) --source 70 --train 160 --val 20 --test 100 --size 256 \
 		--scene 2048
 
 test: install

@@ -1,8 +1,12 @@
 """A user's mistake is one line on stderr, never a traceback."""
 
+import os
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+
+_SECONDS_TO_END = 3.0  # a launcher looks every 0.1 s whether a process has failed
 
 
 class UserError(ValueError):
@@ -35,9 +39,17 @@ def file_errors(path: object, action: str, hint: str = "") -> Iterator[None]:
 
 @contextmanager
 def one_line_errors() -> Iterator[None]:
-    """End the program with `error: ...` on stderr and exit code 2 on a `UserError`."""
+    """End the program with `error: ...` on stderr and exit code 2 on a `UserError`.
+
+    Of several processes the first reports what all have found, or wait for: when it ends, their launcher ends the
+    others, which therefore do not report at once.
+    """
     try:
         yield
-    except UserError as error:
+    except Exception as error:
+        if os.environ.get("RANK", "0") != "0":
+            time.sleep(_SECONDS_TO_END)
+        if not isinstance(error, UserError):
+            raise
         print(f"error: {error}", file=sys.stderr, flush=True)
         raise SystemExit(2) from None

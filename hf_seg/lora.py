@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 from safetensors.torch import save_file
-from timm.layers import freeze_batch_norm_2d, unfreeze_batch_norm_2d
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
@@ -46,6 +45,8 @@ def add_adapters(model: PreTrainedModel, *, rank: int, alpha: float, targets: Se
         from peft import LoraConfig, inject_adapter_in_model
     except ImportError:
         raise UserError("lora_rank needs a package: pip install 'hf_seg[lora]'; or set it to 0") from None
+    from timm.layers import freeze_batch_norm_2d  # timm trains networks; maps can do without it
+
     encoder, heads = encoder_and_heads(model)
     names = {module: name for name, module in model.named_modules()}
     learned = [*heads, *_new_parts(encoder)]
@@ -72,6 +73,8 @@ def has_adapters(model: nn.Module) -> bool:
 
 def merge_adapters(model: PreTrainedModel) -> PreTrainedModel:
     """Return a copy of a model with its adapters merged into the layers: the stock model that it was, in eval mode."""
+    from timm.layers import unfreeze_batch_norm_2d
+
     merged = copy.deepcopy(model)
     for name, layer in list(_adapted_layers(merged)):
         layer.merge(safe_merge=True)

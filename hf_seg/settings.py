@@ -15,6 +15,7 @@ import argparse
 import dataclasses
 import difflib
 import operator
+import os
 import re
 import sys
 import types
@@ -110,6 +111,10 @@ class Parser(argparse.ArgumentParser):
 
     def parse_args(self, args: Any = None, namespace: Any = None) -> Any:
         """Parse a whole command line; raise `UserError` for an unknown flag, a missing or a wrong value."""
+        if is_completing():
+            import argcomplete
+
+            argcomplete.autocomplete(self)  # ends the process
         found, unknown = self.parse_known_args(args, namespace)
         if unknown:
             groups = [each for each in self._actions if isinstance(each, argparse._SubParsersAction)]
@@ -224,9 +229,14 @@ def packaged_folder(name: str) -> Path:
 
 
 def answer_help(settings: type[Settings], argv: Sequence[str] | None = None) -> None:
-    """Print the help and exit where it is asked for; to be called before slow imports."""
-    if {"-h", "--help"} & {*(sys.argv[1:] if argv is None else argv)}:
+    """Print the help, or the shell's completions, and exit where asked for; to be called before slow imports."""
+    if is_completing() or {"-h", "--help"} & {*(sys.argv[1:] if argv is None else argv)}:
         parse_arguments(settings, argv)
+
+
+def is_completing() -> bool:
+    """Tell whether a shell asks this program how a command line may go on."""
+    return "_ARGCOMPLETE" in os.environ
 
 
 def nearest(key: str, known: Iterable[str], *, prefix: str = "") -> str:

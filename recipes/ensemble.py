@@ -36,6 +36,7 @@ from hf_seg.hub.push import publish
 from hf_seg.inference.load import ENSEMBLE_FILE, load_networks
 from hf_seg.inference.predict import Predictor
 from hf_seg.report.plots import plot_member_scores
+from hf_seg.terminal import print_summary
 from hf_seg.training.evaluation import draw_results, evaluate
 from hf_seg.training.run import start_accelerator
 
@@ -62,11 +63,18 @@ def main(argv: list[str] | None = None) -> None:
         else:
             draw_figures(predictor, images, results, output_dir / "figures", args)
             print_table(results)
-        print(f"ensemble: {output_dir}")
     accelerator.wait_for_everyone()
     accelerator.end_training()
     if accelerator.is_main_process:  # the other processes need not wait for the Hub
-        publish(output_dir, args)
+        try:
+            publish(output_dir, args)
+        finally:  # the ensemble is complete, although its push may have failed
+            print_summary(
+                f"ensemble: {output_dir}",
+                {"output_dir": output_dir, "results": results},
+                [output_dir / "README.md", output_dir / "figures" / "panel.png"],
+                hints=[f"hf-seg predict SCENE.tif MAP.tif --model {output_dir}"],
+            )
 
 
 def load_images(args: EnsembleArguments, bands: Bands | None) -> LabelledImages:

@@ -58,6 +58,7 @@ from hf_seg.inference.vote import VoteAccumulator
 from hf_seg.label_sets import require_same_classes
 from hf_seg.labels import IGNORE_INDEX, LabelSet
 from hf_seg.report.panels import plot_panel
+from hf_seg.terminal import print_summary
 from hf_seg.training.run import start_accelerator
 
 
@@ -106,10 +107,17 @@ def main(argv: list[str] | None = None) -> None:
         if not (output_dir / "figures" / "panel.png").exists():  # it is drawn last
             draw_figures(rows, images, shards, output_dir / "figures", label_set)
         describe_dataset(shards, inputs, args, label_set)
-        print(f"pseudo-labels, card and figures: {output_dir}")
     accelerator.end_training()
     if accelerator.is_main_process:
-        publish(output_dir, args)
+        try:
+            publish(output_dir, args)
+        finally:  # the labels are complete, although their push may have failed
+            print_summary(
+                f"{len(rows)} tiles labelled: {output_dir}",
+                {"output_dir": output_dir, "n_tiles": len(rows)},
+                [output_dir / "README.md", output_dir / "figures" / "panel.png"],
+                hints=[f"hf-seg stage2 --pseudo_labels {output_dir}"],
+            )
 
 
 def load_sar(rows: datasets.Dataset, args: PseudoLabelArguments) -> UnlabelledImages:

@@ -21,6 +21,7 @@ from hf_seg.errors import DatasetError, UserError, file_errors, one_line_errors
 from hf_seg.files import atomic_folder, write_atomic
 from hf_seg.labels import OPEN_EARTH_MAP, LabelSet
 from hf_seg.settings import Parser
+from hf_seg.terminal import print_summary
 
 if TYPE_CHECKING:
     from hf_seg.studies.label_audit_report import GalleryRow
@@ -81,7 +82,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         if found["n_unmatched"]:
             examples = ", ".join(found["unmatched"])
             print(f"skipped {found['n_unmatched']} tiles of {found['name']} without a counterpart, e.g. {examples}")
-    print(f"{result['n_tiles']} tiles compared. {result['verdict']}\nreport: {args.output / 'index.html'}")
+    facts = {"n_tiles": result["n_tiles"], "verdict": result["verdict"]}
+    print_summary("{n_tiles} tiles compared. {verdict}".format(**facts), facts, [args.output / "index.html"])
 
 
 def audit(sets: "dict[str, LabelMaps]", image_ids: list[str], regions: Path | None, seed: int) -> dict[str, Any]:

@@ -17,6 +17,7 @@ from typing import Any
 from hf_seg.arguments import PredictionSettings
 from hf_seg.errors import one_line_errors
 from hf_seg.settings import Parser, filled
+from hf_seg.terminal import print_summary
 
 
 def parse() -> tuple[argparse.Namespace, PredictionSettings]:
@@ -88,10 +89,9 @@ def main() -> None:
         figures = args.output.parent / f"{args.output.stem}_figures"
         titles = ("SAR" if args.column == "sar" else args.column, "label", "prediction")
         draw_results(predictor, images, results, figures, titles=titles)
-        for name, iou in results["iou"].items():
-            print(f"{name:18s} {'-' if iou is None else f'{iou:.4f}'}")
-        print(f"{'mIoU':18s} {results['mean_iou']:.4f}  ({results['n_images']} tiles, {args.split})")
-        print(f"scores: {args.output}", *(f"figure: {path}" for path in sorted(figures.iterdir())), sep="\n")
+        lines = [f"{name:18s} {'-' if iou is None else f'{iou:.4f}'}" for name, iou in results["iou"].items()]
+        lines.append(f"{'mIoU':18s} {results['mean_iou']:.4f}  ({results['n_images']} tiles, {args.split})")
+        print_summary("\n".join(lines), results, [args.output, *sorted(figures.iterdir())])
     accelerator.wait_for_everyone()
 
 

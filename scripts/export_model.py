@@ -2,7 +2,7 @@
 
     python scripts/export_model.py --model runs/stage2_b5 --format onnx --output exported/b5
     python scripts/export_model.py --model runs/ensemble --format onnx --output exported/qgis --fixed_size --bands 1
-    hf-seg-predict scene.tif map.tif --model exported/b5/model.onnx
+    hf-seg predict scene.tif map.tif --model exported/b5/model.onnx
 
 The file maps raw pixels (B, bands, H, W), float32 in the units of the data, to class probabilities (B, K, H, W):
 stretch, normalisation, resizing, softmax and the weighted mean of an ensemble are inside. It is run at several sizes
@@ -16,6 +16,7 @@ from pathlib import Path
 
 from hf_seg.errors import one_line_errors
 from hf_seg.settings import Parser
+from hf_seg.terminal import print_summary
 
 
 def parse() -> argparse.Namespace:
@@ -79,7 +80,11 @@ def main() -> None:
         print("note: the QGIS plug-in Deepness takes a fixed size only; for it, export with --fixed_size")
     if args.format == "onnx" and args.resolution_cm is None:
         print("note: the resolution is not known; tell QGIS with --resolution_cm")
-    print(f"written: {written.file} ({written.size / 1e6:.1f} MB) and {args.output / 'stac.json'}")
+    print_summary(
+        f"{written.size / 1e6:.1f} MB",
+        {"bands": metadata.bands, "classes": metadata.classes, "bytes": written.size},
+        [written.file, args.output / "stac.json"],
+    )
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """Pack maps of OpenEarthMap-SAR's val or test tiles for the contest (DFC 2025, track 1).
 
-    hf-seg-predict data/dfc25_track1/val/sar_images maps/ --model runs/ensemble
+    hf-seg predict data/dfc25_track1/val/sar_images maps/ --model runs/ensemble
     python scripts/make_submission.py maps/ --data_dir data/dfc25_track1 --split val --output submission.zip
 
 The zip contains one `<stem>.png` per tile, one band of uint8 class ids. It is written only if every tile has a map of
@@ -33,7 +33,7 @@ def parse() -> argparse.Namespace:
     """Read the command line."""
     parser = Parser(description=__doc__)
     parser.add_argument(
-        "maps", type=Path, metavar="MAPS", help="folder of <stem>.tif (or .png), as hf-seg-predict writes them"
+        "maps", type=Path, metavar="MAPS", help="folder of <stem>.tif (or .png), as hf-seg predict writes them"
     )
     parser.add_argument("--data_dir", required=True, help="root of OpenEarthMap-SAR")
     parser.add_argument("--split", default="val", choices=sorted(TILES), help="split of the tiles (val)")

@@ -14,6 +14,7 @@ from pathlib import Path
 from hf_seg.errors import one_line_errors
 from hf_seg.settings import Parser
 from hf_seg.synthetic import SOURCE_FOLDER, TARGET_FOLDER, SyntheticSettings, make_synthetic_dataset
+from hf_seg.terminal import print_summary
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -29,7 +30,8 @@ def main(arguments: list[str] | None = None) -> int:
         except KeyboardInterrupt:
             print("interrupted; nothing was written", file=sys.stderr)
             return 130
-    print(f"OpenEarthMap: {output / SOURCE_FOLDER}, OpenEarthMap-SAR: {output / TARGET_FOLDER}")
+    folders = {"source_dir": output / SOURCE_FOLDER, "data_dir": output / TARGET_FOLDER}
+    print_summary("OpenEarthMap: {source_dir}, OpenEarthMap-SAR: {data_dir}".format(**folders), folders)
     return 0
 
 

@@ -1,7 +1,7 @@
 """Download the datasets, and check a dataset folder before training on it.
 
     python scripts/prepare_data.py download oem oem-sar oem-sar-val-labels data
-    python scripts/prepare_data.py check data/dfc25_track1 --json check.json
+    python scripts/prepare_data.py check data/dfc25_track1 --output check.json
 
 Names: oem (OpenEarthMap), oem-sar (train and val), oem-sar-val-labels, oem-sar-test, oem-sar-test-labels, and
 oem-sar-all for those four. An interrupted download resumes when the same command is run again; the environment
@@ -18,6 +18,7 @@ from hf_seg.data.archives import ARCHIVES
 from hf_seg.errors import UserError, one_line_errors
 from hf_seg.files import write_atomic
 from hf_seg.settings import Parser
+from hf_seg.terminal import print_summary
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -38,7 +39,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     check = commands.add_parser("check", help="check a dataset folder")
     check.add_argument("data_dir", metavar="DIR", type=Path, help="root of OpenEarthMap or OpenEarthMap-SAR")
     check.add_argument("--label_set", metavar="FILE", help="YAML file of the classes (the dataset's own)")
-    check.add_argument("--json", metavar="FILE", type=Path, help="also write the report to FILE")
+    check.add_argument("--output", metavar="FILE", type=Path, help="also write the report to FILE")
     download = commands.add_parser("download", help="download datasets from Zenodo and unpack them")
     download.add_argument("names", metavar="NAME", nargs="+", help=f"what to download: {', '.join(ARCHIVES)}")
     download.add_argument("destination", metavar="DIR", type=Path, help="folder for the datasets")
@@ -60,9 +61,9 @@ def run_check(options: argparse.Namespace) -> int:
     from hf_seg.data.doctor import examine  # slow to import
 
     report = examine(options.data_dir, label_set=options.label_set)
-    if options.json:
-        write_atomic(options.json, json.dumps(report.as_dict(), indent=2) + "\n")
-    print(report)
+    if options.output:
+        write_atomic(options.output, json.dumps(report.as_dict(), indent=2) + "\n")
+    print_summary(str(report), report.as_dict())
     return 1 if report.problems else 0
 
 

@@ -14,6 +14,7 @@ from pathlib import Path
 
 from hf_seg.errors import UserError, one_line_errors
 from hf_seg.settings import Parser
+from hf_seg.terminal import print_summary
 
 
 def parse() -> argparse.Namespace:
@@ -43,7 +44,8 @@ def main() -> None:
     if kind != "dataset" and not (args.folder / "README.md").exists():
         write_model_card(args.folder)
         print(f"card: {args.folder / 'README.md'}")
-    print(f"on the Hub: {push(args.folder, args.repository, args.private, args.revision)}")
+    url = push(args.folder, args.repository, args.private, args.revision)
+    print_summary(f"on the Hub: {url}", {"url": url})
 
 
 if __name__ == "__main__":

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 from hf_seg.arguments import PredictionSettings
 from hf_seg.errors import UserError, one_line_errors
 from hf_seg.settings import Parser, filled
+from hf_seg.terminal import print_summary
 
 if TYPE_CHECKING:
     from hf_seg.data.samples import LabelledImages
@@ -140,7 +141,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         training_data=read_record(run / TRAINING_DATA_FILE),
         audit=audit,
     )
-    print(f"{run_report.say_score(results)}\nreport: {args.output}")
+    facts = {key: results[key] for key in ("mean_iou", "overall_accuracy", "n_images")}
+    print_summary(run_report.say_score(results), facts, [args.output])
 
 
 if __name__ == "__main__":

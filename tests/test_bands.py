@@ -187,7 +187,7 @@ def test_two_bands_from_training_to_the_map_of_an_ensemble(dual_pol: Path, train
     valid = sample.image.max(axis=2) > 0
     assert (found[valid] == expected[valid]).mean() > 0.99  # windows are blended, not averaged
     card = (trained[0] / "README.md").read_text()
-    assert "VV, VH" in card and "hf-seg-predict" in card
+    assert "VV, VH" in card and "hf-seg predict" in card
 
 
 def test_a_second_round_of_labels_and_more_training_keep_the_stretch(

@@ -18,7 +18,7 @@ from hf_seg.synthetic import make_synthetic_dataset
 
 PROJECT = Path(__file__).parents[1]
 DOCUMENTS = ("README.md", "recipes/README.md", "hf_seg/mapping/README.md", "hf_seg/studies/README.md")
-PROGRAMS = ("accelerate", "hf-seg-predict", "make", "pip", "python", "torchrun")
+PROGRAMS = ("accelerate", "hf-seg", "make", "pip", "python", "torchrun")
 LAUNCH = "accelerate launch -q --config_file recipes/accelerate_configs/one_process.yaml"
 TRAINING = (
     " --max_train_steps 2 --warmup_steps 0 --eval_steps 2 --checkpointing_steps 0 --crop_size 32 --report_to none"
@@ -27,17 +27,22 @@ TRAINING = (
 # What makes a command small, and nothing else of it.
 TOY_SIZE = (
     (r"recipes/configs/stage([12])/\S+", r"recipes/configs/toy/stage\1_segformer.yaml"),
-    (r"(.*recipes/stage[12]\.py(?!.*--help).*)", rf"\1{TRAINING}"),
-    (r"(.*recipes/pseudo_label\.py.*)", r"\1 --tta none --batch_size 16"),
+    (r"(.*(?:recipes/stage[12]\.py|hf-seg stage[12])(?!.*--help).*)", rf"\1{TRAINING}"),
+    (r"(.*(?:recipes/pseudo_label\.py|hf-seg pseudo-label).*)", r"\1 --tta none --batch_size 16"),
     (r"(.*scripts/ablation\.py.*)", r"\1 --dry_run"),
-    (r"(.*scripts/export_model\.py.*)", r"\1 --fixed_size"),
+    (r"(.*(?:scripts/export_model\.py|hf-seg export).*)", r"\1 --fixed_size"),
     (r"--nproc_per_node \d", "--nproc_per_node 2"),
     (r"--(source|train|size) \d+", lambda found: f"--{found[1]} {128 if found[1] == 'size' else 3}"),
     (r"--(width|height) \d+", r"--\1 600"),
     (r"^make ([\w-]+).*", r"make -n \1"),  # the targets themselves are what CI runs
 )
 # Commands that need the network end in one line that says so.
-OFFLINE = {"prepare_data.py download": (1, "answered 404"), "push_to_hub.py": (2, "HF_HUB_OFFLINE is set")}
+OFFLINE = {
+    "prepare_data.py download": (1, "answered 404"),
+    "hf-seg data download": (1, "answered 404"),
+    "push_to_hub.py": (2, "HF_HUB_OFFLINE is set"),
+    "hf-seg push": (2, "HF_HUB_OFFLINE is set"),
+}
 TOP_LEVEL = ("Makefile", "setup.cfg", "pyproject.toml", "constraints.txt")
 # An output that one document makes and another one uses.
 SIMILAR = {"runs/stage1_b3": "runs/stage1_b5", "runs/stage2_convnextv2": "runs/stage2_b5"}
@@ -63,7 +68,7 @@ def commands_of(text: str) -> list[str]:
 TEXTS = {name: (PROJECT / name).read_text(encoding="utf-8") for name in DOCUMENTS}
 COMMANDS = [(name, command) for name, text in TEXTS.items() for command in commands_of(text)]
 SNIPPETS = [(name, code) for name, text in TEXTS.items() for code in fenced(text, "python")]
-OUTPUT = r"(?:--output_dir|export_model\.py .*--output) (\S+)"
+OUTPUT = r"(?:--output_dir|(?:export_model\.py|hf-seg export) .*--output) (\S+)"
 MAKERS = {found[1]: command for _, command in COMMANDS if (found := re.search(OUTPUT, command))}
 
 
@@ -119,7 +124,7 @@ class Checkout:
                 assert made.returncode == 0, made.stderr
         if "make_submission.py maps/" in text and not (self.folder / "maps").exists():
             assert (
-                self.run("hf-seg-predict data/dfc25_track1/val/sar_images maps/ --model runs/ensemble").returncode == 0
+                self.run("hf-seg predict data/dfc25_track1/val/sar_images maps/ --model runs/ensemble").returncode == 0
             )
 
 
@@ -173,7 +178,7 @@ def test_what_a_card_says_runs(folder: str, checkout: Checkout, monkeypatch: pyt
             command += " --config recipes/configs/stage2/segformer_b5.yaml"  # no network: the toy model
         if folder in command and "--config" in command:  # it repeats the run that made the folder
             command = re.sub(r"--output_dir \S+", "", command) + f" --output_dir runs/again_{Path(folder).name}"
-        check(checkout, f"{command} --overwrite" if command.startswith("hf-seg-predict") else command)
+        check(checkout, f"{command} --overwrite" if command.startswith("hf-seg predict") else command)
     monkeypatch.chdir(checkout.folder)
     snippets = fenced(card, "python")
     assert snippets

@@ -11,7 +11,7 @@ LEAVES = sorted([*PROJECT.glob("recipes/*.py"), *PROJECT.glob("scripts/*.py")])
 
 # A folder (or a module at the top) imports itself and what stands above it in this list, nothing beside or below it.
 RANKS = (
-    "bands errors labels",
+    "bands errors labels terminal",
     "files settings normalization",
     "arguments bootstrap calibration label_sets losses metrics adaptation timm_encoder encoders",
     "data models land_cover_iou report",
@@ -20,6 +20,7 @@ RANKS = (
     "hub synthetic",
     "ensemble export",
     "training mapping studies",
+    "cli",
 )
 RANK_OF = {name: rank for rank, names in enumerate(RANKS) for name in names.split()}
 PURE = ("bands", "labels", "normalization", "bootstrap", "calibration", "losses", "metrics", "adaptation")

@@ -379,12 +379,12 @@ def test_the_module_can_be_run_and_the_package_installs_the_command(
         runpy.run_module("hf_seg.mapping.cli", run_name="__main__")
     printed = capsys.readouterr().out
     assert (
-        end.value.code == 0 and "hf-seg-predict scene.tif map.tif --model" in printed and "--no_zero_collar" in printed
+        end.value.code == 0 and "hf-seg predict scene.tif map.tif --model" in printed and "--no_zero_collar" in printed
     )
     setup = configparser.ConfigParser()
     setup.read(Path(__file__).parents[1] / "setup.cfg")
     commands = setup["options.entry_points"]["console_scripts"].split("\n")
-    assert "hf-seg-predict = hf_seg.mapping.cli:main" in commands
+    assert "hf-seg = hf_seg.cli:main" in commands
 
 
 def test_help_needs_no_slow_import() -> None:

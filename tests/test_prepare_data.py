@@ -167,7 +167,7 @@ def test_failed_download_is_one_line_and_status_1(mirror: str, tmp_path: Path) -
 
 
 def test_check_of_a_folder_without_problems_exits_with_0_and_writes_json(sar_folder: Path, tmp_path: Path) -> None:
-    status, stdout, stderr = run("check", sar_folder, "--json", tmp_path / "check.json")
+    status, stdout, stderr = run("check", sar_folder, "--output", tmp_path / "check.json")
     assert status == 0, stdout + stderr
     assert stdout.strip()
     assert isinstance(json.loads((tmp_path / "check.json").read_text()), dict)
@@ -181,7 +181,7 @@ def test_check_of_a_folder_with_a_damaged_label_exits_with_1_and_names_it(sar_fo
 
 
 def test_report_that_cannot_be_written_is_one_line(sar_folder: Path, tmp_path: Path) -> None:
-    status, _, stderr = run("check", sar_folder, "--json", tmp_path)
+    status, _, stderr = run("check", sar_folder, "--output", tmp_path)
     assert status == 2
     assert stderr.splitlines()[-1].startswith(f"error: {tmp_path} cannot be written (Is a directory)")
     assert "Traceback" not in stderr

@@ -29,7 +29,7 @@ def pip(*arguments: object) -> None:
 def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Build the wheel from a copy of the sources, without a network."""
     root = tmp_path_factory.mktemp("wheel")
-    folders = {"hf_seg", "model_cards", "recipes"}
+    folders = {"hf_seg", "model_cards", "recipes", "scripts"}
     for folder in folders:
         shutil.copytree(PROJECT / folder, root / "sources" / folder, ignore=shutil.ignore_patterns("__pycache__"))
     for file in ("setup.cfg", "pyproject.toml", "README.md", "LICENSE"):
@@ -58,7 +58,7 @@ def test_the_wheel_contains_every_module_recipe_setting_and_template(wheel: Path
     files = [path.relative_to(PROJECT) for path in PROJECT.glob("hf_seg/**/*") if path.is_file()]
     manuals = {".md"}
     expected = {path.as_posix() for path in files if path.suffix not in manuals and "__pycache__" not in path.parts}
-    for pattern in ("recipes/*.py", "recipes/**/*.yaml", "model_cards/*.py", "model_cards/*.md"):
+    for pattern in ("recipes/*.py", "recipes/**/*.yaml", "scripts/*.py", "model_cards/*.py", "model_cards/*.md"):
         expected |= {f"hf_seg/{path.relative_to(PROJECT).as_posix()}" for path in PROJECT.glob(pattern)}
     with zipfile.ZipFile(wheel) as archive:
         contained = {name for name in archive.namelist() if ".dist-info/" not in name}
@@ -72,7 +72,7 @@ def test_an_installed_package_trains_writes_a_card_and_predicts(installed: Path,
     options = """--config toy/stage2_segformer.yaml --crop_size 32 --max_train_steps 2 --warmup_steps 0
         --per_device_train_batch_size 2 --eval_steps 2 --checkpointing_steps 0 --dataloader_num_workers 0
         --report_to none --output_dir run"""
-    done = run(installed, tmp_path, "-m", "hf_seg.recipes.stage2", *options.split(), "--data_dir", oem_sar)
+    done = run(installed, tmp_path, "-m", "hf_seg.cli", "stage2", *options.split(), "--data_dir", oem_sar)
     assert done.returncode == 0, done.stdout + done.stderr
     card = ModelCard.load(tmp_path / "run" / "README.md")
     assert card.data.model_name == "SegFormer for SAR land cover"
@@ -82,11 +82,46 @@ def test_an_installed_package_trains_writes_a_card_and_predicts(installed: Path,
 
     pixels = np.random.default_rng(0).integers(1, 256, (40, 50), np.uint8)
     write_tiff(tmp_path / "scene.tif", pixels, crs="EPSG:32631", transform=rasterio.Affine(1, 0, 5e5, 0, -1, 5e6))
-    done = run(installed, tmp_path, "-m", "hf_seg.mapping.cli", "scene.tif", "map.tif", "--model", "run")
+    done = run(installed, tmp_path, "-m", "hf_seg.cli", "predict", "scene.tif", "map.tif", "--model", "run")
     assert done.returncode == 0, done.stdout + done.stderr
     with rasterio.open(tmp_path / "map.tif") as label_map:
         assert label_map.shape == (40, 50) and label_map.crs.to_epsg() == 32631
         assert {*np.unique(label_map.read(1))} <= {*range(1, 9)}
+
+
+@pytest.mark.slow  # downloads every package
+@pytest.mark.timeout(1800)
+def test_in_an_empty_environment_the_wheel_maps_and_with_train_it_trains(
+    wheel: Path, oem_sar: Path, tmp_path: Path
+) -> None:
+    """The pinned torch goes first, as in the Makefile; the model that maps is made by the environment that trains."""
+    constraints = PROJECT / "constraints.txt"
+    (torch,) = (line for line in constraints.read_text().splitlines() if line.startswith("torch=="))
+    pixels = np.random.default_rng(0).integers(1, 256, (40, 50), np.uint8)
+    write_tiff(tmp_path / "scene.tif", pixels, crs="EPSG:32631", transform=rasterio.Affine(1, 0, 5e5, 0, -1, 5e6))
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    train = f"""synth --output data --source 2 --train 2 --val 1 --size 64
+        stage2 --config toy/stage2_segformer.yaml --crop_size 32 --max_train_steps 2 --warmup_steps 0 --eval_steps 2
+        --per_device_train_batch_size 2 --dataloader_num_workers 0 --data_dir {oem_sar} --output_dir run
+        report run --data_dir {oem_sar} --output report.html"""
+    maps = """doctor
+        predict scene.tif map.tif --model run --preview --overwrite"""
+    for name, requirement, lines in (("train", f"{wheel}[train]", train), ("map", str(wheel), maps)):
+        subprocess.run([sys.executable, "-m", "venv", tmp_path / name], check=True)
+        binaries = tmp_path / name / "bin"
+        install = [binaries / "python", "-m", "pip", "install", "-q", "-c", constraints]
+        for package in (torch, requirement):
+            subprocess.run([*install, package], check=True, timeout=900, capture_output=True)
+        if name == "train":
+            subprocess.run([binaries / "python", "-m", "hf_seg.scripts.repair_torchvision"], check=True)
+        for line in lines.replace("\n        --", " --").splitlines():
+            done = subprocess.run(
+                [binaries / "hf-seg", *line.split()], cwd=tmp_path, env=environment, capture_output=True, text=True
+            )
+            assert done.returncode == 0, f"{line}\n{done.stdout}\n{done.stderr}"
+    assert "\n## Licence\n" in (tmp_path / "run" / "README.md").read_text()
+    with rasterio.open(tmp_path / "map.tif") as label_map:
+        assert label_map.shape == (40, 50) and {*np.unique(label_map.read(1))} <= {*range(1, 9)}
 
 
 def test_a_config_is_first_looked_up_as_a_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

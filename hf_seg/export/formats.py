@@ -21,7 +21,7 @@ from hf_seg.export.graph import ProbabilityGraph, traceable
 from hf_seg.inference.exported import INPUT, METADATA_KEY, MODEL_FILES, OUTPUT, ExportMetadata, open_session
 
 FORMATS = tuple(MODEL_FILES)
-OVERLAP = 50  # per cent of a tile in QGIS: the default stride of hf-seg-predict
+OVERLAP = 50  # per cent of a tile in QGIS: the default stride of hf-seg predict
 _NEEDED = {"onnx": ("onnx", "onnxscript", "onnxruntime", "stac_model"), "pt2": ("stac_model",)}
 _RECORDED = ("hf_seg", "torch", "transformers", "timm", "onnx", "onnxscript")
 _EXTRA_FILE = "hf_seg.json"  # metadata within a program of torch.export

@@ -1,7 +1,7 @@
 """Map scenes of any size: GeoTIFF in, GeoTIFF out.
 
-    hf-seg-predict scene.tif map.tif --model org/name-or-folder
-    hf-seg-predict 'scenes/*.tif' more_scenes/ maps/ --model runs/ensemble --tta flips --confidence --preview
+    hf-seg predict scene.tif map.tif --model org/name-or-folder
+    hf-seg predict 'scenes/*.tif' more_scenes/ maps/ --model runs/ensemble --tta flips --confidence --preview
     torchrun --nproc_per_node 4 -m hf_seg.mapping.cli scenes/ maps/ --model runs/ensemble
 
 The last argument is the map, or the folder of the maps if there are several scenes. Several processes share the scenes,
@@ -20,6 +20,7 @@ from typing import Any
 from hf_seg.errors import UserError, file_errors, one_line_errors
 from hf_seg.mapping.options import RasterOptions
 from hf_seg.settings import Parser, filled
+from hf_seg.terminal import print_summary
 
 logger = logging.getLogger(__name__)
 
@@ -33,7 +34,7 @@ def parse(argv: Sequence[str] | None = None) -> tuple[argparse.Namespace, Raster
     Raises:
         UserError: an unknown flag (with the nearest known one), or a missing or wrong value.
     """
-    parser = Parser(prog="hf-seg-predict", description=__doc__)
+    parser = Parser(prog="hf-seg predict", description=__doc__)
     parser.add_argument("sources", nargs="+", metavar="SOURCE", help="scenes: files, folders, or patterns in quotes")
     parser.add_argument("destination", metavar="DESTINATION", help="the map, or the folder of the maps")
     parser.add_argument("--model", required=True, help=MODEL_HELP)
@@ -158,7 +159,7 @@ def run(argv: Sequence[str] | None = None) -> None:
             failed += 1
             continue
         if summary is not None:
-            print(summary, flush=True)
+            print_summary(str(summary), summary.as_dict())
     state.wait_for_everyone()
     if failed:
         raise UserError(f"{failed} of {len(pairs)} scenes have no map, see above")

@@ -4,6 +4,7 @@ import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from rasterio.crs import CRS
@@ -28,6 +29,10 @@ class MapSummary:
     seam_score: float | None  # see `MapStatistics.seam_score`
     seconds: float
     network_seconds: float
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return the fields, paths as text."""
+        return {**vars(self), "files": [str(file) for file in self.files]}
 
     def __str__(self) -> str:
         total = max(sum(self.pixels.values()), 1)

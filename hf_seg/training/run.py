@@ -21,6 +21,7 @@ from hf_seg.data.provenance import read_provenance
 from hf_seg.data.rare_classes import RareClassSampling, class_pixels
 from hf_seg.data.samples import LabelledImages, UnlabelledImages
 from hf_seg.errors import UserError
+from hf_seg.hub.export import read_record
 from hf_seg.hub.push import check_login, publish
 from hf_seg.labels import LabelSet
 from hf_seg.lora import add_adapters, count_parameters
@@ -28,6 +29,7 @@ from hf_seg.models import SegmentationNetwork, build_model, normalization_of, sy
 from hf_seg.normalization import Normalization
 from hf_seg.report.plots import plot_curves
 from hf_seg.stem import set_input_bands
+from hf_seg.terminal import print_summary
 from hf_seg.training.checkpoints import Progress, find_checkpoint
 from hf_seg.training.optimization import build_optimizer, build_schedule
 from hf_seg.training.run_log import check_tracker
@@ -79,11 +81,27 @@ def finish_run(accelerator: Accelerator, args: RecipeArguments) -> None:
     output_dir = Path(args.output_dir)
     if accelerator.is_main_process:
         plot_curves(output_dir / "metrics.jsonl", output_dir / "figures" / "curves.png")
-        print(f"models, results and figures: {output_dir}")
     accelerator.wait_for_everyone()
     accelerator.end_training()
     if accelerator.is_main_process:  # the other processes need not wait for the Hub
-        publish(output_dir, args)
+        try:
+            publish(output_dir, args)
+        finally:  # the run is complete, although its push may have failed
+            print_run(output_dir)
+
+
+def print_run(output_dir: Path) -> None:
+    """Tell what a finished run leaves to open, and what may follow."""
+    recipe, results = (read_record(output_dir / name) for name in ("recipe.yaml", "eval_results.json"))
+    scores = {key: value for key, value in results.items() if isinstance(value, int | float)}
+    files = [output_dir / "README.md", *sorted(output_dir.glob("figures/**/panel.png"))]
+    after = "pseudo-label" if "method" in recipe else "predict SCENE.tif MAP.tif"
+    print_summary(
+        "",
+        {"output_dir": output_dir, **scores},
+        [*files, output_dir / "figures" / "curves.png"],
+        hints=[f"hf-seg {after} --model {output_dir}"],
+    )
 
 
 def _require_login(args: HubSettings, accelerator: Accelerator) -> None:

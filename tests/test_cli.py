@@ -1,0 +1,138 @@
+"""The command hf-seg."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from hf_seg import __version__, cli
+from hf_seg.errors import UserError
+
+PROJECT = Path(__file__).parents[1]
+
+
+def hf_seg(*words: object, **environment: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "hf_seg.cli", *map(str, words)],
+        env={**os.environ, "PYTHONPATH": str(PROJECT), **environment},
+        capture_output=True,
+        text=True,
+        timeout=200,
+    )
+
+
+def test_help_lists_every_command_and_needs_no_slow_import() -> None:
+    code = (
+        "import sys\nfrom hf_seg import cli\ncli.main(['--help'])\n"
+        "print('slow:', {'torch', 'transformers', 'numpy', 'rich'} & sys.modules.keys())"
+    )
+    printed = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    assert printed.endswith("slow: set()\n")
+    for name, command in cli.COMMANDS.items():
+        assert f"    {name}" in printed and command.help in printed
+
+
+@pytest.mark.parametrize("name", cli.COMMANDS)
+def test_a_command_has_the_help_of_its_file(
+    name: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["hf-seg"])
+    with pytest.raises(SystemExit) as end:
+        cli.run([name, "--help"])
+    printed = capsys.readouterr().out
+    assert end.value.code in (0, None) and printed.startswith(f"usage: hf-seg {name}")
+
+
+def test_the_version_is_the_packages(capsys: pytest.CaptureFixture[str]) -> None:
+    cli.main(["--version"])
+    assert capsys.readouterr().out == f"hf_seg {__version__}\n"
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["stag2"], "unknown command 'stag2'; did you mean 'stage2'?; hf-seg --help lists them"),
+        (["audit", "--nproc", "2"], "hf-seg audit runs in one process; leave --nproc out"),
+        (["stage2", "--nproc"], "--nproc must be a number of processes, at least 1; it is ''"),
+        (["stage2", "--nproc=0"], "--nproc must be a number of processes, at least 1; it is '0'"),
+    ],
+)
+def test_a_mistake_is_told(words: list[str], message: str) -> None:
+    with pytest.raises(UserError) as error:
+        cli.run(words)
+    assert str(error.value) == message
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_a_mistake_is_one_line_and_exit_code_2_on_any_number_of_processes(processes: int) -> None:
+    done = hf_seg("stage2", "--nproc", processes, "--data_dir", "nowhere", "--report_to", "none")
+    assert (done.returncode, done.stdout) == (2, ""), done.stderr
+    assert done.stderr.startswith("error: nowhere") and done.stderr.count("\n") == 1
+
+
+def test_json_is_all_that_standard_output_has(oem_sar: Path, tmp_path: Path) -> None:
+    options = """--json --nproc 2 --config toy/stage2_segformer.yaml --crop_size 32 --max_train_steps 2
+        --warmup_steps 0 --per_device_train_batch_size 2 --eval_steps 2 --checkpointing_steps 0
+        --dataloader_num_workers 0 --report_to none"""
+    done = hf_seg("stage2", *options.split(), "--data_dir", oem_sar, "--output_dir", tmp_path / "run")
+    assert done.returncode == 0, done.stderr
+    (line,) = done.stdout.splitlines()
+    found = json.loads(line)
+    scores = json.loads((tmp_path / "run" / "eval_results.json").read_text())
+    assert found["output_dir"] == str(tmp_path / "run") and found["mean_iou"] == scores["mean_iou"]
+    assert found["files"][0] == str(tmp_path / "run" / "README.md")
+    assert "2 process(es)" in done.stderr and "mIoU after step 2" in done.stderr
+
+
+def test_a_summary_names_what_to_open(tmp_path: Path) -> None:
+    done = hf_seg("synth", "--output", tmp_path / "data", "--source", 2, "--train", 2, "--val", 1, "--size", 64)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == (
+        f"OpenEarthMap: {tmp_path}/data/OpenEarthMap_wo_xBD, OpenEarthMap-SAR: {tmp_path}/data/dfc25_track1\n"
+    )
+
+
+def test_what_needs_another_extra_says_so() -> None:
+    code = (
+        "import sys\nsys.modules['albumentations'] = None\nfrom hf_seg import cli\n"
+        "cli.main(['stage2', '--data_dir', 'nowhere'])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 2
+    assert done.stderr == "error: hf-seg stage2 needs albumentations: pip install 'hf_seg[train]'\n"
+
+
+@pytest.mark.parametrize(
+    ("line", "expected"),
+    [
+        ("hf-seg st", {"stage1", "stage2"}),
+        ("hf-seg --json pse", {"pseudo-label"}),
+        ("hf-seg stage2 --rce", {"--rce_weight", "--rce_epsilon"}),
+        ("hf-seg predict --mixed_precision b", {"bf16"}),
+        ("hf-seg data ch", {"check"}),
+    ],
+)
+def test_a_shell_completes_commands_and_settings(line: str, expected: set[str], tmp_path: Path) -> None:
+    answer = tmp_path / "answer"
+    shell = {"_ARGCOMPLETE": "1", "_ARGCOMPLETE_SHELL": "bash", "_ARGCOMPLETE_IFS": "\n", "COMP_TYPE": "9"}
+    hf_seg(COMP_LINE=line, COMP_POINT=str(len(line)), _ARGCOMPLETE_STDOUT_FILENAME=str(answer), **shell)
+    assert {word.strip() for word in answer.read_text().splitlines()} == expected
+
+
+def test_the_doctor_finds_this_environment_well() -> None:
+    done = hf_seg("--json", "doctor")
+    assert done.returncode == 0, done.stdout + done.stderr
+    found = {finding["name"]: finding for finding in json.loads(done.stdout)["findings"]}
+    assert found["packages"]["text"] == "all that maps need" and "[train]" not in found
+    assert found["cpu"]["text"].startswith("torch ")
+
+
+def test_the_doctor_tells_how_to_repair_torchvision(tmp_path: Path) -> None:
+    (tmp_path / "torchvision.py").write_text("raise RuntimeError('operator torchvision::nms does not exist')\n")
+    done = hf_seg("doctor", PYTHONPATH=f"{tmp_path}{os.pathsep}{PROJECT}")
+    (line,) = (line for line in done.stdout.splitlines() if "torchvision" in line)
+    assert done.returncode == 1
+    assert line.startswith("problem torchvision") and line.endswith("repair_torchvision.py")
