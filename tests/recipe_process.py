@@ -3,7 +3,6 @@
 The processes are forked from a server that has imported the recipe once, so each starts in no time and clean.
 """
 
-import multiprocessing
 import os
 import signal
 import socket
@@ -16,6 +15,7 @@ from types import ModuleType
 
 import torch
 from accelerate import Accelerator
+from fork_server import context
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "recipes"))
 import ensemble
@@ -28,10 +28,6 @@ from hf_seg.errors import one_line_errors
 from hf_seg.training import teacher_student
 
 AFTER_A_KILL = 20.0  # seconds that the other processes have
-
-_context = multiprocessing.get_context("forkserver")
-# all that is slow to import; the server of Python 3.11 does not find modules of this folder
-_context.set_forkserver_preload(["hf_seg.training.evaluation", "hf_seg.training.optimization", "hf_seg.hub.export"])
 
 
 @dataclass
@@ -64,7 +60,7 @@ def run_recipe(
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     started = [
-        _context.Process(
+        context.Process(
             target=_run,
             args=(recipe, argv, log, rank, processes, port, disturb if disturbed is None or rank in disturbed else ""),
         )

@@ -113,7 +113,8 @@ def test_in_an_empty_environment_the_wheel_maps_and_with_train_it_trains(
         for package in (torch, requirement):
             subprocess.run([*install, package], check=True, timeout=900, capture_output=True)
         if name == "train":
-            subprocess.run([binaries / "python", "-m", "hf_seg.scripts.repair_torchvision"], check=True)
+            repair = [binaries / "python", "-m", "hf_seg.scripts.repair_torchvision"]
+            subprocess.run(repair, cwd=tmp_path, env=environment, check=True)
         for line in lines.replace("\n        --", " --").splitlines():
             done = subprocess.run(
                 [binaries / "hf-seg", *line.split()], cwd=tmp_path, env=environment, capture_output=True, text=True
