@@ -68,7 +68,7 @@ quickstart-architectures: quickstart
 		--output_dir $(QUICKSTART)/ensemble_architectures
 
 pretrained/efficientnet_lite%: | install
-	@$(BIN)/python scripts/convert_pretrained.py --model tf_efficientnet_lite$* --output $@
+	@$(BIN)/python scripts/convert_pretrained.py --model tf_efficientnet_lite$* --output $@ > /dev/null
 
 $(DATA): | install
 	@$(HF_SEG) synth --output $@ --seed $(SEED) --source 70 --train 160 --val 20 --test 100 --size 256 \

@@ -34,18 +34,13 @@ def print_summary(
         os.write(int(descriptor), line.encode())
         return
     from rich.console import Console  # not at once: `--help` has no need of it
-    from rich.table import Table
+    from rich.text import Text
 
-    console = Console(highlight=False)
-    if not console.is_terminal:
-        console.width = 10_000  # a pipe has no width: no path is broken into lines
+    console = Console(highlight=False, soft_wrap=True)  # a path is never broken into lines
     if text:
-        console.print(text, markup=False, soft_wrap=True)
-    table = Table.grid(padding=(0, 2))
-    table.add_column(style="dim", no_wrap=True)
-    table.add_column(overflow="fold")
-    for title, rows in (("open", found), ("next", [*hints])):
-        for index, row in enumerate(rows):
-            table.add_row("" if index else title, row.replace("[", r"\["))
-    if table.row_count:
-        console.print(table)
+        console.print(Text(text))
+    if found:
+        console.print(Text.assemble(("open  ", "dim"), "  ".join(found)))
+    if "MAKELEVEL" not in os.environ:  # what follows is written in a Makefile
+        for hint in hints:
+            console.print(Text.assemble(("next  ", "dim"), hint))

@@ -70,7 +70,7 @@ def main(argv: list[str] | None = None) -> None:
             publish(output_dir, args)
         finally:  # the ensemble is complete, although its push may have failed
             print_summary(
-                f"ensemble: {output_dir}",
+                "",
                 {"output_dir": output_dir, "results": results},
                 [output_dir / "README.md", output_dir / "figures" / "panel.png"],
                 hints=[f"hf-seg predict SCENE.tif MAP.tif --model {output_dir}"],

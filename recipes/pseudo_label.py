@@ -113,7 +113,7 @@ def main(argv: list[str] | None = None) -> None:
             publish(output_dir, args)
         finally:  # the labels are complete, although their push may have failed
             print_summary(
-                f"{len(rows)} tiles labelled: {output_dir}",
+                "",
                 {"output_dir": output_dir, "n_tiles": len(rows)},
                 [output_dir / "README.md", output_dir / "figures" / "panel.png"],
                 hints=[f"hf-seg stage2 --pseudo_labels {output_dir}"],

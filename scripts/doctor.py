@@ -21,6 +21,7 @@ from hf_seg.settings import Parser, packaged_folder
 from hf_seg.terminal import print_summary
 
 GIB = 2**30
+DEVELOPERS = {"test", "dev"}  # extras that no user of hf_seg misses
 FEW_GIB = 5  # of free disk space: a network of full size with its checkpoints
 
 
@@ -38,7 +39,7 @@ def main() -> int:
     findings = [*check_packages(), check_torchvision(), *check_devices(), *check_machine()]
     broken = [finding for finding in findings if finding.repair]
     lines = [
-        f"{'problem' if each.repair else 'ok':8s}{each.name:14s}{each.text}{each.repair and f'; repair: {each.repair}'}"
+        f"{'problem' if each.repair else '-' if each.name.startswith('[') else 'ok':8s}{each.name:14s}{each.text}{each.repair and f'; repair: {each.repair}'}"
         for each in findings
     ]
     facts = {"problems": len(broken), "findings": [finding._asdict() for finding in findings]}
@@ -65,7 +66,8 @@ def check_packages() -> Iterator[Finding]:
     for package in missing.pop("", []):
         wrong.append(f"{package} is missing")
     yield Finding("packages", "; ".join(wrong) or "all that maps need", (wrong and "pip install -U hf_seg") or "")
-    for extra, packages in missing.items():
+    for extra in sorted(missing.keys() - DEVELOPERS):
+        packages = missing[extra]
         yield Finding(f"[{extra}]", f"not installed: {', '.join(packages)} (pip install 'hf_seg[{extra}]')")
 
 
