@@ -38,13 +38,18 @@ def main() -> int:
     Parser(prog="hf-seg doctor", description=__doc__).parse_args()
     findings = [*check_packages(), check_torchvision(), *check_devices(), *check_machine()]
     broken = [finding for finding in findings if finding.repair]
-    lines = [
-        f"{'problem' if each.repair else '-' if each.name.startswith('[') else 'ok':8s}{each.name:14s}{each.text}{each.repair and f'; repair: {each.repair}'}"
-        for each in findings
-    ]
+    lines = [f"{state(each):9s}{each.name:14s}{each.text}" for each in findings]
+    lines += [f"repair {finding.name}: {finding.repair}" for finding in broken]
     facts = {"problems": len(broken), "findings": [finding._asdict() for finding in findings]}
     print_summary("\n".join(lines), facts)
     return 1 if broken else 0
+
+
+def state(finding: Finding) -> str:
+    """Say whether something is right, wrong, or an extra that is not installed."""
+    if finding.repair:
+        return "problem"
+    return "-" if finding.name.startswith("[") else "ok"
 
 
 def check_packages() -> Iterator[Finding]:

@@ -133,6 +133,6 @@ def test_the_doctor_finds_this_environment_well() -> None:
 def test_the_doctor_tells_how_to_repair_torchvision(tmp_path: Path) -> None:
     (tmp_path / "torchvision.py").write_text("raise RuntimeError('operator torchvision::nms does not exist')\n")
     done = hf_seg("doctor", PYTHONPATH=f"{tmp_path}{os.pathsep}{PROJECT}")
-    (line,) = (line for line in done.stdout.splitlines() if "torchvision" in line)
-    assert done.returncode == 1
-    assert line.startswith("problem torchvision") and line.endswith("repair_torchvision.py")
+    first, repair = (line for line in done.stdout.splitlines() if "torchvision" in line)
+    assert done.returncode == 1 and first.startswith("problem  torchvision")
+    assert repair.startswith("repair torchvision: python") and repair.endswith("repair_torchvision.py")
