@@ -140,9 +140,11 @@ def load_timm_weights(backbone: nn.Module, encoder: TimmEncoder) -> tuple[list[s
 
 
 def require_timm_architecture(name: str, architecture: str) -> None:
-    """Raise `UserError` unless timm has an architecture; `name` is the model's."""
-    import timm
-
+    """Raise `UserError` unless timm is installed and has an architecture; `name` is the model's."""
+    try:
+        import timm
+    except ImportError:
+        raise UserError(f"{name}: its encoder is one of timm: pip install timm, or 'hf_seg[train]'") from None
     if not timm.is_model(architecture) or "." in architecture:
         raise UserError(f"{name}: timm {timm.__version__} has no architecture {architecture!r}")
 

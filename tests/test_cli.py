@@ -105,6 +105,15 @@ def test_what_needs_another_extra_says_so() -> None:
     assert done.stderr == "error: hf-seg stage2 needs albumentations: pip install 'hf_seg[train]'\n"
 
 
+def test_an_encoder_of_timm_says_what_it_needs() -> None:
+    code = (
+        "import sys\nsys.modules['timm'] = None\nfrom hf_seg.timm_encoder import require_timm_architecture\n"
+        "require_timm_architecture('runs/lite0', 'tf_efficientnet_lite0')"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert "UserError: runs/lite0: its encoder is one of timm: pip install timm, or 'hf_seg[train]'" in done.stderr
+
+
 @pytest.mark.parametrize(
     ("line", "expected"),
     [
