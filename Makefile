@@ -1,11 +1,11 @@
-# make install | quickstart | test | quality. Every target works alone on a fresh machine.
+# make install | quickstart | test | quality | docs. Every target works alone on a fresh machine.
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 TORCH := $(shell sed -n 's/^torch==//p' constraints.txt)
 HAS_TORCH := -c "import torch, sys; sys.exit(torch.__version__.split('+')[0] != '$(TORCH)')"
 
-.PHONY: install quickstart quickstart-architectures test test-slow quality format clean
+.PHONY: install quickstart quickstart-architectures test test-slow quality docs format clean
 
 install: $(BIN)/installed
 
@@ -18,8 +18,8 @@ $(BIN)/installed: setup.cfg pyproject.toml constraints.txt scripts/repair_torchv
 		$(PYTHON) -m venv $$inherit $(VENV); }
 	@$(BIN)/python $(HAS_TORCH) 2>/dev/null || $(BIN)/python -m pip install -q -c constraints.txt torch==$(TORCH)
 	@{ command -v uv >/dev/null && ! grep -q "system-site-packages = true" $(VENV)/pyvenv.cfg \
-		&& VIRTUAL_ENV=$(abspath $(VENV)) uv pip install -q -c constraints.txt -e '.[train,test,dev,pretrained,lora,export]'; } \
-		|| $(BIN)/python -m pip install -q -c constraints.txt -e '.[train,test,dev,pretrained,lora,export]'
+		&& VIRTUAL_ENV=$(abspath $(VENV)) uv pip install -q -c constraints.txt -e '.[train,test,dev,pretrained,lora,export,docs]'; } \
+		|| $(BIN)/python -m pip install -q -c constraints.txt -e '.[train,test,dev,pretrained,lora,export,docs]'
 	@$(BIN)/python scripts/repair_torchvision.py
 	@NO_ALBUMENTATIONS_UPDATE=1 $(BIN)/python -c "import torch, transformers, accelerate, datasets, timm, evaluate, huggingface_hub, albumentations; \
 		print('ready: torch', torch.__version__, 'and seven more; now: source $(BIN)/activate')"
@@ -85,9 +85,13 @@ quality: install
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 
+# site/index.html opens from disk
+docs: install
+	$(BIN)/mkdocs build --strict
+
 format: install
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
 clean:
-	rm -rf $(VENV) *.egg-info .mypy_cache .pytest_cache .ruff_cache
+	rm -rf $(VENV) site *.egg-info .mypy_cache .pytest_cache .ruff_cache
