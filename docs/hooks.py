@@ -47,7 +47,7 @@ def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Fil
         if not path.startswith("../"):
             return found[0]
         path = path.removeprefix("../")
-        if not Path(config.config_file_path).with_name(path).exists():
+        if not (Path(config.config_file_path).parent / path).exists():
             return found[0]  # MkDocs warns
         inside = PAGES.get(path) or (path in IMAGES and f"assets/{Path(path).name}")
         if inside:
@@ -77,7 +77,9 @@ def settings_table(name: str) -> str:
     for field in dataclasses.fields(settings):
         if field.name in settings.__annotations__:
             default = field.default_factory() if callable(field.default_factory) else field.default
-            choices = typing.get_args(hints[field.name]) if typing.get_origin(hints[field.name]) is typing.Literal else ()
+            choices = (
+                typing.get_args(hints[field.name]) if typing.get_origin(hints[field.name]) is typing.Literal else ()
+            )
             meaning = field.metadata["help"] + (f" ({', '.join(choices)})" if choices else "")
             result = "" if field.metadata["free"] else "yes"
             rows.append(f"| `{field.name}` | {show(default)} | {meaning} | {result} |")

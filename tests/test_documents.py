@@ -7,7 +7,7 @@ import shutil
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -18,7 +18,8 @@ from hf_seg.files import remove
 from hf_seg.synthetic import make_synthetic_dataset
 
 PROJECT = Path(__file__).parents[1]
-DOCUMENTS = ("README.md", "recipes/README.md", "hf_seg/mapping/README.md", "hf_seg/studies/README.md")
+MANUALS = ("README.md", "CONTRIBUTING.md", "recipes/README.md", "hf_seg/mapping/README.md", "hf_seg/studies/README.md")
+DOCUMENTS = (*MANUALS, *sorted(path.relative_to(PROJECT).as_posix() for path in PROJECT.glob("docs/**/*.md")))
 PROGRAMS = ("accelerate", "hf-seg", "make", "pip", "python", "torchrun")
 LAUNCH = "accelerate launch -q --config_file recipes/accelerate_configs/one_process.yaml"
 TRAINING = (
@@ -32,6 +33,7 @@ TOY_SIZE = (
     (r"(.*(?:recipes/pseudo_label\.py|hf-seg pseudo-label).*)", r"\1 --tta none --batch_size 16"),
     (r"(.*scripts/ablation\.py.*)", r"\1 --dry_run"),
     (r"(.*(?:scripts/export_model\.py|hf-seg export).*)", r"\1 --fixed_size"),
+    (r"several_gpus\.yaml", "one_process.yaml"),
     (r"--nproc_per_node \d", "--nproc_per_node 2"),
     (r"--(source|train|size) \d+", lambda found: f"--{found[1]} {128 if found[1] == 'size' else 3}"),
     (r"--(width|height) \d+", r"--\1 600"),
@@ -57,7 +59,8 @@ def commands_of(text: str) -> list[str]:
     """Return the command lines of a document: those of its shell blocks, and those set as code within the text."""
     found = []
     indented = re.findall(rf"^    (?:{'|'.join(PROGRAMS)}) (?:.*\\\n)*.*", text, re.MULTILINE)
-    for block in [*fenced(text, "bash"), *indented]:
+    jobs = [script[script.index("srun ") + len("srun ") :] for script in fenced(text, "slurm")]
+    for block in [*fenced(text, "bash"), *jobs, *indented]:
         lines = block.replace("\\\n", " ").splitlines()
         found += [re.sub(r"\s+#.*", "", line).strip() for line in lines if line.strip()]
     prose = re.sub(r"^```.*?^```", "", text, flags=re.MULTILINE | re.DOTALL)
@@ -68,8 +71,19 @@ def commands_of(text: str) -> list[str]:
 
 
 TEXTS = {name: (PROJECT / name).read_text(encoding="utf-8") for name in DOCUMENTS}
-COMMANDS = [(name, command) for name, text in TEXTS.items() for command in commands_of(text)]
-SNIPPETS = [(name, code) for name, text in TEXTS.items() for code in fenced(text, "python")]
+
+
+def in_documents(find: Callable[[str], list[str]]) -> list[tuple[str, str]]:
+    """Return (document, what was found in it); what several documents contain stands for the first of them."""
+    first: dict[str, str] = {}
+    for name, text in TEXTS.items():
+        for found in find(text):
+            first.setdefault(found, name)
+    return [(name, found) for found, name in first.items()]
+
+
+COMMANDS = in_documents(commands_of)
+SNIPPETS = in_documents(lambda text: fenced(text, "python"))
 OUTPUT = r"(?:--output_dir|(?:export_model\.py|hf-seg export) .*--output) (\S+)"
 MAKERS = {found[1]: command for _, command in COMMANDS if (found := re.search(OUTPUT, command))}
 
@@ -95,6 +109,7 @@ class Checkout:
         for name in ("scene.tif", "large.tif", "scenes/a.tif", "more_scenes/b.tif"):
             (folder / name).parent.mkdir(exist_ok=True)
             shutil.copy(folder / "data" / "scene.tif", folder / name)
+        (folder / "my_area").symlink_to(folder / "data" / "dfc25_track1")
         with Image.open(folder / "scene.tif") as scene:
             scene.save(folder / "scene.png")
         path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
@@ -153,7 +168,16 @@ def test_there_is_something_to_check() -> None:
     assert len(COMMANDS) > 25 and len(SNIPPETS) > 5
     for stage in ("stage1", "pseudo_label", "stage2", "ensemble"):
         assert any(f"{LAUNCH} recipes/{stage}.py" in command for _, command in COMMANDS)
-    assert not [command for _, command in COMMANDS if command.startswith("accelerate") and LAUNCH not in command]
+    launched = [command.replace("several_gpus", "one_process") for _, command in COMMANDS if "accelerate" in command]
+    assert all(command.startswith(LAUNCH) for command in launched)
+    assert {"docs/adapt.md", "docs/gpu.md"} < dict(COMMANDS).keys()
+
+
+def test_job_scripts_are_valid(checkout: Checkout) -> None:
+    scripts = [script for text in TEXTS.values() for script in fenced(text, "slurm")]
+    assert scripts
+    for script in scripts:
+        assert subprocess.run(["bash", "-n", "-c", script], capture_output=True, text=True).stderr == ""
 
 
 @pytest.mark.parametrize(("document", "command"), COMMANDS, ids=[f"{d}: {c[:60]}" for d, c in COMMANDS])
