@@ -12,10 +12,8 @@ import pytest
 
 PROJECT = Path(__file__).parents[1]
 LOADED = {"script": "src", "img": "src", "iframe": "src", "source": "src", "link": "href"}
-pytestmark = pytest.mark.skipif(
-    subprocess.run([sys.executable, "-m", "mkdocs", "--version"], capture_output=True).returncode != 0,
-    reason="mkdocs is not installed: pip install -e '.[docs]'",
-)
+pytest.importorskip("material", reason="needs pip install -e '.[docs]'")
+needs_chromium = pytest.mark.skipif(shutil.which("chromium") is None, reason="no chromium on PATH to open pages with")
 
 
 class Page(HTMLParser):
@@ -107,7 +105,17 @@ def test_the_settings_are_those_of_the_code(site: Path) -> None:
     assert "<!-- settings" not in (site / "settings.html").read_text(encoding="utf-8")
 
 
-@pytest.mark.skipif(shutil.which("chromium") is None, reason="no chromium on PATH to open the pages with")
+def browse(address: str, profile: Path, *flags: str) -> str:
+    """Open a file in a browser and return its elements as they are after the scripts; a console message is an error."""
+    flags += ("no-sandbox", "disable-gpu", "disable-quic", "no-first-run", "disable-background-networking")
+    flags += ("disable-component-update", "disable-sync", f"user-data-dir={profile}", "enable-logging=stderr")
+    command = ["chromium", "--headless", *(f"--{flag}" for flag in flags), "--virtual-time-budget=8000", "--dump-dom"]
+    done = subprocess.run([*command, f"file://{address}"], check=True, capture_output=True, text=True, timeout=120)
+    assert not re.findall(".*CONSOLE.*", done.stderr)
+    return done.stdout
+
+
+@needs_chromium
 @pytest.mark.parametrize(
     ("page", "expected"),
     [
@@ -117,10 +125,15 @@ def test_the_settings_are_those_of_the_code(site: Path) -> None:
     ],
 )
 def test_a_browser_opens_it_from_disk(site: Path, tmp_path: Path, page: str, expected: str) -> None:
-    flags = ["no-sandbox", "disable-gpu", "disable-quic", "no-first-run", "disable-background-networking"]
-    flags += ["disable-component-update", "disable-sync", f"user-data-dir={tmp_path}/profile", "enable-logging=stderr"]
-    flags += ["virtual-time-budget=8000"]
-    command = ["chromium", "--headless", *(f"--{flag}" for flag in flags), "--dump-dom", f"file://{site}/{page}"]
-    done = subprocess.run(command, check=True, capture_output=True, text=True, timeout=120)
-    assert not re.findall(".*CONSOLE.*", done.stderr)
-    assert re.search(expected, done.stdout)
+    assert re.search(expected, browse(f"{site}/{page}", tmp_path / "profile"))
+
+
+@needs_chromium
+def test_no_page_is_wider_than_a_phone(site: Path, pages: dict[Path, Page], tmp_path: Path) -> None:
+    frames = "".join(f'<iframe width="390" height="800" src="file://{path}"></iframe>' for path in pages)
+    measure = "[...document.querySelectorAll('iframe')].map(f => f.contentDocument.documentElement.scrollWidth)"
+    script = f"onload = () => document.body.insertAdjacentHTML('beforeend', `<pre>${{{measure}}}</pre>`)"
+    (tmp_path / "frames.html").write_text(f"<!doctype html><body>{frames}<script>{script}</script>")
+    found = browse(f"{tmp_path}/frames.html", tmp_path / "profile", "allow-file-access-from-files")
+    widths = [int(width) for width in re.findall(r"<pre>(.*?)</pre>", found)[-1].split(",")]
+    assert [(path.name, width) for path, width in zip(pages, widths, strict=True) if width != 390] == []

@@ -1,21 +1,23 @@
 """OpenEarthMap and OpenEarthMap-SAR as `datasets`; this docstring is their datasheet.
 
 OpenEarthMap (OEM): 5000 aerial and satellite RGB tiles of 97 regions, labelled by hand (Xia et al., arXiv:2210.10732).
-    Source   https://zenodo.org/records/7223446, OpenEarthMap.zip (9,099,481,727 bytes). GSD 0.25-0.5 m.
-    Layout   OpenEarthMap_wo_xBD/<region>/{images,labels}/<region>_<n>.tif, at its root train.txt, val.txt, test.txt
-             (file names) and xbd_files.csv (xBD file, OEM file). A region's name may contain `_` and `-`.
-    Splits   3000 / 500 / 1500 listed. 697 / 116 / 349 images come from xBD and are not in the archive, so 2303 / 384
-             labelled pairs are usable as shipped. The labels of the test split are withheld.
-    Licence  follows the region; CC BY-NC-SA 4.0 where nothing else is stated. CRS and tile sizes are mixed.
+
+- Source: https://zenodo.org/records/7223446, `OpenEarthMap.zip` (9,099,481,727 bytes). GSD 0.25-0.5 m.
+- Layout: `OpenEarthMap_wo_xBD/<region>/{images,labels}/<region>_<n>.tif`, at its root `train.txt`, `val.txt` and
+  `test.txt` (file names) and `xbd_files.csv` (xBD file, OEM file). A region's name may contain `_` and `-`.
+- Splits: 3000 / 500 / 1500 listed. 697 / 116 / 349 images come from xBD and are not in the archive, so 2303 / 384
+  labelled pairs are usable as shipped. The labels of the test split are withheld.
+- Licence: follows the region; CC BY-NC-SA 4.0 where nothing else is stated. CRS and tile sizes are mixed.
 
 OpenEarthMap-SAR (OEM-SAR; IEEE GRSS Data Fusion Contest 2025, track 1): optical/SAR pairs of 35 regions in Japan,
 France and the USA (Xia et al., arXiv:2501.10891).
-    Source   https://zenodo.org/records/14622048 (train, val), https://zenodo.org/records/14950559 (test, more labels).
-             GSD 0.15-0.5 m. SAR: Umbra Spotlight amplitude, VV or HH; (c) 2024 Umbra, CC BY 4.0.
-    Layout   {train,val,test}/{sar_images,rgb_images,labels}/{Train,Val,Test}Area_<3 or 4 digits>.tif
-    Splits   4333 / 210 / 490 tiles of 1024 x 1024. rgb_images is in train only.
-    Defects  train/labels are pseudo-labels; published IoU with manual ones: 2 % (bareland) to 85 % (water). Exact zeros
-             at a SAR swath's edge are nodata, although labelled 1..8. Labels may lack a CRS.
+
+- Source: https://zenodo.org/records/14622048 (train, val), https://zenodo.org/records/14950559 (test, more labels).
+  GSD 0.15-0.5 m. SAR: Umbra Spotlight amplitude, VV or HH; (c) 2024 Umbra, CC BY 4.0.
+- Layout: `{train,val,test}/{sar_images,rgb_images,labels}/{Train,Val,Test}Area_<3 or 4 digits>.tif`
+- Splits: 4333 / 210 / 490 tiles of 1024 x 1024. `rgb_images` is in train only.
+- Defects: `train/labels` are pseudo-labels; published IoU with manual ones: 2 % (bareland) to 85 % (water). Exact zeros
+  at a SAR swath's edge are nodata, although labelled 1..8. Labels may lack a CRS.
 
 Both: uint8 GeoTIFF; 3-band optical, 1-band SAR and label. Classes: 0 background/unknown, 1 bareland, 2 rangeland,
 3 developed space, 4 road, 5 tree, 6 water, 7 agriculture land, 8 building; other ones if `dataset.json` lists them.
