@@ -2,6 +2,7 @@
 
 import multiprocessing
 import os
+import re
 import runpy
 import shlex
 import subprocess
@@ -30,8 +31,9 @@ context.set_forkserver_preload(
 
 def can_run(command: str) -> bool:
     """Tell whether `run_command` runs this command; others need a shell, or a program of another package."""
+    unquoted = re.sub(r"'[^']*'", "", command)
     return command.startswith(("hf-seg ", "python scripts/", "python recipes/", "python -m hf_seg.")) and not (
-        set("|&;<>$*'\"") & {*command}
+        set("|&;<>$*'\"") & {*unquoted}
     )
 
 

@@ -103,6 +103,7 @@ class Checkout:
 
     def __init__(self, folder: Path, zenodo: str) -> None:
         self.folder = folder
+        self.done: dict[str, subprocess.CompletedProcess[str]] = {}
         for name in ("hf_seg", "model_cards", "recipes", "scripts", *TOP_LEVEL):
             (folder / name).symlink_to(PROJECT / name)
         make_synthetic_dataset(folder / "data", source=3, train=4, val=2, test=2, size=128, scene=128)
@@ -116,15 +117,20 @@ class Checkout:
         self.environment = {**os.environ, "PATH": path, "PYTHONPATH": str(PROJECT), "HF_SEG_ZENODO_URL": zenodo}
 
     def run(self, command: str, *, launcher: bool = False) -> subprocess.CompletedProcess[str]:
-        """Run a command at toy size, and first what makes its input."""
+        """Run a command at toy size, and first what makes its input; commands that are equal at this size run once."""
         self.make_input(command)
         output = re.search(rf"{OUTPUT}|(?:scene|large).tif (map.tif)", command)
-        if output is not None:
-            remove(self.folder / (output[1] or output[2]))
         for pattern, replacement in TOY_SIZE:
             command = re.sub(pattern, replacement, command)
         if not launcher:  # it takes seconds to start
             command = command.replace(LAUNCH, "python")
+        if command not in self.done:
+            if output is not None:
+                remove(self.folder / (output[1] or output[2]))
+            self.done[command] = self.run_as_it_is(command)
+        return self.done[command]
+
+    def run_as_it_is(self, command: str) -> subprocess.CompletedProcess[str]:
         if can_run(command):
             return run_command(command, cwd=self.folder, env=self.environment)
         options = {"cwd": self.folder, "env": self.environment, "capture_output": True, "text": True, "timeout": 240}
