@@ -52,7 +52,8 @@ def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Fil
         inside = PAGES.get(path) or (path in IMAGES and f"assets/{Path(path).name}")
         if inside:
             return f"{mark}[{text}]({os.path.relpath(inside, folder or '.')}{anchor})"
-        return f"[{text}]({config.repo_url}/blob/main/{path}{anchor})" if config.repo_url else text
+        repository = config.extra["repository"]
+        return f"[{text}]({repository}/blob/main/{path}{anchor})" if repository else text
 
     return LINK.sub(lead, markdown)
 
