@@ -21,7 +21,7 @@ from hf_seg.settings import Parser, packaged_folder
 from hf_seg.terminal import print_summary
 
 GIB = 2**30
-DEVELOPERS = {"test", "dev"}  # extras that no user of hf_seg misses
+DEVELOPERS = {"test", "dev", "docs"}  # extras that no user of hf_seg misses
 FEW_GIB = 5  # of free disk space: a network of full size with its checkpoints
 
 
