@@ -48,6 +48,7 @@ COMMANDS = {
     "evaluate": Command("scripts", "evaluate_model.py", "score a model on a split", True),
     "report": Command("scripts", "report.py", "write a report on a model as one HTML page"),
     "predict": Command("hf_seg", "mapping/cli.py", "map GeoTIFF scenes", True),
+    "demo": Command("hf_seg", "demo/cli.py", "map scenes on a page in the browser"),
     "export": Command("scripts", "export_model.py", "export a model to ONNX or PyTorch's pt2"),
     "push": Command("scripts", "push_to_hub.py", "send a model or a dataset to the Hub"),
     "doctor": Command("scripts", "doctor.py", "check this installation"),

@@ -20,7 +20,7 @@ RANKS = (
     "hub synthetic",
     "ensemble export",
     "training mapping studies",
-    "cli",
+    "cli demo",
 )
 RANK_OF = {name: rank for rank, names in enumerate(RANKS) for name in names.split()}
 PURE = ("bands", "labels", "normalization", "bootstrap", "calibration", "losses", "metrics", "adaptation")

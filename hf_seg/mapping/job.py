@@ -35,6 +35,7 @@ from hf_seg.mapping.statistics import MapStatistics, MapSummary
 
 logger = logging.getLogger(__name__)
 
+OnProgress = Callable[[int, int], object]  # finished windows, all windows
 FORMAT = 1  # version of the stored bands; increase it whenever their content changes
 
 
@@ -48,12 +49,14 @@ def map_scene(
     parts: int = 1,
     wait: Callable[[], object] = lambda: None,
     show_progress: bool = True,
+    on_progress: OnProgress = lambda done, total: None,
 ) -> MapSummary | None:
     """Map one scene, in one process or in several that each compute a part of its bands.
 
     Args:
         part, parts: index of this process, and number of processes.
         wait: returns when all processes have called it.
+        on_progress: see `MapJob.compute`.
 
     Returns:
         The summary; None except in process 0.
@@ -67,7 +70,7 @@ def map_scene(
         wait()
         bands = np.array_split(np.array(job.missing(), dtype=int), parts)[part].tolist()
         wait()  # no process saves a band before all have listed the missing ones
-        job.compute(bands, show_progress=show_progress)
+        job.compute(bands, show_progress=show_progress, on_progress=on_progress)
         wait()
         summary = job.finish() if part == 0 else None
         wait()
@@ -153,15 +156,31 @@ class MapJob:
         """Return the numbers of the bands that are not computed yet, ascending."""
         return [number for number in range(self._mapper.count) if not self._band_file(number).exists()]
 
-    def compute(self, bands: Sequence[int], *, show_progress: bool = True) -> None:
+    def compute(
+        self,
+        bands: Sequence[int],
+        *,
+        show_progress: bool = True,
+        on_progress: OnProgress = lambda done, total: None,
+    ) -> None:
         """Compute bands, ascending, and save them.
+
+        Args:
+            on_progress: called with the numbers of finished windows and of all; what it raises stops the computation.
 
         Raises:
             UserError: a network that does not fit, a damaged scene, or a full disk.
         """
-        total, name = self._mapper.count_windows(bands), self.destination.name
+        total, name, done = self._mapper.count_windows(bands), self.destination.name, 0
         with tqdm(total=total, unit="tile", desc=name, disable=not show_progress, smoothing=0.05) as bar:
-            for number, band in self._mapper.compute(bands, on_windows=bar.update):
+
+            def count(windows: int) -> None:
+                nonlocal done
+                done += windows  # a disabled bar does not count
+                bar.update(windows)
+                on_progress(done, total)
+
+            for number, band in self._mapper.compute(bands, on_windows=count):
                 with self._writing_errors():
                     write_atomic(self._band_file(number), zlib.compress(band.tobytes(), level=1))
 

@@ -41,11 +41,12 @@ def write_polygons(class_map: Path, output: Path, label_set: LabelSet) -> None:
             crs = file.crs.to_wkt() if file.crs else None
             areas = rasterio.features.shapes(rasterio.band(file, 1), transform=file.transform)
             polygons = ((geometry, int(value)) for geometry, value in areas if int(value) != BACKGROUND)
-            while batch := list(itertools.islice(polygons, BATCH_SIZE)):
+            # a map without any class is a file without polygons
+            while (batch := list(itertools.islice(polygons, BATCH_SIZE))) or not output.exists():
                 ids = np.array([class_id for _, class_id in batch], dtype=np.int32)
                 shapes = np.array([to_wkb(shape(geometry)) for geometry, _ in batch], dtype=object)
                 _write(output, LAYER, {"class_id": ids, "class_name": names[ids]}, shapes, crs)
-        if output.suffix == ".gpkg" and output.exists():
+        if output.suffix == ".gpkg":
             _write(output, STYLES, _style_row(label_set), None, None)
     except pyogrio.errors.DataSourceError as error:
         raise OSError(str(error)) from None

@@ -17,7 +17,7 @@ from torch import nn
 
 from hf_seg.inference.load import LoadedNetwork, load_networks, use_network
 from hf_seg.inference.predict import Predictor
-from hf_seg.mapping.job import map_scene
+from hf_seg.mapping.job import OnProgress, map_scene
 from hf_seg.mapping.options import RasterOptions
 from hf_seg.mapping.statistics import MapSummary
 
@@ -29,6 +29,7 @@ def predict_raster(
     *,
     device: str | torch.device | None = None,
     show_progress: bool = True,
+    on_progress: OnProgress = lambda done, total: None,
     **options: Any,
 ) -> MapSummary:
     """Map one scene.
@@ -41,6 +42,8 @@ def predict_raster(
         destination: the GeoTIFF to write.
         device: None: an accelerator if there is one; for a network in memory, its own device.
         show_progress: draw a progress bar.
+        on_progress: called with the numbers of finished windows and of all, e.g. to show them elsewhere; what it raises
+            stops the computation, and the same call resumes it.
         options: fields of `RasterOptions`, e.g. window, stride, tta, mixed_precision, confidence, overwrite.
 
     Raises:
@@ -54,7 +57,9 @@ def predict_raster(
     elif device is None:
         device = torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
     predictor = Predictor(networks, device=torch.device(device), tta=chosen.tta, mixed_precision=chosen.mixed_precision)
-    summary = map_scene(predictor, source, destination, chosen, show_progress=show_progress)
+    summary = map_scene(
+        predictor, source, destination, chosen, show_progress=show_progress, on_progress=on_progress
+    )
     assert summary is not None  # no other process shares the scene
     return summary
 

@@ -163,6 +163,15 @@ def make_synthetic_dataset(output: str | Path, *, num_workers: int = 1, **settin
     return output
 
 
+def write_sar_scene(path: Path, *, size: int, seed: int = 0) -> Path:
+    """Write the SAR scene of `make_synthetic_dataset(scene=size, seed=seed)` alone, and return its path."""
+    scene = Scene(seed, "scene", 0, size)
+    ground_rng, _, sar_rng, _ = scene.generators()
+    ground = scene.make_ground(ground_rng)
+    _write_tiff(path, render_sar(sar_rng, ground, scene.gain), scene, ground.gsd)
+    return path
+
+
 def _write_all(scenes: list[Scene], root: Path, settings: SyntheticSettings, num_workers: int) -> Iterator[None]:
     """Write every scene, yielding after each."""
     if num_workers == 1:
