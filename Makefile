@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 TORCH := $(shell sed -n 's/^torch==//p' constraints.txt)
 HAS_TORCH := -c "import torch, sys; sys.exit(torch.__version__.split('+')[0] != '$(TORCH)')"
 
-.PHONY: install quickstart quickstart-architectures test test-slow quality docs format clean
+.PHONY: install quickstart quickstart-architectures test test-slow test-page quality docs format clean
 
 install: $(BIN)/installed
 
@@ -79,6 +79,18 @@ test: install
 
 test-slow: install
 	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -m slow
+
+# The page in a real browser (chromium on PATH). In an environment on top of the first, since Gradio holds pillow below 13.
+PAGE := $(VENV)/page
+test-page: $(PAGE)/installed
+	HF_HUB_OFFLINE=1 $(PAGE)/bin/python -m pytest tests/test_demo.py tests/test_demo_browser.py
+
+$(PAGE)/installed: space/constraints.txt | install
+	@$(BIN)/python -m venv $$(grep -q "system-site-packages = true" $(VENV)/pyvenv.cfg && echo --system-site-packages) $(PAGE)
+	@$(BIN)/python -c "import sysconfig; print('import site; site.addsitedir(%r)' % sysconfig.get_path('purelib'))" \
+		> $$(echo $(PAGE)/lib/python*/site-packages)/base.pth
+	@$(PAGE)/bin/python -m pip install -q -c space/constraints.txt gradio playwright
+	@touch $@
 
 quality: install
 	$(BIN)/ruff format --check .

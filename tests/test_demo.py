@@ -2,8 +2,11 @@
 
 import asyncio
 import base64
+import configparser
 import json
 import os
+import re
+import shutil
 import subprocess
 import sys
 import threading
@@ -21,9 +24,9 @@ from mapping_networks import ROTATED, Constant, contextual, pointwise
 from rasterio.transform import Affine
 
 from hf_seg.demo.cli import main, parse
-from hf_seg.demo.jobs import Stopped, run_job
+from hf_seg.demo.jobs import StoppedError, run_job
 from hf_seg.demo.models import Models
-from hf_seg.demo.sessions import Session, Sessions, take_upload
+from hf_seg.demo.sessions import Sessions, take_upload
 from hf_seg.demo.uploads import MAX_SIDE, check_scene, safe_name
 from hf_seg.demo.view import MAX_SIDE as MAX_VIEW
 from hf_seg.demo.view import area_text, view_scene
@@ -32,6 +35,7 @@ from hf_seg.hub.export import export_model
 from hf_seg.inference.load import use_network
 from hf_seg.labels import OPEN_EARTH_MAP
 
+PROJECT = Path(__file__).parents[1]
 UTM = {"crs": "EPSG:32631", "transform": Affine(0.5, 0, 4e5, 0, -0.5, 5e6)}
 
 
@@ -183,7 +187,16 @@ VRT = b'<VRTDataset rasterXSize="9" rasterYSize="9"><VRTRasterBand><SourceFilena
 
 @pytest.mark.parametrize(
     "content",
-    [b"", b"GIF89a", b"\x89PNG\r\n\x1a\n", VRT, b"II*\0", b"MM\0*" + bytes(64), b"II*\0" + VRT, b"II+\0\x08\0\0\0" + VRT],
+    [
+        b"",
+        b"GIF89a",
+        b"\x89PNG\r\n\x1a\n",
+        VRT,
+        b"II*\0",
+        b"MM\0*" + bytes(64),
+        b"II*\0" + VRT,
+        b"II+\0\x08\0\0\0" + VRT,
+    ],
     ids=["empty", "gif", "png", "vrt", "signature", "zeros", "vrt behind a signature", "vrt in a big tiff"],
 )
 def test_what_is_no_geotiff_is_refused(tmp_path: Path, content: bytes) -> None:
@@ -201,9 +214,7 @@ def write_sparse(path: Path, width: int, height: int, count: int = 1, **profile:
     return path
 
 
-@pytest.mark.parametrize(
-    ("width", "height"), [(60_000, 60_000), (MAX_SIDE + 1, 2), (2, MAX_SIDE + 1), (1001, 1000)]
-)
+@pytest.mark.parametrize(("width", "height"), [(60_000, 60_000), (MAX_SIDE + 1, 2), (2, MAX_SIDE + 1), (1001, 1000)])
 def test_a_small_file_that_declares_a_huge_image_is_refused_unread(tmp_path: Path, width: int, height: int) -> None:
     path = write_sparse(tmp_path / "bomb.tif", width, height, blockxsize=4096, blockysize=4096)
     assert path.stat().st_size < 100_000
@@ -236,6 +247,13 @@ def test_values_that_are_no_intensities_are_refused(tmp_path: Path) -> None:
 
 
 # Models
+
+
+def test_a_long_path_is_shown_by_its_last_two_parts_unless_that_is_ambiguous(model: Path, tmp_path: Path) -> None:
+    assert Models([str(model)]).labels() == [(f"{model.parent.name}/toy", str(model))]
+    twin = tmp_path / model.parent.name / "toy"
+    shutil.copytree(model, twin)
+    assert Models([str(model), str(twin)]).labels() == [(str(model), str(model)), (str(twin), str(twin))]
 
 
 def test_only_the_listed_models_are_loaded(model: Path) -> None:
@@ -326,9 +344,9 @@ def test_a_stopped_run_ends_between_two_windows(tmp_path: Path) -> None:
     def on_progress(done: int, total: int) -> None:
         seen.append((done, total))
         if done >= 3:
-            raise Stopped
+            raise StoppedError
 
-    with pytest.raises(Stopped):
+    with pytest.raises(StoppedError):
         run_job([use_network(pointwise(), crop_size=32)], scene, folder, on_progress=on_progress)
     done, total = seen[-1]
     assert 3 <= done < total == 16 and not (folder / "port_map.tif").exists()
@@ -381,7 +399,10 @@ def test_the_guard_refuses_to_fetch_limits_uploads_and_reports_cancelled_ones(tm
         await guard(scope, receive, send)
         return sent
 
-    part, end = {"type": "http.request", "body": b"x" * 9, "more_body": True}, {"type": "http.request", "more_body": False}
+    part, end = (
+        {"type": "http.request", "body": b"x" * 9, "more_body": True},
+        {"type": "http.request", "more_body": False},
+    )
     for path in ("/gradio_api/file=http://169.254.169.254/", "/gradio_api/proxy=https://example.org/"):
         assert asyncio.run(call(path, []))[0]["status"] == 403
     assert asyncio.run(call("/gradio_api/upload", [part, end])) == [9]
@@ -403,7 +424,10 @@ def test_the_guard_refuses_to_fetch_limits_uploads_and_reports_cancelled_ones(tm
         (["--model", "m", "--port", "0"], "port must be at least 1"),
         (["--model", "m", "--max_megapixels", "0"], "max_megapixels must be more than 0"),
         (["--model", "m", "--modle", "n"], r"unknown setting '--modle'; did you mean '--model'\?"),
-        (["--model", "m", "--any_model", "true", "--host", "0.0.0.0"], "would let others open folders of this computer"),
+        (
+            ["--model", "m", "--any_model", "true", "--host", "0.0.0.0"],
+            "would let others open folders of this computer",
+        ),
     ],
 )
 def test_a_mistake_is_one_line(words: list[str], message: str) -> None:
@@ -419,6 +443,29 @@ def test_a_missing_package_says_how_to_install_it(
     with pytest.raises(SystemExit):
         main(["--model", "m"])
     assert capsys.readouterr().err == "error: the page needs Gradio: pip install 'hf_seg[space]'\n"
+
+
+def test_a_space_needs_what_setup_cfg_names_and_the_release_that_is_tested() -> None:
+    setup = configparser.ConfigParser()
+    setup.read(PROJECT / "setup.cfg")
+    named = [setup["options"]["install_requires"], setup["options.extras_require"]["space"]]
+    lines = [
+        line.strip() for line in "\n".join(named).splitlines() if line.strip() and not line.strip().startswith("#")
+    ]
+    assert (PROJECT / "space" / "requirements.txt").read_text().splitlines()[1:] == lines
+    release = re.search("^sdk_version: (.*)$", (PROJECT / "space" / "README.md").read_text(), re.MULTILINE)
+    assert release and f"\ngradio=={release[1]}\n" in (PROJECT / "space" / "constraints.txt").read_text()
+
+
+def test_a_space_without_models_says_what_to_set() -> None:
+    environment = {**os.environ, "MODELS": " ", "PYTHONPATH": str(PROJECT)}
+    command = [sys.executable, str(PROJECT / "space" / "app.py")]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60, env=environment)
+    assert done.returncode == 1
+    assert (
+        done.stderr
+        == "error: set the variable MODELS of this Space to the Hub ids of the models to offer, e.g. org/name\n"
+    )
 
 
 def test_help_is_fast_and_needs_no_gradio() -> None:

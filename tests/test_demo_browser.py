@@ -1,8 +1,12 @@
 """The page in a real browser: upload, run, downloads, a narrow window, several users, and what is left of them."""
 
 import http.client
+import os
 import shutil
+import signal
 import socket
+import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -25,7 +29,8 @@ playwright = pytest.importorskip("playwright.sync_api", reason="make test-page i
 CHROMIUM = shutil.which("chromium")
 pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="no chromium on PATH to open the page with")
 
-FLAGS = "no-sandbox disable-gpu disable-quic no-first-run disable-background-networking disable-component-update disable-sync"
+FLAGS = "no-sandbox disable-gpu disable-quic no-first-run disable-background-networking disable-component-update"
+PROJECT = Path(__file__).parents[1]
 UTM = {"crs": "EPSG:32631", "transform": Affine(0.5, 0, 4e5, 0, -0.5, 5e6)}
 LARGE, UPLOAD_MIB = 900, 2  # a scene that takes some seconds to map
 
@@ -144,7 +149,9 @@ def test_an_uploaded_scene_is_mapped_shown_and_downloaded(
     choose(page, scenes / "port.tif")
     assert page.inner_text("#status") == "90 × 90 pixels, 1 band of uint8, EPSG:32631"
     map_it(page)
-    predict_raster(model, scenes / "port.tif", tmp_path / "expected.tif", cog=True, confidence=True, show_progress=False)
+    predict_raster(
+        model, scenes / "port.tif", tmp_path / "expected.tif", cog=True, confidence=True, show_progress=False
+    )
     files = {key: download(page, key, tmp_path)[0] for key in ("map", "confidence", "gpkg", "geojson", "zip")}
     assert files["map"].name == "port_map.tif" and files["geojson"].name == "port_map.geojson"
     for key, expected in (("map", "expected.tif"), ("confidence", "expected_confidence.tif")):
@@ -261,6 +268,20 @@ def test_a_run_is_stopped_and_the_page_can_map_again(visit: Callable[..., Any], 
     map_it(page)
 
 
+def test_a_user_who_waits_can_leave_the_queue(visit: Callable[..., Any], server: Any, scenes: Path) -> None:
+    first, second = visit(), visit()
+    choose(first, scenes / "large.tif")
+    choose(second, scenes / "port.tif")
+    first.click("#run:enabled")
+    assert eventually(lambda: any(server.sessions.root.glob("*/*/.large_map.tif.partial")))
+    second.click("#run:enabled")
+    second.click("#stop:enabled")
+    second.wait_for_selector("text=Stopped.")
+    assert first.is_enabled("#stop")  # the run of the other goes on
+    first.click("#stop")
+    map_it(second)
+
+
 def test_a_closed_tab_ends_the_run_and_leaves_nothing(visit: Callable[..., Any], server: Any, scenes: Path) -> None:
     page = visit()
     choose(page, scenes / "large.tif")
@@ -277,7 +298,12 @@ def test_no_file_of_the_computer_is_served(server: Any, model: Path, tmp_path: P
     (tmp_path / "secret.txt").write_text("secret")
     (server.sessions.get("someone").new_folder() / "link.txt").symlink_to(tmp_path / "secret.txt")
     (link,) = server.sessions.root.glob("*/*/link.txt")
-    paths = ["/etc/passwd", f"{model}/config.json", f"{server.sessions.root}/../secret.txt", str(tmp_path / "secret.txt")]
+    paths = [
+        "/etc/passwd",
+        f"{model}/config.json",
+        f"{server.sessions.root}/../secret.txt",
+        str(tmp_path / "secret.txt"),
+    ]
     paths += ["../../etc/passwd", "setup.cfg", str(link), str(server.sessions.root), f"{server.sessions.root}/"]
     for path in paths:
         assert status_of(f"{server.url}gradio_api/file={path}") == 403, path
@@ -286,6 +312,20 @@ def test_no_file_of_the_computer_is_served(server: Any, model: Path, tmp_path: P
     for page in ("docs", "openapi.json", "monitoring", "gradio_api/runs"):
         assert status_of(f"{server.url}{page}") in (403, 404), page
     server.sessions.close("someone")
+
+
+def test_the_app_of_the_space_starts_and_ends_without_a_trace(model: Path, scenes: Path, tmp_path: Path) -> None:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    variables = {"MODELS": str(model), "SAMPLES": str(scenes / "port.tif"), "OPTIONS": f"--port {port}"}
+    environment = {**os.environ, **variables, "PYTHONPATH": str(PROJECT), "TMPDIR": str(tmp_path)}
+    app = subprocess.Popen([sys.executable, str(PROJECT / "space" / "app.py")], env=environment, stdout=subprocess.PIPE)
+    assert app.stdout is not None and b"in a browser" in app.stdout.readline()
+    assert status_of(f"http://127.0.0.1:{port}/") == 200 and any(tmp_path.glob("hf_seg_demo_*"))
+    app.send_signal(signal.SIGTERM)
+    assert app.wait(timeout=30) == 0
+    assert not any(tmp_path.glob("hf_seg_demo_*"))
 
 
 def form(name: str, content: bytes, count: int = 1) -> tuple[bytes, dict[str, str]]:

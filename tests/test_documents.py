@@ -18,7 +18,8 @@ from hf_seg.files import remove
 from hf_seg.synthetic import make_synthetic_dataset
 
 PROJECT = Path(__file__).parents[1]
-MANUALS = ("README.md", "CONTRIBUTING.md", "recipes/README.md", "hf_seg/mapping/README.md", "hf_seg/studies/README.md")
+FOLDERS = ("recipes", "hf_seg/demo", "hf_seg/mapping", "hf_seg/studies")
+MANUALS = ("README.md", "CONTRIBUTING.md", *(f"{folder}/README.md" for folder in FOLDERS))
 DOCUMENTS = (*MANUALS, *sorted(path.relative_to(PROJECT).as_posix() for path in PROJECT.glob("docs/**/*.md")))
 PROGRAMS = ("accelerate", "hf-seg", "make", "pip", "python", "torchrun")
 LAUNCH = "accelerate launch -q --config_file recipes/accelerate_configs/one_process.yaml"
@@ -37,6 +38,7 @@ TOY_SIZE = (
     (r"--nproc_per_node \d", "--nproc_per_node 2"),
     (r"--(source|train|size) \d+", lambda found: f"--{found[1]} {128 if found[1] == 'size' else 3}"),
     (r"--(width|height) \d+", r"--\1 600"),
+    (r"(hf-seg demo .*)", r"\1 --help"),  # it runs until it is stopped; tests/test_demo_browser.py starts it
     (r"^make ([\w-]+).*", r"make -n \1"),  # the targets themselves are what CI runs
 )
 # Commands that need the network end in one line that says so.

@@ -178,3 +178,25 @@ def test_memory_does_not_grow_with_the_area_of_the_scene(tmp_path: Path) -> None
     low, high = measure(20_000, 5_000), measure(20_000, 20_000)
     assert high["peak_rss_mib"] <= 2048
     assert high["peak_rss_mib"] - low["peak_rss_mib"] < 250  # the larger scene has 286 MiB more, and so has its map
+
+
+def test_progress_is_told_and_what_it_raises_stops_a_run_that_can_be_resumed(tmp_path: Path) -> None:
+    write_tiff(tmp_path / "scene.tif", speckled(600, 64))
+    seen: list[tuple[int, int]] = []
+
+    def stop_in_the_second_band(done: int, total: int) -> None:
+        seen.append((done, total))
+        if (tmp_path / ".map.tif.partial" / "rows_00000.z").exists():
+            raise KeyboardInterrupt
+
+    settings = {"window": 64, "stride": 1.0}
+    with pytest.raises(KeyboardInterrupt):
+        predict(
+            pointwise(), tmp_path / "scene.tif", tmp_path / "map.tif", on_progress=stop_in_the_second_band, **settings
+        )
+    assert [total for _, total in seen] == [10] * len(seen) and 8 <= seen[-1][0] < 10
+    seen.clear()
+    predict(
+        pointwise(), tmp_path / "scene.tif", tmp_path / "map.tif", on_progress=lambda *now: seen.append(now), **settings
+    )
+    assert 0 < len(seen) < 10 and seen[-1][0] == seen[-1][1]

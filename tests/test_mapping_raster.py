@@ -289,6 +289,17 @@ def test_polygons_cover_the_area_of_each_class(tmp_path: Path, suffix: str, monk
     )
 
 
+@pytest.mark.skipif(importlib.util.find_spec("pyogrio") is None, reason="needs the extra `vector`")
+@pytest.mark.parametrize("suffix", [".gpkg", ".geojson", ".fgb"])
+def test_a_map_without_any_class_has_a_file_without_polygons(tmp_path: Path, suffix: str) -> None:
+    import pyogrio.raw
+
+    write_tiff(tmp_path / "a.tif", speckled(40, 50), crs="EPSG:32633", transform=ROTATED)
+    predict(Constant(), tmp_path / "a.tif", tmp_path / "b.tif", polygons=suffix, abstain=0.999)
+    meta, _, geometry, _ = pyogrio.raw.read(tmp_path / f"b{suffix}", layer="land_cover" if suffix == ".gpkg" else None)
+    assert len(geometry) == 0 and [*meta["fields"]] in (["class_id", "class_name"], [])  # GeoJSON has no list of fields
+
+
 @pytest.mark.skipif(importlib.util.find_spec("pyogrio") is not None, reason="the extra `vector` is installed")
 def test_polygons_name_the_packages_they_need(tmp_path: Path) -> None:
     write_tiff(tmp_path / "a.tif", speckled(40, 40))

@@ -18,8 +18,8 @@ REMOTE = ("/file=http", "/proxy=")  # Gradio would fetch the rest of these paths
 class Guard:
     """An ASGI layer around Gradio.
 
-    Gradio limits each file of an upload, but takes a thousand files in a request, and keeps what has arrived of an upload
-    that is cancelled. It deletes it on a `MultiPartException`, so both end in one here.
+    Gradio limits each file of an upload, but takes a thousand files in a request, and keeps what has arrived of an
+    upload that is cancelled. It deletes it on a `MultiPartException`, so both end in one here.
 
     Args:
         folder: where uploads are written; with less free space than two of the largest uploads, none is taken.

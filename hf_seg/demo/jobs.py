@@ -23,7 +23,7 @@ FILES = {  # what can be downloaded: the key, and the label of its button
 }
 
 
-class Stopped(Exception):
+class StoppedError(Exception):
     """The user has stopped a run, or has left."""
 
 

@@ -14,8 +14,8 @@ class Models:
 
     Args:
         names: folders or Hub ids; all are loaded here, so that a mistake shows before the page does.
-        allow_any: `load` takes any other name too. Whoever sees the page can then make this computer open its folders and
-            load models from the Hub.
+        allow_any: `load` takes any other name too. Whoever sees the page can then make this computer open its folders
+            and load models from the Hub.
 
     Raises:
         UserError: no name, or a model that cannot be loaded.

@@ -9,7 +9,7 @@ from typing import Any
 
 import gradio as gr
 
-from hf_seg.demo.jobs import FILES, MappedScene, Stopped, run_job
+from hf_seg.demo.jobs import FILES, MappedScene, StoppedError, run_job
 from hf_seg.demo.models import Models
 from hf_seg.demo.sessions import Session, Sessions, take_upload
 from hf_seg.demo.settings import DemoSettings
@@ -25,6 +25,7 @@ TITLE = "Land cover from SAR"
 INTRODUCTION = "Upload a radar scene, choose a model, and get its land cover as files for a GIS."
 UNIT_NAMES = {"linear": "amplitude", "power": "power", "db": "decibels"}
 TTA_NAMES = {"none": "none", "flips": "4 flips, four times as slow"}
+PROGRESS = gr.Progress()  # Gradio gives each call of a handler with this default one of its own
 SHOW_MAP = "() => document.querySelector('#viewer').scrollIntoView({behavior: 'smooth', block: 'nearest'})"
 FAILED = "The server failed on this scene. Its log says why."
 
@@ -81,7 +82,7 @@ class Page:
         return [gr.Button(interactive=False), gr.Button(interactive=True), "", *_no_downloads()]
 
     def run(
-        self, model: str, abstain: float, units: str, tta: str, request: gr.Request, progress: Any = gr.Progress()
+        self, model: str, abstain: float, units: str, tta: str, request: gr.Request, progress: Any = PROGRESS
     ) -> list[Any]:
         """Map the scene; -> figures, status, then the downloads."""
         session = self.sessions.get(request.session_hash)
@@ -91,7 +92,7 @@ class Page:
 
         def on_progress(done: int, total: int) -> None:
             if session.stop.is_set():
-                raise Stopped
+                raise StoppedError
             progress((done, total), desc="Mapping" if done < total else "Writing the files", unit="windows")
 
         with self.sessions.running(session):
@@ -122,7 +123,7 @@ class Page:
 
     def _problem(self, error: Exception, session: Session) -> str:
         """Return what the user sees of an error: never a path of the server."""
-        if isinstance(error, Stopped):
+        if isinstance(error, StoppedError):
             return _note("Stopped.")
         if not isinstance(error, UserError):
             logger.exception("a request failed")
@@ -146,7 +147,11 @@ def build_page(models: Models, sessions: Sessions, settings: DemoSettings, sampl
             with gr.Column(scale=1, min_width=300, elem_classes="hfs-side"):
                 upload, buttons = _scene_inputs(settings, samples)
                 model = gr.Dropdown(
-                    models.labels(), label="Model", allow_custom_value=models.allow_any, interactive=True, elem_id="model"
+                    models.labels(),
+                    label="Model",
+                    allow_custom_value=models.allow_any,
+                    interactive=True,
+                    elem_id="model",
                 )
                 abstain, units, tta = _mapping_inputs()
                 with gr.Row(elem_classes="hfs-actions"):
@@ -162,7 +167,9 @@ def build_page(models: Models, sessions: Sessions, settings: DemoSettings, sampl
                     ]
         hidden: dict[str, Any] = {"show_progress": "hidden", "queue": False, "api_visibility": "private"}
         shown = [upload, viewer, status, run, *downloads]
-        upload.upload(page.take_upload, upload, shown, **{**hidden, "show_progress": "minimal"}, show_progress_on=viewer)
+        upload.upload(
+            page.take_upload, upload, shown, **{**hidden, "show_progress": "minimal"}, show_progress_on=viewer
+        )
         upload.clear(page.forget, None, shown, **hidden)
         for index, button in enumerate(buttons):
             button.click(_Sample(page, index), None, shown, **hidden)

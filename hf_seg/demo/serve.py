@@ -20,7 +20,6 @@ from hf_seg.demo.sessions import Sessions
 from hf_seg.demo.settings import DemoSettings
 from hf_seg.demo.uploads import check_scene
 from hf_seg.errors import UserError
-from hf_seg.synthetic import write_sar_scene
 
 SYSTEM_FONTS = ("system-ui", "-apple-system", "Segoe UI", "Roboto", "sans-serif")
 MONOSPACE_FONTS = ("ui-monospace", "Menlo", "Consolas", "monospace")
@@ -83,6 +82,8 @@ def _find_samples(samples: Sequence[str | Path], folder: Path, settings: DemoSet
     """Check the samples and link or copy them, or make one."""
     folder.mkdir()
     if not samples:
+        from hf_seg.synthetic import write_sar_scene  # not needed for others
+
         return [write_sar_scene(folder / "synthetic_scene.tif", size=settings.sample_size)]
     for sample in samples:
         if not Path(sample).is_file():
@@ -96,7 +97,7 @@ def _launch(page: gr.Blocks, folder: Path, settings: DemoSettings) -> str:
     max_bytes = settings.max_upload_mib << 20
     guard = Middleware(Guard, folder=folder, max_bytes=max_bytes)
     theme = gr.themes.Base(primary_hue="teal", neutral_hue="slate", font=SYSTEM_FONTS, font_mono=MONOSPACE_FONTS)
-    dim = {name: "*neutral_600" for name in ("body_text_color_subdued", "block_info_text_color", "block_label_text_color")}
+    dim = dict.fromkeys(("body_text_color_subdued", "block_info_text_color", "block_label_text_color"), "*neutral_600")
     theme.set(**dim, **{f"{name}_dark": "*neutral_300" for name in dim})  # its own are too pale to read
     theme.set(button_primary_background_fill="*primary_700", button_primary_background_fill_hover="*primary_800")
     style = (STATIC / "page.css").read_text(encoding="utf-8")

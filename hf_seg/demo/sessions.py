@@ -1,8 +1,8 @@
 """The files of the page's users: one private folder per session, deleted when the session ends or rests.
 
 Gradio serves whatever lies below its temporary folder, `root` here, to whoever knows the path. So everything of a user
-lies in a folder whose name cannot be guessed. Uploads come to `root/<salted hash of the content>/<name>`, where two users
-with the same file share it; a session links it into its own folder, and an upload without links is deleted.
+lies in a folder whose name cannot be guessed. Uploads come to `root/<salted hash of the content>/<name>`, where two
+users with the same file share it; a session links it into its own folder, and an upload without links is deleted.
 """
 
 import contextlib

@@ -13,7 +13,9 @@ class ServerSettings:
     port: int | None = setting(None, "port to listen on; default: the first free one from 7860 up", low=1, high=65535)
     parallel: int = setting(1, "scenes that are mapped at the same time", low=1)
     waiting: int = setting(16, "requests that may wait; later ones are refused", low=1)
-    keep_minutes: float = setting(60.0, "files of a page that is open but not used are deleted after this time", above=0)
+    keep_minutes: float = setting(
+        60.0, "files of a page that is open but not used are deleted after this time", above=0
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,7 +33,10 @@ class DemoSettings(ServerSettings):
     max_upload_mib: int = setting(256, "size of the largest file, in MiB", low=1)
     stride: float = setting(0.5, "step of the sliding window as a fraction of the window", above=0, high=1)
     sample_size: int = setting(
-        1024, "side of the synthetic sample scene in pixels, without --sample; 400 bytes of memory each", low=64, high=4096
+        1024,
+        "side of the synthetic sample scene in pixels, without --sample; 400 bytes of memory each",
+        low=64,
+        high=4096,
     )
 
     def __post_init__(self) -> None:

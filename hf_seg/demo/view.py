@@ -46,7 +46,9 @@ def view_scene(scene: Path) -> dict[str, Any]:
         }
 
 
-def view_map(scene: Path, class_map: Path, confidence: Path, label_set: LabelSet, summary: MapSummary) -> dict[str, Any]:
+def view_map(
+    scene: Path, class_map: Path, confidence: Path, label_set: LabelSet, summary: MapSummary
+) -> dict[str, Any]:
     """Return what the page shows of a scene and its map.
 
     Args:
@@ -100,7 +102,9 @@ def _bands_to_show(dataset: rasterio.DatasetReader) -> list[int]:
     if colors.keys() >= {*RED_GREEN_BLUE}:
         return [colors[kind] for kind in RED_GREEN_BLUE]
     named = rgb_indices([description or "" for description in dataset.descriptions])
-    intensities = [band for band, kind in zip(dataset.indexes, dataset.colorinterp, strict=True) if kind != ColorInterp.alpha]
+    intensities = [
+        band for band, kind in zip(dataset.indexes, dataset.colorinterp, strict=True) if kind != ColorInterp.alpha
+    ]
     return [1 + index for index in named] or (intensities if len(intensities) == 3 else [1])
 
 

@@ -57,9 +57,7 @@ def predict_raster(
     elif device is None:
         device = torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
     predictor = Predictor(networks, device=torch.device(device), tta=chosen.tta, mixed_precision=chosen.mixed_precision)
-    summary = map_scene(
-        predictor, source, destination, chosen, show_progress=show_progress, on_progress=on_progress
-    )
+    summary = map_scene(predictor, source, destination, chosen, show_progress=show_progress, on_progress=on_progress)
     assert summary is not None  # no other process shares the scene
     return summary
 
