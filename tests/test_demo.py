@@ -360,6 +360,15 @@ def test_a_large_scene_is_shown_reduced(tmp_path: Path) -> None:
     assert view["transform"] == [1.0, 0, 4e5, 0, -1.0, 5e6] and "classes" not in view
 
 
+def test_a_truncated_scene_is_a_mistake_of_one_line(tmp_path: Path) -> None:
+    path = write_scene(tmp_path / "a.tif", 300, compress="deflate", tiled=True, blockxsize=64, blockysize=64)
+    content = path.read_bytes()
+    path.write_bytes(content[: len(content) // 2])
+    check_scene(path, max_megapixels=1)  # the header is whole
+    with pytest.raises(UserError, match=r"^a\.tif cannot be read; the file is damaged or truncated \(.+\)$"):
+        view_scene(path)
+
+
 def test_a_scene_without_georeference_has_neither_coordinates_nor_scale(tmp_path: Path) -> None:
     write_tiff(tmp_path / "a.tif", np.full((3, 8, 8), 9, np.uint8))
     view = view_scene(tmp_path / "a.tif")

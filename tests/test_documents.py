@@ -106,7 +106,7 @@ class Checkout:
     def __init__(self, folder: Path, zenodo: str) -> None:
         self.folder = folder
         self.done: dict[str, subprocess.CompletedProcess[str]] = {}
-        for name in ("hf_seg", "model_cards", "recipes", "scripts", *TOP_LEVEL):
+        for name in ("hf_seg", "model_cards", "recipes", "scripts", "space", *TOP_LEVEL):
             (folder / name).symlink_to(PROJECT / name)
         make_synthetic_dataset(folder / "data", source=3, train=4, val=2, test=2, size=128, scene=128)
         for name in ("scene.tif", "large.tif", "scenes/a.tif", "more_scenes/b.tif"):

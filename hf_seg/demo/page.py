@@ -3,6 +3,7 @@
 import html
 import logging
 import re
+import threading
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from hf_seg.demo.settings import DemoSettings
 from hf_seg.demo.uploads import check_scene, safe_name
 from hf_seg.demo.view import view_scene
 from hf_seg.errors import UserError
+from hf_seg.files import remove
 from hf_seg.mapping.options import UNITS
 
 logger = logging.getLogger(__name__)
@@ -53,6 +55,7 @@ class Page:
     def _take(self, source: Path, link: Callable[[Path, Path], object], request: gr.Request) -> list[Any]:
         session = self.sessions.get(request.session_hash)
         session.scene = None
+        session.stop.set()
         folder = session.new_folder()
         try:
             scene = folder / safe_name(source.name)
@@ -60,7 +63,7 @@ class Page:
             facts = check_scene(scene, max_megapixels=self.settings.max_megapixels)
             view = view_scene(scene)
         except Exception as error:
-            session.keep_only()
+            remove(folder)
             return [None, None, self._problem(error, session), gr.Button(interactive=False), *_no_downloads()]
         session.keep_only(folder)
         session.scene = scene
@@ -72,13 +75,12 @@ class Page:
         session = self.sessions.get(request.session_hash)
         session.scene = None
         session.stop.set()
-        if not session.runs:
-            session.keep_only()
+        session.keep_only()
         return [None, None, "", gr.Button(interactive=False), *_no_downloads()]
 
     def begin(self, request: gr.Request) -> list[Any]:
         """Prepare a run; -> run button, stop button, status, then the downloads."""
-        self.sessions.get(request.session_hash).stop.clear()
+        self.sessions.get(request.session_hash).stop = threading.Event()  # the last run may still have to see its own
         return [gr.Button(interactive=False), gr.Button(interactive=True), "", *_no_downloads()]
 
     def run(
@@ -86,12 +88,12 @@ class Page:
     ) -> list[Any]:
         """Map the scene; -> figures, status, then the downloads."""
         session = self.sessions.get(request.session_hash)
-        scene = session.scene
+        scene, stop = session.scene, session.stop
         if scene is None:
             return [gr.skip(), _note("Upload a scene or take a sample first.", is_error=True), *_no_downloads()]
 
         def on_progress(done: int, total: int) -> None:
-            if session.stop.is_set():
+            if stop.is_set():
                 raise StoppedError
             progress((done, total), desc="Mapping" if done < total else "Writing the files", unit="windows")
 
@@ -101,9 +103,12 @@ class Page:
                 progress(0, desc="Loading the model")
                 options = {"abstain": abstain, "units": units, "tta": tta, "stride": self.settings.stride}
                 mapped = run_job(self.models.load(model), scene, folder, on_progress=on_progress, **options)
+                if stop.is_set():
+                    raise StoppedError
             except Exception as error:
-                session.keep_only(*([scene.parent] if session.scene == scene else []))
-                return [gr.skip(), self._problem(error, session), *_no_downloads()]
+                remove(folder)
+                problem = StoppedError() if stop.is_set() else error  # a stopped run may miss files that are deleted
+                return [gr.skip(), self._problem(problem, session), *_no_downloads()]
             session.keep_only(scene.parent, folder)
             return [mapped.view, _note(_summary(mapped)), *_downloads(mapped)]
 

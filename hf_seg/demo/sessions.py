@@ -27,7 +27,7 @@ class Session:
 
     Args:
         folder: where all of its files lie.
-        stop: set to stop the run.
+        stop: set to stop the run; each run has one of its own.
         scene: the scene to map; None before there is one.
         used: when it was last used, in seconds of `time.monotonic`.
         runs: in progress, waiting ones included.

@@ -18,8 +18,9 @@ from rasterio.enums import ColorInterp, Resampling
 from rasterio.transform import Affine
 
 from hf_seg.bands import rgb_indices, valid_pixels
+from hf_seg.errors import FileError
 from hf_seg.labels import LabelSet
-from hf_seg.mapping.gdal import RED_GREEN_BLUE, gdal_session
+from hf_seg.mapping.gdal import GDAL_ERRORS, RED_GREEN_BLUE, gdal_reason, gdal_session
 from hf_seg.mapping.legend import list_classes
 from hf_seg.mapping.statistics import MapSummary, pixel_areas
 from hf_seg.report.style import SAR_GAMMA
@@ -29,7 +30,19 @@ WEBP = {"quality": 88, "method": 2}  # method: 0 is fast, 6 is small
 
 
 def view_scene(scene: Path) -> dict[str, Any]:
-    """Return what the page shows of a scene that is not mapped yet."""
+    """Return what the page shows of a scene that is not mapped yet.
+
+    Raises:
+        FileError: it is damaged.
+    """
+    try:
+        return _view_scene(scene)
+    except GDAL_ERRORS as error:
+        hint = "the file is damaged or truncated"
+        raise FileError(f"{scene.name} cannot be read; {hint} ({gdal_reason(error)})") from None
+
+
+def _view_scene(scene: Path) -> dict[str, Any]:
     with gdal_session(), rasterio.open(scene) as dataset:
         zoom = min(1.0, MAX_SIDE / max(dataset.shape))
         height, width = (max(1, round(zoom * length)) for length in dataset.shape)
