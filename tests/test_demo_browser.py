@@ -221,6 +221,36 @@ def test_no_window_is_too_narrow(visit: Callable[..., Any], width: int, columns:
     assert len({*lefts}) == columns
 
 
+def test_two_fingers_zoom_and_one_moves_a_map_that_is_zoomed(visit: Callable[..., Any]) -> None:
+    page = visit(390, has_touch=True, is_mobile=True)
+    page.tap("#sample-0")
+    page.wait_for_selector('.hfs-viewer[data-state="scene"]')
+    canvas = page.locator('[data-pane="map"] canvas')
+    canvas.scroll_into_view_if_needed()
+    box = canvas.bounding_box()
+    x, y = box["x"] + box["width"] / 2, box["y"] + box["height"] / 2
+    devices = page.context.new_cdp_session(page)
+
+    def touch(kind: str, *points: tuple[float, float]) -> None:
+        fingers = [{"x": x, "y": y, "id": number} for number, (x, y) in enumerate(points)]
+        devices.send("Input.dispatchTouchEvent", {"type": kind, "touchPoints": fingers})
+
+    assert canvas.evaluate("each => each.style.touchAction") == "pan-y"  # one finger scrolls the page
+    touch("touchStart", (x - 20, y), (x + 20, y))
+    for step in range(20, 90, 5):
+        touch("touchMove", (x - step, y), (x + step, y))
+    touch("touchEnd")
+    page.wait_for_function("document.querySelector('[data-pane=map] canvas').style.touchAction === 'none'")
+    assert page.evaluate("visualViewport.scale") == 1  # the map is zoomed, not the page
+    scrolled = page.evaluate("scrollY")
+    touch("touchStart", (x, y))
+    for step in range(0, 80, 10):
+        touch("touchMove", (x, y - step))
+    touch("touchEnd")
+    page.wait_for_timeout(300)
+    assert page.evaluate("scrollY") == scrolled
+
+
 def test_what_is_no_raster_or_too_large_is_refused_on_the_page(visit: Callable[..., Any], scenes: Path) -> None:
     page = visit()
     page.set_input_files("#upload input[type=file]", scenes / "letter.tif")
