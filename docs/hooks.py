@@ -15,6 +15,7 @@ from mkdocs.structure.pages import Page
 PAGES = {
     "README.md": "index.md",
     "recipes/README.md": "recipes.md",
+    "hf_seg/demo/README.md": "demo.md",
     "hf_seg/mapping/README.md": "mapping.md",
     "hf_seg/studies/README.md": "studies.md",
     "CONTRIBUTING.md": "contributing.md",

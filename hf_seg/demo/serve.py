@@ -55,9 +55,9 @@ def serving(names: Sequence[str], settings: DemoSettings, *, samples: Sequence[s
                 url = _launch(page, public, settings)
             except OSError:
                 raise UserError(f"port {settings.port} of {settings.host} is taken; choose another --port") from None
-            sessions.sweep_forever()
             try:
-                yield Server(url, sessions)
+                with sessions.sweeping():
+                    yield Server(url, sessions)
             finally:
                 page.close(verbose=False)
 
@@ -79,7 +79,7 @@ def _gradio_folders(public: Path, root: Path) -> Iterator[None]:
 
 
 def _find_samples(samples: Sequence[str | Path], folder: Path, settings: DemoSettings) -> list[Path]:
-    """Check the samples and link or copy them, or make one."""
+    """Check the samples, or make one."""
     folder.mkdir()
     if not samples:
         from hf_seg.synthetic import write_sar_scene  # not needed for others

@@ -122,16 +122,23 @@ class Sessions:
             if entry not in folders:
                 _delete_unused(entry, time.time() - unused_seconds)
 
-    def sweep_forever(self) -> None:
-        """Start a thread that sweeps until the process ends."""
+    @contextlib.contextmanager
+    def sweeping(self) -> Iterator[None]:
+        """Sweep now and then while the block runs."""
+        ended = threading.Event()
 
         def sweep() -> None:
-            while True:
-                time.sleep(SWEEP_SECONDS)
+            while not ended.wait(SWEEP_SECONDS):
                 with contextlib.suppress(OSError):  # a file that another thread has just deleted
                     self.sweep()
 
-        threading.Thread(target=sweep, name="sweep", daemon=True).start()
+        thread = threading.Thread(target=sweep, name="sweep", daemon=True)
+        thread.start()
+        try:
+            yield
+        finally:
+            ended.set()
+            thread.join()
 
 
 def _delete_unused(entry: Path, before: float) -> None:

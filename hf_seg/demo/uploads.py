@@ -14,8 +14,8 @@ from hf_seg.mapping.gdal import GDAL_ERRORS, gdal_session, open_raster
 # Classic and big TIFF, both byte orders. GDAL opens by content: under any name, XML could make it read other files.
 TIFF_SIGNATURES = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
 MAX_SIDE = 20_000  # pixels; memory grows with the width, whatever the area
-_NUMPY = {"complex_int16": "complex64"}  # types of GDAL that numpy has not
 MAX_PIXEL_BYTES = 64  # of all bands; one block of a raster may contain all of its pixels
+NUMPY_TYPES = {"complex_int16": "complex64"}  # of a type of GDAL that numpy has not
 
 
 @dataclass(frozen=True)
@@ -57,7 +57,7 @@ def check_scene(path: Path, *, max_megapixels: float) -> SceneFacts:
             if dataset.tags(ns="OVERVIEWS"):
                 raise UserError("its overviews are in another file")
             found = SceneFacts(dataset.width, dataset.height, dataset.count, dataset.dtypes[0], dataset.crs)
-            pixel_bytes = sum(np.dtype(_NUMPY.get(each, each)).itemsize for each in dataset.dtypes)
+            pixel_bytes = sum(np.dtype(NUMPY_TYPES.get(each, each)).itemsize for each in dataset.dtypes)
     except (UserError, *GDAL_ERRORS) as error:
         reason = " ".join(str(error).split())
         raise UserError(f"{path.name} is not a GeoTIFF that can be mapped: {reason}") from None
