@@ -10,6 +10,7 @@ from hf_seg.errors import UserError
 from hf_seg.files import write_atomic
 from hf_seg.settings import LOCAL_PATHS_FILE, Settings, dump_yaml, read_settings, setting
 
+_HUB_COMMIT = re.compile(r"(hf://datasets/)?[\w.-]+/[\w.-]+@[0-9a-f]{40}")  # as `pin_datasets` writes it
 Tta = Literal["none", "flips", "d4", "paper"]
 
 
@@ -41,7 +42,9 @@ class ClassSettings(Settings):
 class DataSettings(Settings):
     """Data and output."""
 
-    data_dir: str = setting("data/dfc25_track1", "root of OpenEarthMap-SAR, as released", free=True, path=True)
+    data_dir: str = setting(
+        "data/dfc25_track1", "root of OpenEarthMap-SAR, or a dataset on the Hub", free=True, path=True
+    )
     output_dir: str = setting("runs/stage2", "takes checkpoints, figures and the final model", free=True, path=True)
     keep_background: bool = setting(False, "learn class 0 (unknown) instead of ignoring it")
 
@@ -163,7 +166,9 @@ class Stage2Arguments(RecipeArguments):
 class Stage1Arguments(RecipeArguments):
     """Stage 1: an optical network, from labelled source to unlabelled target images."""
 
-    source_dir: str = setting("data/OpenEarthMap_wo_xBD", "root of OpenEarthMap, as released", free=True, path=True)
+    source_dir: str = setting(
+        "data/OpenEarthMap_wo_xBD", "root of OpenEarthMap, or a dataset on the Hub", free=True, path=True
+    )
     output_dir: str = setting("runs/stage1", "takes checkpoints, figures, teacher and student", free=True, path=True)
     max_train_steps: int = setting(80_000, "optimizer steps", low=1, free=True)
     method: Literal["dacs", "source_only"] = setting("dacs", "self-training, or the source loss alone")
@@ -214,7 +219,9 @@ class PseudoLabelArguments(HubSettings, PredictionSettings, ClassSettings):
 
     model: list[str] = setting(["runs/stage1"], "trained networks: folders or Hub ids", free=True, path=True)
     network: Literal["teacher", "student"] = setting("teacher", "which network of each stage-1 run labels")
-    data_dir: str = setting("data/dfc25_track1", "root of OpenEarthMap-SAR, as released", free=True, path=True)
+    data_dir: str = setting(
+        "data/dfc25_track1", "root of OpenEarthMap-SAR, or a dataset on the Hub", free=True, path=True
+    )
     split: Literal["train", "val", "test"] = setting("train", "split to label")
     column: Literal["optical", "sar"] = setting(
         "optical", "which image of each tile the networks label; sar: a second round, by networks of stage 2"
@@ -236,7 +243,9 @@ class EnsembleArguments(HubSettings, PredictionSettings, ClassSettings):
     weights: list[float] | None = setting(None, "one for each network, above 0, in any unit; default: all equal")
     output_dir: str = setting("runs/ensemble", "takes the ensemble, its scores and figures", free=True, path=True)
     eval: bool = setting(True, "score the networks and the ensemble; false: export them unscored, without data")
-    data_dir: str = setting("data/dfc25_track1", "root of OpenEarthMap-SAR, as released", free=True, path=True)
+    data_dir: str = setting(
+        "data/dfc25_track1", "root of OpenEarthMap-SAR, or a dataset on the Hub", free=True, path=True
+    )
     split: Literal["train", "val", "test"] = setting("val", "split to score on; it must have labels")
     column: Literal["sar", "optical"] = setting("sar", "which image of each tile the networks map")
 
@@ -244,13 +253,15 @@ class EnsembleArguments(HubSettings, PredictionSettings, ClassSettings):
 def portable_settings(args: Settings) -> dict[str, Any]:
     """Return the settings that make the result, without what belongs to one launch or to this machine.
 
-    Data folders are left out; of other local paths (a model, pseudo-labels) the last part stays.
+    Data folders are left out, but a commit of a dataset on the Hub stays; of other local paths (a model, pseudo-labels)
+    the last part stays.
     """
     of_one_launch = {"resume_from_checkpoint", *(field.name for field in dataclasses.fields(HubSettings))}
     kept: dict[str, Any] = {}
     for field in dataclasses.fields(args):
         value, is_path = getattr(args, field.name), field.metadata["path"]
         is_folder = is_path and field.metadata["free"] and not isinstance(value, list)
+        is_folder = is_folder and not (isinstance(value, str) and _HUB_COMMIT.fullmatch(value))
         if not is_folder and field.name not in of_one_launch:
             kept[field.name] = without_folders(value) if is_path else value
     return kept

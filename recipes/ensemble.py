@@ -38,6 +38,7 @@ from hf_seg.inference.predict import Predictor
 from hf_seg.report.plots import plot_member_scores
 from hf_seg.terminal import print_summary
 from hf_seg.training.evaluation import draw_results, evaluate
+from hf_seg.training.hub_data import pin_datasets
 from hf_seg.training.run import start_accelerator
 
 
@@ -46,6 +47,8 @@ def main(argv: list[str] | None = None) -> None:
     args = parse_arguments(EnsembleArguments, argv)
     accelerator = start_accelerator(args, args.mixed_precision)
     output_dir = Path(args.output_dir)
+    if args.eval:
+        pin_datasets(args, accelerator)
     with accelerator.main_process_first():  # the first process fetches and indexes, the others find it done
         ensemble = EnsembleForSemanticSegmentation.from_members(args.model, args.weights)
         images = load_images(args, ensemble.members[0].bands) if args.eval else None

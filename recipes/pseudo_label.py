@@ -59,6 +59,7 @@ from hf_seg.label_sets import require_same_classes
 from hf_seg.labels import IGNORE_INDEX, LabelSet
 from hf_seg.report.panels import plot_panel
 from hf_seg.terminal import print_summary
+from hf_seg.training.hub_data import pin_datasets
 from hf_seg.training.run import start_accelerator
 
 
@@ -68,6 +69,7 @@ def main(argv: list[str] | None = None) -> None:
     waiting = InitProcessGroupKwargs(timeout=timedelta(days=1))  # for the process that makes the last shard
     accelerator = start_accelerator(args, args.mixed_precision, kwargs_handlers=[waiting])
     output_dir = Path(args.output_dir)
+    pin_datasets(args, accelerator, output_dir / "recipe.yaml")
 
     # Tiles and networks
     with accelerator.main_process_first():  # the first process fetches and indexes, the others find it done

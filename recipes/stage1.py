@@ -37,10 +37,9 @@ from hf_seg.adaptation.pseudo_labels import CollapseWatch, describe_pseudo_label
 from hf_seg.adaptation.strong_augmentation import strong_augment
 from hf_seg.data.band_images import BandStatistics
 from hf_seg.data.dataloaders import seed_at, stream_seed
-from hf_seg.data.open_earth_map import load_open_earth_map, load_open_earth_map_sar
+from hf_seg.data.open_earth_map import has_labelled_images, load_open_earth_map, load_open_earth_map_sar
 from hf_seg.data.provenance import find_label_set
 from hf_seg.data.samples import LabelledImages, UnlabelledImages
-from hf_seg.data.scan import scan_open_earth_map_sar
 from hf_seg.data.transforms import ResolutionAlignment, optical_transform
 from hf_seg.errors import UserError, one_line_errors
 from hf_seg.losses import cross_entropy
@@ -225,8 +224,7 @@ def load_images(
         if args.eval_steps:
             source_val = load_open_earth_map(args.source_dir, "val", label_set=label_set)
             val["source"] = LabelledImages(source_val, "image", **how)
-            val_rows = scan_open_earth_map_sar(args.data_dir).rows["val"]
-            if val_rows and all(row.files["optical"] and row.files["label"] for row in val_rows):
+            if has_labelled_images(args.data_dir, "val", "optical", target_set):
                 target_val = load_open_earth_map_sar(args.data_dir, "val", label_set=target_set)
                 val["target"] = LabelledImages(target_val, "optical", bands=of_target, label_set=target_set)
     by_target = args.select_best_by == "target" and args.eval_steps > 0

@@ -106,7 +106,7 @@ def difficulty(tiles: Sequence[Tile], feature: str, repeats: int = 10) -> np.nda
 
 def read(path: str | Path, column: str) -> np.ndarray:
     """Return the pixels of an image (H, W, 3) or of SAR or a label (H, W)."""
-    from hf_seg.data.open_earth_map import read_tile
+    from hf_seg.data.tile_files import read_tile
 
     return np.moveaxis(read_tile(str(path), column), 0, -1).squeeze()
 

@@ -24,7 +24,7 @@ def parse() -> tuple[argparse.Namespace, PredictionSettings]:
     """Read the command line."""
     parser = Parser(description=__doc__)
     parser.add_argument("--model", required=True, help="folder or Hub id of a trained network or ensemble")
-    parser.add_argument("--data_dir", required=True, help="root of OpenEarthMap-SAR")
+    parser.add_argument("--data_dir", required=True, help="root of OpenEarthMap-SAR, or a dataset on the Hub")
     parser.add_argument("--split", default="val", choices=("train", "val", "test"), help="val")
     parser.add_argument(
         "--column", default="sar", choices=("sar", "optical"), help="image of each tile to map (%(default)s)"
@@ -70,10 +70,12 @@ def main() -> None:
     from hf_seg.inference.load import load_networks
     from hf_seg.inference.predict import Predictor
     from hf_seg.training.evaluation import draw_results, evaluate
+    from hf_seg.training.hub_data import pin_datasets
     from hf_seg.training.tile_scores import TileScores
 
     disable_progress_bar()
     accelerator = Accelerator(cpu=not torch.accelerator.is_available())
+    pin_datasets(args, accelerator)
     with accelerator.main_process_first():
         label_set = find_label_set(args.data_dir, "OpenEarthMap-SAR", args.label_set)
         rows = load_open_earth_map_sar(args.data_dir, args.split, label_set=label_set)

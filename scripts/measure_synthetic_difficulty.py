@@ -180,8 +180,8 @@ def real_folds(options: argparse.Namespace) -> Iterator[tuple[Any, dict[str, Any
 
     There are too few real tiles to leave whole ones out: some classes occur in one tile only.
     """
-    from hf_seg.data.open_earth_map import read_tile
     from hf_seg.data.scan import scan_open_earth_map
+    from hf_seg.data.tile_files import read_tile
     from hf_seg.synthetic.optical import TARGET_CAMERA, coarsen
 
     splits = scan_open_earth_map(options.source_dir).rows

@@ -28,7 +28,7 @@ def parse(argv: Sequence[str] | None = None) -> tuple[argparse.Namespace, Predic
     """Read the command line."""
     parser = Parser(description=__doc__)
     parser.add_argument("model", help="folder or Hub id of a trained network or ensemble")
-    parser.add_argument("--data_dir", required=True, help="root of OpenEarthMap-SAR")
+    parser.add_argument("--data_dir", required=True, help="root of OpenEarthMap-SAR, or a dataset on the Hub")
     parser.add_argument("--split", default="val", choices=("train", "val", "test"), help="%(default)s")
     parser.add_argument(
         "--column", default="sar", choices=("sar", "optical"), help="image of each tile to map (%(default)s)"

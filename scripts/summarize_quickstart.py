@@ -44,8 +44,9 @@ def read_json(path: Path) -> dict[str, Any]:
 
 def score_baselines(data_dir: Path) -> dict[str, float]:
     """Score what needs no network on the test tiles, fitted to the exact labels of train."""
-    from hf_seg.data.open_earth_map import load_open_earth_map_sar, read_tile
+    from hf_seg.data.open_earth_map import load_open_earth_map_sar
     from hf_seg.data.samples import LabelledImages
+    from hf_seg.data.tile_files import read_tile
     from hf_seg.studies.baselines import score_histogram
     from hf_seg.synthetic import EXTRA_FOLDER
 

@@ -8,6 +8,7 @@ with serve_hub(tokens={"hf_me"}) as hub:
 import base64
 import hashlib
 import json
+import os
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -16,6 +17,8 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from threading import Thread
 from typing import Any, NamedTuple
 from urllib.parse import parse_qs, unquote, urlsplit
+
+import huggingface_hub
 
 LFS_SUFFIXES = (".safetensors", ".parquet")
 
@@ -39,6 +42,8 @@ class Repository:
     """Every commit with its files and message, and the branches and tags that point to them."""
 
     private: bool
+    gated: bool = False
+    variables: dict[str, str] = field(default_factory=dict)  # of a Space
     commits: dict[str, dict[str, Stored]] = field(default_factory=lambda: {"0" * 40: {}})
     messages: list[str] = field(default_factory=list)
     refs: dict[str, str] = field(default_factory=lambda: {"main": "0" * 40})
@@ -65,14 +70,14 @@ class Hub:
     tokens: set[str]
     url: str = ""
     role: str = "write"  # of every token
-    repositories: dict[str, Repository] = field(default_factory=dict)  # "models/me/x", "datasets/me/y"
+    repositories: dict[str, Repository] = field(default_factory=dict)  # "models/me/x", "datasets/me/y", "spaces/me/z"
     objects: dict[str, bytes] = field(default_factory=dict)  # large files by sha256
     faults: list[Fault] = field(default_factory=list)
     requests: list[str] = field(default_factory=list)  # "METHOD path"
 
-    def head(self, model: str) -> str:
-        """Return the commit of a model's main branch."""
-        return self.repositories[f"models/{model}"].refs["main"]
+    def head(self, name: str, kind: str = "models") -> str:
+        """Return the commit of a repository's main branch."""
+        return self.repositories[f"{kind}/{name}"].refs["main"]
 
 
 class HubError(Exception):
@@ -140,12 +145,16 @@ class _Handler(BaseHTTPRequestHandler):
             return self._create()
         if path.startswith("/lfs/"):
             return self._store(path.removeprefix("/lfs/"))
-        if found := re.fullmatch(r"/(datasets/)?([^/]+/[^/]+)\.git/info/lfs/objects/batch", path):
+        if found := re.fullmatch(r"/(datasets/|spaces/)?([^/]+/[^/]+)\.git/info/lfs/objects/batch", path):
             return self._offer_uploads(self._open((found[1] or "models/") + found[2]))
-        if found := re.fullmatch(r"/api/((?:models|datasets)/[^/]+/[^/]+)(?:/([^/]+)(?:/([^/]+)(?:/(.*))?)?)?", path):
+        if found := re.fullmatch(r"/api/(spaces/[^/]+/[^/]+)/variables", path):
+            return self._set_variable(self._open(found[1]))
+        if found := re.fullmatch(
+            r"/api/((?:models|datasets|spaces)/[^/]+/[^/]+)(?:/([^/]+)(?:/([^/]+)(?:/(.*))?)?)?", path
+        ):
             name, action, revision, rest = found.groups()
             return self._call(self._open(name), name, action or "revision", revision or "main", rest or "")
-        if found := re.fullmatch(r"/(datasets/)?([^/]+/[^/]+)/resolve/([^/]+)/(.*)", path):
+        if found := re.fullmatch(r"/(datasets/|spaces/)?([^/]+/[^/]+)/resolve/([^/]+)/(.*)", path):
             return self._resolve(self._open((found[1] or "models/") + found[2]), found[3], found[4])
         raise HubError(404, "UnknownPath")
 
@@ -162,6 +171,8 @@ class _Handler(BaseHTTPRequestHandler):
                 raise HubError(401, "RepoNotFound") from None
         if repository is None:
             raise HubError(404, "RepoNotFound")
+        if repository.gated:
+            raise HubError(403, "GatedRepo")
         return repository
 
     def _create(self) -> tuple[bytes, dict[str, str]]:
@@ -174,6 +185,12 @@ class _Handler(BaseHTTPRequestHandler):
         private = wanted.get("visibility") == "private" or bool(wanted.get("private"))  # the client's version 2, or 1
         self.hub.repositories[name] = Repository(private)
         return _json(url=url)
+
+    def _set_variable(self, repository: Repository) -> tuple[bytes, dict[str, str]]:
+        self._require_token()
+        wanted = json.loads(self.body)
+        repository.variables[wanted["key"]] = wanted["value"]
+        return _json(**{key: {"value": value} for key, value in repository.variables.items()})
 
     def _offer_uploads(self, _: Repository) -> tuple[bytes, dict[str, str]]:
         self._require_token()
@@ -287,3 +304,13 @@ def serve_hub(tokens: set[str]) -> Iterator[Hub]:
     finally:
         server.shutdown()
         server.server_close()
+
+
+def go_online(url: str, token: str | None) -> None:
+    """Point this process's Hub client to the test server."""
+    constants = huggingface_hub.constants
+    constants.ENDPOINT, constants.HF_HUB_OFFLINE = url, False
+    constants.HF_HUB_DISABLE_XET = True  # it talks to hosts of its own
+    os.environ.pop("HF_TOKEN", None)
+    if token is not None:
+        os.environ["HF_TOKEN"] = token

@@ -23,6 +23,8 @@ import pseudo_label
 import stage1
 import stage2
 
+from hub_server import go_online
+
 from hf_seg.adaptation.mean_teacher import MeanTeacher
 from hf_seg.errors import one_line_errors
 from hf_seg.training import teacher_student
@@ -46,6 +48,7 @@ def run_recipe(
     disturb: str = "",
     disturbed: range | None = None,
     timeout: float = 240,
+    hub: tuple[str, str] | None = None,
 ) -> Result:
     """Run a recipe with a command line, on one or several processes that talk over gloo.
 
@@ -55,6 +58,7 @@ def run_recipe(
         log: file that receives what is printed.
         disturb: "EVENT:ARGUMENT", see `_DISTURBANCES`: what happens to a process at its N-th such event, or at a file.
         disturbed: the ranks that it happens to; all if None.
+        hub: address of a Hub, and a token of it; offline if None.
     """
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
@@ -62,7 +66,16 @@ def run_recipe(
     started = [
         context.Process(
             target=_run,
-            args=(recipe, argv, log, rank, processes, port, disturb if disturbed is None or rank in disturbed else ""),
+            args=(
+                recipe,
+                argv,
+                log,
+                rank,
+                processes,
+                port,
+                disturb if disturbed is None or rank in disturbed else "",
+                hub,
+            ),
         )
         for rank in range(processes)
     ]
@@ -79,7 +92,16 @@ def run_recipe(
     return Result([process.exitcode for process in started], log.read_text())
 
 
-def _run(recipe: str, argv: tuple[str, ...], log: Path, rank: int, processes: int, port: int, disturb: str) -> None:
+def _run(
+    recipe: str,
+    argv: tuple[str, ...],
+    log: Path,
+    rank: int,
+    processes: int,
+    port: int,
+    disturb: str,
+    hub: tuple[str, str] | None,
+) -> None:
     descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(descriptor, 1)
     os.dup2(descriptor, 2)
@@ -87,6 +109,8 @@ def _run(recipe: str, argv: tuple[str, ...], log: Path, rank: int, processes: in
     if processes > 1:
         os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(processes))
         os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    if hub is not None:
+        go_online(*hub)
     if disturb:
         event, _, argument = disturb.partition(":")
         _DISTURBANCES[event](argument)

@@ -18,7 +18,7 @@ import numpy as np
 import pytest
 import torch
 from hub_folders import SYNTHETIC, make_ensemble, make_pseudo_labels, make_stage1, make_stage2
-from hub_server import Fault, Hub, serve_hub
+from hub_server import Fault, Hub, go_online, serve_hub
 from PIL import Image
 from safetensors.torch import load_file
 from transformers import AutoImageProcessor, AutoModelForSemanticSegmentation
@@ -42,16 +42,6 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     found = {name: make_stage2(root / name, f"toy-{name}", seed) for seed, name in enumerate(NETWORKS)}
     found |= {"stage1": make_stage1(root / "stage1"), "ensemble": make_ensemble(root / "ensemble", [*found.values()])}
     return found | {"labels": make_pseudo_labels(root / "labels")}
-
-
-def go_online(url: str, token: str | None) -> None:
-    """Point this process's Hub client to the test server."""
-    constants = huggingface_hub.constants
-    constants.ENDPOINT, constants.HF_HUB_OFFLINE = url, False
-    constants.HF_HUB_DISABLE_XET = True  # it talks to hosts of its own
-    os.environ.pop("HF_TOKEN", None)
-    if token is not None:
-        os.environ["HF_TOKEN"] = token
 
 
 @pytest.fixture

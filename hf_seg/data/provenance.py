@@ -1,6 +1,6 @@
-"""What a dataset on disk is: the release, a synthetic dataset, or other data in the same layout.
+"""What a dataset is: the release, a synthetic dataset, or other data in the same layout; on disk or on the Hub.
 
-A dataset may describe itself in `dataset.json` in its root folder:
+A dataset may describe itself in `dataset.json` in its root folder, or in that of its repository:
 
     {"name": "...", "layout": "OpenEarthMap", "description": "one sentence", "license": "Apache-2.0",
      "synthetic": true, "labels": {"train": "simulated noisy labels", "val": "exact"},
@@ -15,12 +15,12 @@ import json
 from pathlib import Path
 from typing import Any
 
+from hf_seg.data.hub_dataset import DATASET_FILE, find_hub_dataset
 from hf_seg.data.scan import SCANS
 from hf_seg.errors import DatasetError, file_errors
 from hf_seg.label_sets import LABEL_SET_KEYS, map_classes, parse_label_set, read_label_set
 from hf_seg.labels import OPEN_EARTH_MAP, LabelSet
 
-DATASET_FILE = "dataset.json"
 # Usable tiles of the releases' splits. OpenEarthMap: without and with the images that come from xBD.
 _RELEASED: dict[str, dict[str, set[int]]] = {
     "OpenEarthMap": {"train": {2303, 3000}, "val": {384, 500}, "test": {1151, 1500}},
@@ -49,14 +49,20 @@ def read_provenance(data_dir: str | Path, layout: str) -> dict[str, Any]:
         The content of `dataset.json` if there is one. Otherwise the name is that of the release if the numbers of tiles
         are the release's, else "data laid out as ...". `description`, `license` (the name of a license) and `labels`
         ({split: kind of labels}) are None where they are not known, `bands` where the images are those of the release;
-        `released` is True for the release only.
+        `released` is True for the release only. A dataset on the Hub also has `hub_id` and `revision`, its commit; it
+        is the release if its `dataset.json` says so, as the folder was that was pushed.
 
     Raises:
-        DatasetError: no such dataset, or a `dataset.json` that cannot be used.
+        UserError: no such dataset, or a `dataset.json` that cannot be used.
     """
+    if (hub := find_hub_dataset(data_dir)) is not None:
+        unknown = {"name": hub.repository, "layout": layout, **_UNKNOWN}
+        content = _read_description(data_dir, layout) or unknown
+        where = {"hub_id": hub.repository, "revision": hub.revision}
+        return {**content, "released": content.get("released") is True, **where}
     scan = SCANS[layout](data_dir)
-    if (scan.root / DATASET_FILE).exists():
-        return {**_read(scan.root / DATASET_FILE, layout), "released": False}
+    if (content := _read_description(scan.root, layout)) is not None:
+        return {**content, "released": False}
     counts = {split: len(rows) for split, rows in scan.rows.items() if rows}
     released = bool(counts) and all(n in _RELEASED[layout][split] for split, n in counts.items())
     name = layout if released else f"data laid out as {layout}"
@@ -67,18 +73,30 @@ def declared_bands(data_dir: str | Path, layout: str) -> dict[str, tuple[str, ..
     """Return {column: names of its bands} for the columns that are not 8-bit SAR or RGB images.
 
     Args:
-        data_dir: root of the dataset.
+        data_dir: root of the dataset, or its name on the Hub.
         layout: "OpenEarthMap" or "OpenEarthMap-SAR".
 
     Raises:
-        DatasetError: a `dataset.json` that cannot be used.
+        UserError: a `dataset.json` that cannot be used.
     """
-    file = Path(data_dir) / DATASET_FILE
-    bands = (_read(file, layout)["bands"] if file.exists() else None) or {}
+    bands = (_read_description(data_dir, layout) or _UNKNOWN)["bands"] or {}
     return {column: tuple(names) for column, names in bands.items()}
 
 
-def _check_bands(file: Path, bands: dict[str, Any], layout: str) -> None:
+def _read_description(root: str | Path, layout: str) -> dict[str, Any] | None:
+    """Return the content of `dataset.json`; None if there is none.
+
+    Args:
+        root: of the dataset, or its name on the Hub.
+    """
+    hub = find_hub_dataset(root)
+    if hub is not None:
+        return _read(hub.fetch(DATASET_FILE), f"{hub}/{DATASET_FILE}", layout) if DATASET_FILE in hub.files else None
+    file = Path(root) / DATASET_FILE
+    return _read(file, str(file), layout) if file.exists() else None
+
+
+def _check_bands(file: str, bands: dict[str, Any], layout: str) -> None:
     columns = {"OpenEarthMap": ("image",), "OpenEarthMap-SAR": ("optical", "sar")}[layout]
     for column, names in bands.items():
         if column not in columns:
@@ -104,20 +122,21 @@ def find_label_set(data_dir: str | Path, layout: str, chosen: str | LabelSet | N
     """
     if isinstance(chosen, str):
         chosen = read_label_set(chosen)
-    file = SCANS[layout](data_dir).root / DATASET_FILE
-    content = _read(file, layout) if file.exists() else {}
+    root = data_dir if find_hub_dataset(data_dir) is not None else SCANS[layout](data_dir).root
+    content = _read_description(root, layout) or {}
     classes = {key: content[key] for key in LABEL_SET_KEYS if key in content}
     if not classes:
         return chosen or OPEN_EARTH_MAP
-    own = parse_label_set(classes, str(file))
-    return map_classes(chosen, own, str(file)) if chosen else own
+    name = f"{root}/{DATASET_FILE}"
+    own = parse_label_set(classes, name)
+    return map_classes(chosen, own, name) if chosen else own
 
 
-def _read(file: Path, layout: str) -> dict[str, Any]:
+def _read(path: Path, file: str, layout: str) -> dict[str, Any]:
     hint = "correct it, or delete it if it does not describe these data"
     try:
         with file_errors(file, "cannot be read"):
-            content = json.loads(file.read_text(encoding="utf-8"))
+            content = json.loads(path.read_text(encoding="utf-8"))
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise DatasetError(f"{file} is not valid JSON ({error}); {hint}") from None
     if not isinstance(content, dict):

@@ -98,7 +98,7 @@ def _read_errors(image_id: str) -> Iterator[None]:
         raise DatasetError(f"{image_id}: cannot be read any more ({error}); was it moved or replaced?") from error
 
 
-def _has_image(rows: datasets.Dataset, column: str) -> list[bool]:
+def has_image(rows: datasets.Dataset, column: str) -> list[bool]:
     """Tell which rows have an image in a column, without decoding it."""
     undecoded = rows.select_columns([column]).cast_column(column, datasets.Image(decode=False)).with_format("arrow")
     return list(undecoded[:][column].is_valid().to_pylist())
@@ -110,7 +110,7 @@ def _require_images(rows: datasets.Dataset, column: str, bands: Bands | None) ->
         found = "bands that dataset.json names" if has_bands else "8-bit SAR or RGB"
         takes = "8-bit SAR or RGB" if bands is None else f"bands {', '.join(bands.names)}"
         raise DatasetError(f"the {column} tiles are of {found}, but the network takes {takes}")
-    present = _has_image(rows, column)
+    present = has_image(rows, column)
     if not all(present):
         first = rows["image_id"][present.index(False)]
         raise DatasetError(f"{present.count(False)} of {len(present)} tiles have no {column} image, first {first}")
@@ -168,7 +168,7 @@ class LabelledImages(CachedImages[Sample]):
         if pseudo_labels is None:
             kind = "label"
             self.rows = rows.select_columns([column, "label"])
-            labelled = _has_image(rows, "label")
+            labelled = has_image(rows, "label")
         else:
             kind = "pseudo-label"
             self.rows = rows.select_columns([column])

@@ -102,7 +102,7 @@ def _describe_network(folder: Path, recipe: dict[str, Any]) -> tuple[str, ModelC
         ["optical" if stage == 1 else "sar", encoder["model_type"]],
         library_name="transformers",
         base_model=base_model and _hub_id(base_model),
-        datasets=[labels_id] if labels_id else None,
+        datasets=_hub_datasets([labels_id], datasets),
         **_license(datasets, other_terms),
     )
     facts = {
@@ -163,6 +163,7 @@ def _header(title: str, columns: list[_Column], tags: list[str], *, split: str =
             dataset_type=_dataset_type(column.data),
             dataset_name=column.data["name"],
             dataset_split=split,
+            dataset_revision=column.data["revision"],
             metric_type=metric_type,
             metric_name=metric_name,
             metric_value=column.scores[key],
@@ -184,11 +185,19 @@ def _header(title: str, columns: list[_Column], tags: list[str], *, split: str =
 
 
 def _dataset_type(data: Provenance) -> str:
-    """Return the header's short name of a dataset: the release by its own, others by what they are."""
+    """Return the header's name of a dataset: its Hub id, the release's own, others by what they are."""
+    if data["hub_id"] is not None:
+        return str(data["hub_id"])
     layout = data["layout"].lower()
     if data["released"]:
         return layout
     return f"synthetic-{layout}" if data["synthetic"] else f"like-{layout}"
+
+
+def _hub_datasets(names: Sequence[str | None], datasets: Sequence[Provenance]) -> list[str] | None:
+    """Return the Hub ids that the header links to: of labels and of images; None if there are none."""
+    found = [*names, *(data["hub_id"] for data in datasets)]
+    return list(dict.fromkeys(name for name in found if name)) or None
 
 
 def _license(datasets: Sequence[Provenance], other_terms: Sequence[str]) -> dict[str, Any]:
@@ -231,6 +240,7 @@ def write_pseudo_label_card(folder: Path, summary: dict[str, Any]) -> None:
         task_categories=["image-segmentation"],
         tags=["remote-sensing", "land-cover", "pseudo-labels"],
         configs=[config],
+        source_datasets=_hub_datasets([], [data]),
         **_license([data], from_hub),
     )
     ids = {name: index for index, name in enumerate(summary["class_histogram"], start=1)}

@@ -17,6 +17,7 @@ from hf_seg.normalization import IMAGENET, Normalization
 TRAINING_DATA_FILE = "training_data.json"
 _LAYOUTS = {"source": "OpenEarthMap", "target": "OpenEarthMap-SAR"}
 _PROVENANCE_KEYS = ("name", "layout", "description", "license", "synthetic", "released", "labels")
+_HUB_KEYS = ("hub_id", "revision")  # of data from the Hub
 
 
 def image_processor(crop_size: int, normalization: Normalization = IMAGENET) -> SegformerImageProcessor:
@@ -82,7 +83,10 @@ def write_training_data(folder: Path, provenance: Mapping[str, Mapping[str, Any]
         provenance: "source" and "target" for stage 1, "target" for everything else (an ensemble: the tiles that it was
             scored on); each as `read_provenance` returns it.
     """
-    kept = {domain: {key: found[key] for key in _PROVENANCE_KEYS} for domain, found in provenance.items()}
+    kept = {
+        domain: {key: found[key] for key in (*_PROVENANCE_KEYS, *_HUB_KEYS) if key in found or key not in _HUB_KEYS}
+        for domain, found in provenance.items()
+    }
     write_atomic(folder / TRAINING_DATA_FILE, json.dumps(kept, indent=1))
 
 
@@ -90,6 +94,7 @@ def read_training_data(folder: Path) -> dict[str, dict[str, Any]]:
     """Return the provenance of "source" and "target"; where nothing was recorded, it names the layout alone."""
     recorded = read_record(folder / TRAINING_DATA_FILE)
     unknown = {"description": None, "license": None, "synthetic": False, "released": False, "labels": None}
+    unknown |= dict.fromkeys(_HUB_KEYS)
     return {
         domain: {"name": f"data laid out as {layout}", "layout": layout, **unknown, **recorded.get(domain, {})}
         for domain, layout in _LAYOUTS.items()

@@ -12,13 +12,14 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, ModelCard, constants, get_token
+from huggingface_hub import HfApi, ModelCard, constants, get_token
 from huggingface_hub.utils import validate_repo_id
 
 from hf_seg.arguments import HubSettings
 from hf_seg.errors import UserError, file_errors
 from hf_seg.files import sha256_of
 from hf_seg.hub.cards import write_model_card
+from hf_seg.hub.commit import Destination, one_line
 from hf_seg.hub.export import TRAINING_DATA_FILE, read_record, without_paths
 from hf_seg.inference.load import load_networks
 
@@ -62,7 +63,7 @@ def check_login(repository: str) -> None:
         account = HfApi().whoami()
     except Exception as error:  # network, login, name: of many kinds
         raise UserError(
-            f"the Hub cannot be reached, or does not accept the token or the name {repository} ({_one_line(error)})"
+            f"the Hub cannot be reached, or does not accept the token or the name {repository} ({one_line(error)})"
         ) from None
     if account.get("auth", {}).get("accessToken", {}).get("role") == "read":
         raise UserError(f"the token of {account['name']} may only read; a push needs one that may write")
@@ -133,33 +134,24 @@ def push(folder: Path, repository: str, private: bool = False, revision: str | N
         UserError: the folder is incomplete, or the push failed; how to try again.
     """
     files, kind = check_complete(folder), find_kind(folder)
-    place: dict[str, Any] = {"repo_id": repository, "repo_type": "dataset" if kind == "dataset" else "model"}
-    api = HfApi()
     try:
-        api.create_repo(**place, private=private or None, exist_ok=True)
-        if private and not api.repo_info(**place).private:
-            raise UserError("the repository exists already and is public: choose another name, or omit --private")
-        if revision is not None:
-            api.create_branch(**place, branch=revision, exist_ok=True)
+        destination = Destination(repository, "dataset" if kind == "dataset" else "model", revision)
+        destination.open(private=private, hint="omit --private")
         contents: dict[str, Any] = {**files, **_rewrite(files, repository, revision)}
-        remote = api.list_repo_files(**place, revision=revision)
-        stale = [name for name in remote if name not in contents and any(_is_sent(name, each) for each in _SENT)]
-        # not `upload_folder`: it sends 250 files and more, or any number after a failure, in several commits
-        operations: list[Any] = [CommitOperationAdd(name, content) for name, content in contents.items()]
-        operations += [CommitOperationDelete(name) for name in stale]
-        message = _commit_message(folder, kind)
-        commit = api.create_commit(**place, operations=operations, commit_message=message, revision=revision)
+        url = destination.commit(
+            contents, _commit_message(folder, kind), lambda name: any(_is_sent(name, each) for each in _SENT)
+        )
     except Exception as error:  # network, login, name: of many kinds
         command = ["python", "scripts/push_to_hub.py", str(folder), repository]
         if private:
             command.append("--private")
         if revision is not None:
             command += ["--revision", revision]
-        reason, again = _one_line(error), shlex.join(command)
+        reason, again = one_line(error), shlex.join(command)
         raise UserError(
             f"{folder} is complete and unchanged, but is not on the Hub ({reason}); try again: {again}"
         ) from None
-    return commit.commit_url
+    return url
 
 
 def _is_sent(name: str, kind: str) -> bool:
@@ -210,8 +202,3 @@ def _read_card(path: Path) -> str:
         return content.decode()
     except UnicodeDecodeError as error:
         raise UserError(f"{path} is damaged: {error}") from None
-
-
-def _one_line(error: Exception) -> str:
-    text = " ".join(str(error).split()) or type(error).__name__
-    return text.replace(get_token() or "\0", "...")[:300]  # a server may repeat what it was sent

@@ -31,6 +31,7 @@ from hf_seg.report.plots import plot_curves
 from hf_seg.stem import set_input_bands
 from hf_seg.terminal import print_summary
 from hf_seg.training.checkpoints import Progress, find_checkpoint
+from hf_seg.training.hub_data import pin_datasets
 from hf_seg.training.optimization import build_optimizer, build_schedule
 from hf_seg.training.run_log import check_tracker
 
@@ -45,7 +46,8 @@ def start_accelerator(args: HubSettings, mixed_precision: str, **options: Any) -
     args.require("mixed_precision", has_fp16, "no or bf16 on a CPU")
     accelerator = Accelerator(cpu=not torch.accelerator.is_available(), mixed_precision=mixed_precision, **options)
     logging.basicConfig(level=logging.INFO if accelerator.is_main_process else logging.ERROR, format="%(message)s")
-    logging.getLogger("accelerate").setLevel(logging.WARNING)
+    for name in ("accelerate", "httpx", "httpx2"):  # each request to the Hub would be a line
+        logging.getLogger(name).setLevel(logging.WARNING)
     disable_progress_bar()
     _require_login(args, accelerator)
     return accelerator
@@ -55,7 +57,8 @@ def open_run(args: RecipeArguments) -> tuple[Accelerator, Path | None]:
     """Start the accelerator and find the checkpoint to resume from; nothing is written yet.
 
     Raises:
-        UserError: the output folder contains another run, or the settings do not fit this machine.
+        UserError: the output folder contains another run, or the settings do not fit this machine; a dataset on the Hub
+            was not found.
     """
     check_tracker(args.report_to)
     output_dir = Path(args.output_dir)
@@ -67,8 +70,10 @@ def open_run(args: RecipeArguments) -> tuple[Accelerator, Path | None]:
         project_dir=output_dir / "tracker",
     )
     checkpoint = find_checkpoint(output_dir, args.resume_from_checkpoint)
-    if checkpoint is not None:
-        check_same_recipe(args, checkpoint.parent.parent / "recipe.yaml")
+    recipe = None if checkpoint is None else checkpoint.parent.parent / "recipe.yaml"
+    if recipe is not None:
+        check_same_recipe(args, recipe)
+    pin_datasets(args, accelerator, recipe)
     accelerator.wait_for_everyone()
     return accelerator, checkpoint
 
@@ -108,8 +113,6 @@ def _require_login(args: HubSettings, accelerator: Accelerator) -> None:
     """Make sure that a push will be accepted; only the main process asks the Hub, and all raise what it found."""
     if not args.push_to_hub or args.hub_model_id is None:
         return
-    for client in ("httpx", "httpx2"):  # of the Hub, by its version
-        logging.getLogger(client).setLevel(logging.WARNING)  # or each request is a line
     problems = [""]
     if accelerator.is_main_process:
         try:
