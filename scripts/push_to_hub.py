@@ -7,7 +7,8 @@
 
 First the folder is checked: every file exists, weights open, class 0 is background, the files of a dataset have the
 checksums in its manifest. Checkpoints, the tracker's files and `best/` are not sent. A folder without a card gets one.
-A folder with app.py, and an `sdk` in its README's header, becomes a Space; --model tells it which models to show.
+A folder with app.py, and an `sdk` in its README's header, becomes a Space, with this package beside the app; --model
+tells it which models to show.
 Tiles are pushed by scripts/prepare_data.py. Log in with `hf auth login`, or set HF_TOKEN.
 """
 
@@ -66,9 +67,8 @@ def send_space(args: argparse.Namespace) -> None:
         raise UserError("a Space runs its main branch: omit --revision and --dataset")
     check_login(args.repository)
     url, needs_token = push_space(args.folder, args.repository, args.model, private=args.private)
-    print(f"on the Hub: {url}")
-    if needs_token:
-        print("a model is private: give the Space a secret HF_TOKEN that may read it, in its settings")
+    note = "a model is private: give the Space a secret HF_TOKEN that may read it, in its settings"
+    print_summary(f"on the Hub: {url}" + (f"\n{note}" if needs_token else ""), {"url": url, "needs_token": needs_token})
 
 
 if __name__ == "__main__":

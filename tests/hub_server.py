@@ -310,6 +310,7 @@ def go_online(url: str, token: str | None) -> None:
     """Point this process's Hub client to the test server."""
     constants = huggingface_hub.constants
     constants.ENDPOINT, constants.HF_HUB_OFFLINE = url, False
+    constants.HUGGINGFACE_CO_URL_TEMPLATE = f"{url}/{{repo_id}}/resolve/{{revision}}/{{filename}}"
     constants.HF_HUB_DISABLE_XET = True  # it talks to hosts of its own
     os.environ.pop("HF_TOKEN", None)
     if token is not None:

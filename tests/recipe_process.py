@@ -22,7 +22,6 @@ import ensemble
 import pseudo_label
 import stage1
 import stage2
-
 from hub_server import go_online
 
 from hf_seg.adaptation.mean_teacher import MeanTeacher

@@ -47,6 +47,9 @@ OFFLINE = {
     "hf-seg data download": (1, "answered 404"),
     "push_to_hub.py": (2, "HF_HUB_OFFLINE is set"),
     "hf-seg push": (2, "HF_HUB_OFFLINE is set"),
+    "hf-seg data push": (2, "HF_HUB_OFFLINE is set"),
+    "prepare_data.py push": (2, "HF_HUB_OFFLINE is set"),
+    "--data_dir org/": (2, "HF_HUB_OFFLINE is set"),
 }
 TOP_LEVEL = ("Makefile", "setup.cfg", "pyproject.toml", "constraints.txt")
 # An output that one document makes and another one uses.

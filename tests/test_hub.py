@@ -47,7 +47,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 @pytest.fixture
 def hub(monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
     """A Hub that this process is logged in to; its client does not wait between attempts."""
-    for name in ("ENDPOINT", "HF_HUB_OFFLINE", "HF_HUB_DISABLE_XET"):
+    for name in ("ENDPOINT", "HUGGINGFACE_CO_URL_TEMPLATE", "HF_HUB_OFFLINE", "HF_HUB_DISABLE_XET"):
         monkeypatch.setattr(huggingface_hub.constants, name, getattr(huggingface_hub.constants, name))  # restored
     monkeypatch.setenv("HF_TOKEN", TOKEN)
     monkeypatch.setattr("time.sleep", lambda _: None)
@@ -151,7 +151,7 @@ def pulled(folders: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -
     pixels = np.random.default_rng(0).integers(0, 256, (64, 64), np.uint8)
     Image.fromarray(pixels).save(root / "scene.png")
     with pytest.MonkeyPatch.context() as patch, serve_hub({TOKEN}) as hub:
-        for name in ("ENDPOINT", "HF_HUB_OFFLINE", "HF_HUB_DISABLE_XET"):
+        for name in ("ENDPOINT", "HUGGINGFACE_CO_URL_TEMPLATE", "HF_HUB_OFFLINE", "HF_HUB_DISABLE_XET"):
             patch.setattr(huggingface_hub.constants, name, getattr(huggingface_hub.constants, name))
         patch.setenv("HF_TOKEN", TOKEN)
         go_online(hub.url, TOKEN)

@@ -26,14 +26,16 @@ from hf_seg.data.hub_dataset import find_hub_dataset, parse_hub_id
 from hf_seg.data.open_earth_map import load_open_earth_map, load_open_earth_map_sar
 from hf_seg.data.provenance import find_label_set, read_provenance
 from hf_seg.errors import DatasetError, UserError
+from hf_seg.hub.push_space import push_space
 from hf_seg.hub.push_tiles import Tiles, push_tiles
 from hf_seg.labels import OPEN_EARTH_MAP
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "scripts"))
 import prepare_data
 
+PROJECT = Path(__file__).parents[1]
 TOKEN = "hf_markerMARKERmarker"
-TRAINING = (
+TRAINING = (  # noqa: SIM905
     "--model_name_or_path toy-segformer --from_scratch true --crop_size 32 --max_train_steps 4 --warmup_steps 1 "
     "--per_device_train_batch_size 2 --learning_rate 1e-3 --eval_steps 4 --checkpointing_steps 2 --logging_steps 1 "
     "--report_to none --mixed_precision no --dataloader_num_workers 0 "
@@ -45,7 +47,7 @@ SHARD = "data/train-00000-of-00001.parquet"
 def hub() -> Iterator[Hub]:
     """A Hub that this process is logged in to."""
     with pytest.MonkeyPatch.context() as patch, serve_hub({TOKEN}) as hub:
-        for name in ("ENDPOINT", "HF_HUB_OFFLINE", "HF_HUB_DISABLE_XET"):
+        for name in ("ENDPOINT", "HUGGINGFACE_CO_URL_TEMPLATE", "HF_HUB_OFFLINE", "HF_HUB_DISABLE_XET"):
             patch.setattr(huggingface_hub.constants, name, getattr(huggingface_hub.constants, name))
         patch.setenv("HF_TOKEN", TOKEN)
         patch.setattr("time.sleep", lambda _: None)  # between the attempts of the client
@@ -143,7 +145,7 @@ def test_what_was_read_is_read_again_without_a_network(hub: Hub, target: Path, m
         assert len(load_open_earth_map_sar(name, "val")) == 3
         assert read_provenance(name, "OpenEarthMap-SAR")["revision"] == commit
     with pytest.raises(
-        DatasetError, match="me/offline@.* has no split 'train' in the cache, and HF_HUB_OFFLINE is set"
+        DatasetError, match=r"me/offline@.* has no split 'train' in the cache, and HF_HUB_OFFLINE is set"
     ):
         load_open_earth_map_sar("me/offline", "train")
     with pytest.raises(UserError, match="me/other: no such folder, and HF_HUB_OFFLINE is set but no such dataset"):
@@ -208,10 +210,10 @@ def test_what_is_not_there_is_one_clear_error(hub: Hub, pushed: Hub) -> None:
     store(hub, "me/empty", {"README.md": b""})
     hub.faults.append(Fault("GET", "/api/datasets/me/broken", status=500, times=99))
     for name, message in {
-        "me/missing": "me/missing: no such folder, and no such dataset on the Hub, or a private one: correct the name, or",
+        "me/missing": "me/missing: no such folder, and no such dataset on the Hub, or a private one: correct the name,",
         "me/gated": "me/gated: no access; ask for it on the page of the dataset",
         "me/tiles@nowhere": "me/tiles@nowhere: the dataset me/tiles has no such branch, tag or commit",
-        "me/empty": "me/empty@aaaaaaaaaaaa has no split 'test'; found no test-00000-of-00001.parquet or the like in data/",
+        "me/empty": "me/empty@aaaaaaaaaaaa has no split 'test'; found no test-00000-of-00001.parquet or the like",
         "me/tiles": "has no split 'test'; found train, val",
         "me/broken": "me/broken cannot be downloaded (",
     }.items():
@@ -228,7 +230,7 @@ def test_a_private_dataset_without_a_token_is_one_clear_error(pushed: Hub, monke
 
 def test_a_missing_shard_is_named_before_anything_is_downloaded(hub: Hub) -> None:
     store(hub, "me/gap", {"data/train-00001-of-00003.parquet": b"", "data/train-00002-of-00003.parquet": b""})
-    with pytest.raises(DatasetError, match="me/gap@a+ is incomplete: 2 of 3 shards of split 'train'"):
+    with pytest.raises(DatasetError, match=r"me/gap@a+ is incomplete: 2 of 3 shards of split 'train'"):
         load_open_earth_map_sar("me/gap", "train")
 
 
@@ -483,3 +485,33 @@ def test_stage_1_from_the_hub_ends_with_the_bits_of_the_folders(
     assert {domain: each["hub_id"] for domain, each in recorded.items()} == {"source": "me/oem", "target": "me/tiles"}
     recipe = yaml.safe_load((there / "recipe.yaml").read_text())
     assert recipe["data_dir"] == f"hf://datasets/me/tiles@{pushed.head('me/tiles', 'datasets')}"
+
+
+# The page as a Space
+
+
+def test_the_page_becomes_a_space_with_the_package_and_its_models(hub: Hub) -> None:
+    for name, private in (("net", False), ("secret", True)):
+        hub.repositories[f"models/me/{name}"] = Repository(private)
+    url, needs_token = push_space(PROJECT / "space", "me/page", ["me/net"])
+    space = hub.repositories["spaces/me/page"]
+    assert url.startswith(f"{hub.url}/spaces/me/page/commit/") and not needs_token
+    assert space.variables == {"MODELS": "me/net"}
+    sent = space.files()
+    assert {"app.py", "README.md", "requirements.txt", "hf_seg/demo/page.py", "hf_seg/demo/static/viewer.js"} <= {*sent}
+    assert sent["app.py"] == (PROJECT / "space" / "app.py").read_bytes()
+    assert not [name for name in sent if "__pycache__" in name or name.startswith(".")]
+    assert push_space(PROJECT / "space", "me/page", ["me/net", "me/secret@main"])[1]
+    assert space.variables == {"MODELS": "me/net me/secret@main"}
+
+
+def test_what_is_no_space_or_no_model_of_the_hub_is_one_clear_error(hub: Hub, tmp_path: Path) -> None:
+    (tmp_path / "README.md").write_text("---\ntitle: x\n---\n")
+    (tmp_path / "app.py").write_text("")
+    with pytest.raises(UserError, match=r"contains no app for a Space: app\.py, and README\.md with sdk: gradio"):
+        push_space(tmp_path, "me/none")
+    with pytest.raises(UserError, match="--model me/nowhere was not found on the Hub"):
+        push_space(PROJECT / "space", "me/none", ["me/nowhere"])
+    with pytest.raises(UserError, match="a Space shows models of the Hub, org/name or org/name@revision"):
+        push_space(PROJECT / "space", "me/none", [str(tmp_path)])
+    assert "spaces/me/none" not in hub.repositories

@@ -156,6 +156,7 @@ def _load(
     label_set = label_set or find_label_set(data_dir, layout)
     bands = declared_bands(data_dir, layout)
     how: dict[str, Any] = {"label_set": label_set, "bands": bands}
+    generate: Callable[..., Iterator[dict[str, Any]]]
     options: dict[str, Any] = {"features": tile_features(layout, bands), "split": split}
     described = f"{layout} {split} {embed} {sorted(label_set.values)} {bands or ''}"
     if hub is None:

@@ -26,7 +26,7 @@ _RELEASED: dict[str, dict[str, set[int]]] = {
     "OpenEarthMap": {"train": {2303, 3000}, "val": {384, 500}, "test": {1151, 1500}},
     "OpenEarthMap-SAR": {"train": {4333}, "val": {210}, "test": {490}},
 }
-_UNKNOWN = {"description": None, "license": None, "synthetic": False, "labels": None, "bands": None}
+_UNKNOWN: dict[str, Any] = {"description": None, "license": None, "synthetic": False, "labels": None, "bands": None}
 _KEYS: dict[str, tuple[type | tuple[type, ...], str]] = {  # type, and how the error calls it
     "name": (str, "text"),
     "layout": (str, "text"),
@@ -57,9 +57,9 @@ def read_provenance(data_dir: str | Path, layout: str) -> dict[str, Any]:
     """
     if (hub := find_hub_dataset(data_dir)) is not None:
         unknown = {"name": hub.repository, "layout": layout, **_UNKNOWN}
-        content = _read_description(data_dir, layout) or unknown
+        described = _read_description(data_dir, layout) or unknown
         where = {"hub_id": hub.repository, "revision": hub.revision}
-        return {**content, "released": content.get("released") is True, **where}
+        return {**described, "released": described.get("released") is True, **where}
     scan = SCANS[layout](data_dir)
     if (content := _read_description(scan.root, layout)) is not None:
         return {**content, "released": False}

@@ -12,7 +12,8 @@ from huggingface_hub.constants import SPACES_SDK_TYPES
 from hf_seg.errors import UserError, file_errors
 from hf_seg.hub.commit import Destination, one_line
 
-MODELS_VARIABLE = "HF_SEG_MODELS"  # the app reads it: Hub ids with commas between them
+MODELS_VARIABLE = "MODELS"  # space/app.py reads it: Hub ids with spaces between them
+_PACKAGE = Path(__file__).parents[1]
 _APP_FILE = "app.py"
 _HUB_ID = re.compile(r"([\w.-]+/[\w.-]+)(?:@([\w./-]+))?")
 
@@ -25,7 +26,8 @@ def is_space(folder: Path) -> bool:
 def push_space(folder: Path, repository: str, models: Sequence[str] = (), *, private: bool = False) -> tuple[str, bool]:
     """Send an app in one commit, which deletes what the Space has besides; before it, set the variable of the models.
 
-    Hidden files and folders are not sent.
+    Hidden files and folders are not sent. This package goes with an app that imports it, since a Space installs its
+    requirements before it has the files.
 
     Args:
         folder: with app.py, README.md (its header names the SDK) and requirements.txt.
@@ -43,13 +45,16 @@ def push_space(folder: Path, repository: str, models: Sequence[str] = (), *, pri
     if not is_space(folder) or sdk not in SPACES_SDK_TYPES:
         raise UserError(f"{folder} contains no app for a Space: app.py, and README.md with sdk: gradio in its header")
     found = {path.relative_to(folder).as_posix(): path for path in sorted(folder.rglob("*")) if path.is_file()}
+    if "from hf_seg" in (folder / _APP_FILE).read_text(encoding="utf-8"):
+        package = {path.relative_to(_PACKAGE.parent).as_posix(): path for path in sorted(_PACKAGE.rglob("*"))}
+        found |= {name: path for name, path in package.items() if path.is_file()}
     contents: dict[str, Any] = {name: path for name, path in found.items() if _is_sent(name)}
     destination = Destination(repository, "space")
     needs_token = sum(_is_private(destination, model) for model in models) > 0  # all are looked for
     try:
         destination.open(private=private, hint="omit --private", space_sdk=sdk)
         if models:  # first, so that the app never starts without it
-            destination.api.add_space_variable(repository, MODELS_VARIABLE, ",".join(models))
+            destination.api.add_space_variable(repository, MODELS_VARIABLE, " ".join(models))
         return destination.commit(contents, "App of land-cover maps", _is_sent), needs_token
     except Exception as error:  # network, login, name: of many kinds
         command = ["python", "scripts/push_to_hub.py", str(folder), repository]

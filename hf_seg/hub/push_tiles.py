@@ -96,7 +96,9 @@ def push_tiles(
 
 def _upload_shards(destination: Destination, tiles: Tiles, shard_bytes: int) -> list[CommitOperationAdd]:
     shards = {
-        name: rows for split, found in tiles.splits.items() for name, rows in plan_tile_shards(split, found, shard_bytes).items()
+        name: rows
+        for split, found in tiles.splits.items()
+        for name, rows in plan_tile_shards(split, found, shard_bytes).items()
     }
     uploaded = []
     with tempfile.TemporaryDirectory(prefix="hf_seg_push_") as temporary:
@@ -146,7 +148,7 @@ def write_card(tiles: Tiles, repository: str) -> str:
     return DatasetCard.from_template(header, template_path=str(template), **facts).content
 
 
-def _license(name: str | None) -> dict[str, str]:
+def _license(name: str | None) -> dict[str, Any]:
     """Return the header's licence: what `dataset.json` says, in the Hub's own spelling if it knows it."""
     known = {"apache-2.0", "mit", "cc0-1.0", "cc-by-4.0", "cc-by-sa-4.0", "cc-by-nc-4.0", "cc-by-nc-sa-4.0"}
     spelt = (name or "").lower().replace(" ", "-")
