@@ -5,11 +5,13 @@
     torchrun --nproc_per_node 4 -m hf_seg.mapping.cli scenes/ maps/ --model runs/ensemble
 
 The last argument is the map, or the folder of the maps if there are several scenes. Several processes share the scenes,
-or the bands of each scene if there are fewer scenes than processes. A killed run resumes with the same command; scenes
-that already have a map are skipped.
+or the bands of each scene if there are fewer scenes than processes. The same command for several scenes, started any
+number of times on machines that share the folder of the maps, maps each scene once. A killed run resumes with the same
+command; scenes that already have a map are skipped.
 """
 
 import argparse
+import contextlib
 import glob
 import logging
 import sys
@@ -130,6 +132,7 @@ def run(argv: Sequence[str] | None = None) -> None:
     from transformers.utils.logging import disable_progress_bar
 
     from hf_seg.inference.predict import Predictor
+    from hf_seg.mapping.claims import last_change, share_scenes
     from hf_seg.mapping.job import map_scene
     from hf_seg.mapping.raster import find_networks
 
@@ -138,31 +141,46 @@ def run(argv: Sequence[str] | None = None) -> None:
     logging.getLogger("rasterio").setLevel(logging.ERROR)  # its errors are raised as exceptions too
     disable_progress_bar()
     pairs = pair_targets(scenes, args.destination, overwrite=options.overwrite)
+    replaced = {path: last_change(path) for _, path in pairs} if options.overwrite else {}
     state.wait_for_everyone()  # no process writes a map before all have listed the missing ones
     if not pairs:
         return
     networks = find_networks(args.model, window=options.window)
     predictor = Predictor(networks, device=state.device, tta=options.tta, mixed_precision=options.mixed_precision)
-    sharing: dict[str, Any] = {}
-    if len(pairs) < state.num_processes:
-        sharing = {"part": state.process_index, "parts": state.num_processes, "wait": state.wait_for_everyone}
+    failed = 0
+    if len(scenes) == 1 or len(pairs) < state.num_processes:
+        _map_together(predictor, pairs, options, state)
     else:
         pairs = pairs[state.process_index :: state.num_processes]
-    failed = 0
-    for source, destination in pairs:
-        try:
-            summary = map_scene(predictor, source, destination, options, show_progress=state.is_main_process, **sharing)
-        except UserError as error:
-            if sharing or len(scenes) == 1:
-                raise
-            print(f"error: {error}", file=sys.stderr, flush=True)  # the other scenes are still mapped
-            failed += 1
-            continue
-        if summary is not None:
-            print_summary(str(summary), summary.as_dict())
+
+        def map_one(source: str, destination: Path) -> bool:
+            try:
+                summary = map_scene(predictor, source, destination, options, show_progress=state.is_main_process)
+            except UserError as error:
+                print(f"error: {error}", file=sys.stderr, flush=True)  # the other scenes are still mapped
+                return False
+            if summary is not None:
+                print_summary(str(summary), summary.as_dict())
+            return True
+
+        failed = share_scenes(pairs, map_one, replaced=replaced)
     state.wait_for_everyone()
     if failed:
         raise UserError(f"{failed} of {len(pairs)} scenes have no map, see above")
+
+
+def _map_together(predictor: Any, pairs: Sequence[tuple[str, Path]], options: RasterOptions, state: Any) -> None:
+    """Map scenes one after the other, each by all processes of this launch; an error ends them all."""
+    from hf_seg.mapping.claims import claim, require_claim
+    from hf_seg.mapping.job import map_scene
+
+    part = {"part": state.process_index, "parts": state.num_processes, "wait": state.wait_for_everyone}
+    for source, destination in pairs:
+        with claim(destination) if state.is_main_process else contextlib.nullcontext(True) as is_mine:
+            require_claim(is_mine, destination)
+            summary = map_scene(predictor, source, destination, options, show_progress=state.is_main_process, **part)
+        if summary is not None:
+            print_summary(str(summary), summary.as_dict())
 
 
 def main(argv: Sequence[str] | None = None) -> None:

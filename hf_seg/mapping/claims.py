@@ -1,0 +1,99 @@
+"""Scenes shared by workers that know nothing of each other but the folder of the maps.
+
+A worker holds the lock `.map.tif.lock` beside the map while it works on a scene. The lock is the operating system's
+(`flock`, also over NFS), so it ends with its worker, however that one ends, and another worker resumes the scene from
+its finished bands. A file system without such locks gets lock files that only their host can tell are stale.
+"""
+
+import contextlib
+import logging
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+
+from filelock import BaseFileLock, FileLock, Timeout
+
+from hf_seg.errors import UserError, file_errors
+from hf_seg.files import DISK_HINT
+
+logger = logging.getLogger(__name__)
+
+POLL_SECONDS = 2.0  # between two looks at scenes that other workers map
+
+Pair = tuple[str, Path]  # a scene and its map
+
+
+@contextlib.contextmanager
+def claim(destination: Path) -> Iterator[bool]:
+    """Claim a map for the block; yields False if another worker has it.
+
+    Raises:
+        UserError: the folder cannot be written.
+    """
+    path = destination.with_name(f".{destination.name}.lock")
+    is_new = not destination.parent.exists()
+    with file_errors(destination, "cannot be written", DISK_HINT):
+        if is_new:
+            destination.parent.mkdir(parents=True, exist_ok=True)
+        lock: BaseFileLock | None = FileLock(path)
+        try:
+            lock.acquire(timeout=0)
+        except Timeout:
+            lock = None
+    try:
+        yield lock is not None
+    finally:
+        if lock is not None:
+            path.unlink(missing_ok=True)  # while it is held; who has opened it already sees that it is gone
+            lock.release()
+        if is_new:
+            with contextlib.suppress(OSError):  # it has maps now
+                destination.parent.rmdir()
+
+
+def share_scenes(
+    pairs: Sequence[Pair], map_one: Callable[[str, Path], bool], *, replaced: Mapping[Path, int | None]
+) -> int:
+    """Map each scene that no other worker has mapped meanwhile, and wait for those that others are mapping.
+
+    Args:
+        pairs: what is missing, in any order.
+        map_one: maps a scene; False if that failed, after saying why.
+        replaced: when the maps to be replaced were last changed (`last_change`); a map that is not among them is done
+            once it exists.
+
+    Returns:
+        How many failed here.
+    """
+    pending, failed, told = list(pairs), 0, False
+    while pending:
+        busy: list[Pair] = []
+        for source, destination in pending:
+            with claim(destination) as is_mine:
+                if last_change(destination) != replaced.get(destination):
+                    continue  # another worker has finished it
+                if not is_mine:
+                    busy.append((source, destination))
+                elif not map_one(source, destination):
+                    failed += 1
+        if busy and len(busy) == len(pending):
+            if not told:
+                logger.info("%d scenes are being mapped by other workers; waiting for them", len(busy))
+            told = True
+            time.sleep(POLL_SECONDS)
+        pending = busy
+    return failed
+
+
+def require_claim(is_mine: bool, destination: Path) -> None:
+    """Raise `UserError` if another process has claimed a map that this one cannot leave to it."""
+    if not is_mine:
+        raise UserError(f"{destination} is being made by another process; wait for it, or name another file")
+
+
+def last_change(path: Path) -> int | None:
+    """Return when a file was last changed, None if there is none."""
+    try:
+        return path.stat().st_mtime_ns
+    except OSError:
+        return None
