@@ -2,6 +2,7 @@
 
 import dataclasses
 import re
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -292,13 +293,19 @@ def write_recipe(args: Settings, folder: Path) -> None:
     write_atomic(folder / LOCAL_PATHS_FILE, dump_yaml({name: getattr(args, name) for name in fields}))
 
 
-def check_same_recipe(args: Settings, recipe: Path) -> None:
-    """Raise `UserError` naming each setting that would make a resumed run another than the one of `recipe.yaml`."""
+def check_same_recipe(args: Settings, recipe: Path, *, may_differ: Collection[str] = ()) -> None:
+    """Raise `UserError` naming each setting that would make a resumed run another than the one of `recipe.yaml`.
+
+    Args:
+        may_differ: settings that are not compared.
+    """
     if not recipe.exists():
         return
     before, now = read_settings(recipe, type(args)), result_settings(args)
     changed = [
-        f"{key}: {before[key]!r} then, {value!r} now" for key, value in now.items() if before.get(key, value) != value
+        f"{key}: {before[key]!r} then, {value!r} now"
+        for key, value in now.items()
+        if key not in may_differ and before.get(key, value) != value
     ]
     if changed:
         raise UserError(

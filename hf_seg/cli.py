@@ -40,6 +40,7 @@ class Command(NamedTuple):
 COMMANDS = {
     "data": Command("scripts", "prepare_data.py", "download the datasets, and check a dataset folder"),
     "synth": Command("scripts", "make_synthetic_dataset.py", "make a synthetic dataset"),
+    "fit": Command("scripts", "fit.py", "predict memory, time and cost of a training run"),
     "stage1": Command("recipes", "stage1.py", "train an optical network, adapted to unlabelled images", True),
     "pseudo-label": Command("recipes", "pseudo_label.py", "label optical/SAR pairs with optical networks", True),
     "audit": Command("scripts", "audit_labels.py", "compare two sets of labels before training on them"),

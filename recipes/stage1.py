@@ -72,7 +72,7 @@ def main(argv: list[str] | None = None) -> None:
     teacher = accelerator.prepare_model(teacher, evaluation_mode=True)
     networks = {"student": accelerator.unwrap_model(student), "teacher": teacher.model}
     set_seed(args.seed, device_specific=True)  # dropout differs between processes
-    progress = Progress() if checkpoint is None else load_checkpoint(accelerator, checkpoint)
+    progress = Progress() if checkpoint is None else load_checkpoint(accelerator, checkpoint, seed=args.seed)
 
     uses_target = args.method == "dacs"
     how = (progress, args, accelerator, networks["student"].normalization)

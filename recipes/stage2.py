@@ -61,7 +61,7 @@ def main(argv: list[str] | None = None) -> None:
         average = accelerator.prepare_model(average, evaluation_mode=True)
         exported = average.model
     set_seed(args.seed, device_specific=True)  # dropout differs between processes
-    progress = Progress() if checkpoint is None else load_checkpoint(accelerator, checkpoint)
+    progress = Progress() if checkpoint is None else load_checkpoint(accelerator, checkpoint, seed=args.seed)
 
     transform = sar_transform(
         args.crop_size,

@@ -56,6 +56,7 @@ def run_recipe(
         argv: the command line.
         log: file that receives what is printed.
         disturb: "EVENT:ARGUMENT", see `_DISTURBANCES`: what happens to a process at its N-th such event, or at a file.
+            Several are joined by "+".
         disturbed: the ranks that it happens to; all if None.
         hub: address of a Hub, and a token of it; offline if None.
     """
@@ -110,8 +111,8 @@ def _run(
         os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
     if hub is not None:
         go_online(*hub)
-    if disturb:
-        event, _, argument = disturb.partition(":")
+    for each in filter(None, disturb.split("+")):
+        event, _, argument = each.partition(":")
         _DISTURBANCES[event](argument)
     with one_line_errors():
         _RECIPES[recipe].main(list(argv))
@@ -164,6 +165,10 @@ def _kill_in_export(number: str) -> None:
         _at_call(module, "export_model", number, _send(signal.SIGKILL), after=False)
 
 
+def _is_last_rank() -> bool:
+    return int(os.environ.get("RANK", "0")) == int(os.environ.get("WORLD_SIZE", "1")) - 1
+
+
 def _freeze_batch_norm(_: str) -> None:
     torch.nn.BatchNorm2d.train = lambda self, mode=True: torch.nn.Module.train(self, False)  # type: ignore[method-assign]
 
@@ -173,6 +178,7 @@ _RECIPES: dict[str, ModuleType] = {each.__name__: each for each in (stage1, pseu
 _DISTURBANCES: dict[str, Callable[[str], None]] = {
     "kill_before_step": lambda n: _at_call(torch.optim.AdamW, "step", n, _send(signal.SIGKILL), after=False),
     "kill_after_step": lambda n: _at_call(torch.optim.AdamW, "step", n, _send(signal.SIGKILL), after=True),
+    "kill_last_rank_before_step": lambda n: _DISTURBANCES["kill_before_step"](n) if _is_last_rank() else None,
     "kill_before_teacher": lambda n: _at_call(MeanTeacher, "update", n, _send(signal.SIGKILL), after=False),
     "kill_in_checkpoint": lambda n: _at_call(Accelerator, "save_state", n, _cut_checkpoint, after=True),
     "kill_in_export": _kill_in_export,

@@ -19,7 +19,7 @@ RANKS = (
     "inference lora",
     "hub synthetic",
     "ensemble export",
-    "training mapping studies",
+    "training mapping studies planning",
     "cli demo",
 )
 RANK_OF = {name: rank for rank, names in enumerate(RANKS) for name in names.split()}

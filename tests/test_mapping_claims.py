@@ -90,13 +90,13 @@ def start_worker(scenes: Path, maps: Path, model: Path, log: Path) -> subprocess
 
 @pytest.mark.slow
 def test_workers_share_scenes_and_take_over_what_a_killed_one_leaves(tmp_path: Path, model: Path) -> None:
-    write_scenes(tmp_path / "scenes", 4, 900)
+    write_scenes(tmp_path / "scenes", 4, 450)
     alone, maps = tmp_path / "alone", tmp_path / "maps"
     cli.main([str(tmp_path / "scenes"), str(alone), "--model", str(model), "--stride", "0.5"])
 
     workers = [start_worker(tmp_path / "scenes", maps, model, tmp_path / f"log{i}") for i in range(2)]
     deadline = time.monotonic() + 120
-    while len(list(maps.glob(".*.partial"))) < 2 and time.monotonic() < deadline:
+    while len(list(maps.glob(".*.partial"))) < 2 and time.monotonic() < deadline and workers[0].poll() is None:
         time.sleep(0.02)
     workers[0].send_signal(signal.SIGKILL)
     assert workers[0].wait(10) == -signal.SIGKILL

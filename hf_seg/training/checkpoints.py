@@ -12,11 +12,16 @@ import sys
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from types import FrameType
+from typing import Any
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import set_seed
+from torch.nn.modules.utils import consume_prefix_in_state_dict_if_present
+from torch.nn.parallel import DistributedDataParallel
 
 from hf_seg.arguments import RecipeArguments
+from hf_seg.data.dataloaders import seed_at
 from hf_seg.errors import UserError, file_errors
 from hf_seg.files import DISK_HINT, atomic_folder, remove, temporary_path
 from hf_seg.training.run_log import RunLog
@@ -44,7 +49,9 @@ def save_checkpoint(accelerator: Accelerator, output_dir: Path, progress: Progre
     with file_errors(place, "cannot be written", DISK_HINT):
         with atomic_folder(place) if is_main else contextlib.nullcontext(temporary_path(place)) as temporary:
             accelerator.wait_for_everyone()
+            hook = accelerator.register_save_state_pre_hook(_unwrap_weights)
             accelerator.save_state(str(temporary))
+            hook.remove()
             accelerator.wait_for_everyone()
             if is_main:
                 files = {str(f.relative_to(temporary)): f.stat().st_size for f in temporary.rglob("*") if f.is_file()}
@@ -104,17 +111,53 @@ def find_checkpoint(output_dir: Path, choice: str | None) -> Path | None:
     return Path(choice)
 
 
-def load_checkpoint(accelerator: Accelerator, folder: Path) -> Progress:
-    """Restore weights, optimizer, scaler and RNGs in place; `UserError` if they do not fit the model."""
+def load_checkpoint(accelerator: Accelerator, folder: Path, *, seed: int = 0) -> Progress:
+    """Restore weights, optimizer, scaler and RNGs in place; `UserError` if they do not fit the model.
+
+    Of another number of processes, the RNGs (dropout) are seeded anew by `seed` and the position in the stream.
+    """
+    unwrap = accelerator.register_load_state_pre_hook(_unwrap_models)
     try:
         accelerator.load_state(str(folder))
     except (RuntimeError, ValueError) as error:  # a size mismatch of a model, of an optimizer
         reason = " ".join(str(error).split())[:300]
         raise UserError(f"{folder} contains another model or optimizer than these settings build: {reason}") from None
+    finally:
+        unwrap.remove()
+    accelerator.step = 0  # micro-batches of the current step; they may be more or fewer than those of the checkpoint
     manifest, now = json.loads((folder / "manifest.json").read_text()), accelerator.num_processes
     if manifest["num_processes"] != now:
         logger.warning("the checkpoint is of %d processes, now there are %d", manifest["num_processes"], now)
+        set_seed(seed_at(seed, manifest["samples_seen"]) >> 1, device_specific=True)
     return Progress(**{field.name: manifest[field.name] for field in fields(Progress)})
+
+
+def require_same_global_batch(args: RecipeArguments, checkpoint: Path, num_processes: int) -> None:
+    """Raise `UserError` unless a step has as many images as those of a checkpoint, however they are spread."""
+    manifest = json.loads((checkpoint / "manifest.json").read_text())
+    micro_batch, accumulation = args.per_device_train_batch_size, args.gradient_accumulation_steps
+    before, now = manifest["samples_seen"] // max(manifest["step"], 1), micro_batch * accumulation * num_processes
+    if manifest["step"] == 0 or before == now:
+        return
+    hint = "choose a number of processes that divides it"
+    if before % num_processes == 0:
+        hint = f"choose them so that their product is {before // num_processes}"
+    raise UserError(
+        f"{checkpoint} is of a run with {before} images a step; per_device_train_batch_size {micro_batch}, "
+        f"gradient_accumulation_steps {accumulation} and {num_processes} process(es) make {now}; {hint}"
+    )
+
+
+def _unwrap_models(models: list[Any], _: str) -> None:
+    """Let weights be loaded into the networks themselves, as they are saved."""
+    models[:] = [each.module if isinstance(each, DistributedDataParallel) else each for each in models]
+
+
+def _unwrap_weights(models: list[Any], weights: list[dict[str, Any]], _: str) -> None:
+    """Save weights under the names that they have in one process."""
+    for model, state in zip(models, weights, strict=True):
+        if isinstance(model, DistributedDataParallel):
+            consume_prefix_in_state_dict_if_present(state, "module.")
 
 
 class StopSignal:

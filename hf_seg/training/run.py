@@ -30,7 +30,7 @@ from hf_seg.normalization import Normalization
 from hf_seg.report.plots import plot_curves
 from hf_seg.stem import set_input_bands
 from hf_seg.terminal import print_summary
-from hf_seg.training.checkpoints import Progress, find_checkpoint
+from hf_seg.training.checkpoints import Progress, find_checkpoint, require_same_global_batch
 from hf_seg.training.hub_data import pin_datasets
 from hf_seg.training.optimization import build_optimizer, build_schedule
 from hf_seg.training.run_log import check_tracker
@@ -71,8 +71,10 @@ def open_run(args: RecipeArguments) -> tuple[Accelerator, Path | None]:
     )
     checkpoint = find_checkpoint(output_dir, args.resume_from_checkpoint)
     recipe = None if checkpoint is None else checkpoint.parent.parent / "recipe.yaml"
-    if recipe is not None:
-        check_same_recipe(args, recipe)
+    if checkpoint is not None and recipe is not None:
+        may_differ = ("per_device_train_batch_size", "gradient_accumulation_steps")  # their product counts
+        check_same_recipe(args, recipe, may_differ=may_differ)
+        require_same_global_batch(args, checkpoint, accelerator.num_processes)
     pin_datasets(args, accelerator, recipe)
     accelerator.wait_for_everyone()
     return accelerator, checkpoint

@@ -1,0 +1,1 @@
+"""What a training run needs before it starts: memory, time, cost."""
