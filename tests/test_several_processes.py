@@ -22,11 +22,14 @@ def losses_of(run: Path) -> list[float]:
     return [line["loss"] for line in read_log(run) if "loss" in line]
 
 
-def run_and_resume(oem_sar: Path, tmp_path: Path, before: tuple[int, int], after: tuple[int, int]) -> tuple[Path, Path]:
-    """Kill one of the processes at step 6, after the checkpoint of step 3, and resume with other processes.
+def run_and_resume(
+    oem_sar: Path, tmp_path: Path, before: tuple[int, int], after: tuple[int, int], kill: str
+) -> tuple[Path, Path]:
+    """Kill a process or all of them at step 6, after the checkpoint of step 3, and resume with other processes.
 
     Args:
         before, after: processes, and micro-batches of a step; a step has four images.
+        kill: what kills.
 
     Returns:
         The run, and one of a single process that nothing disturbed.
@@ -46,7 +49,7 @@ def run_and_resume(oem_sar: Path, tmp_path: Path, before: tuple[int, int], after
         *argv("run", *before),
         log=tmp_path / "log_killed",
         processes=before[0],
-        disturb="freeze_batch_norm+kill_last_rank_before_step:6",
+        disturb=f"freeze_batch_norm+{kill}_before_step:6",
     )
     assert all(code != 0 for code in killed.exit_codes)
     resume = [*argv("run", *after), "--resume_from_checkpoint", "latest"]
@@ -57,7 +60,7 @@ def run_and_resume(oem_sar: Path, tmp_path: Path, before: tuple[int, int], after
 
 
 def test_a_run_of_two_processes_goes_on_with_one(oem_sar: Path, tmp_path: Path) -> None:
-    run, whole = run_and_resume(oem_sar, tmp_path, (2, 1), (1, 2))
+    run, whole = run_and_resume(oem_sar, tmp_path, (2, 1), (1, 2), "kill")
     assert losses_of(run) == pytest.approx(losses_of(whole), rel=1e-5)
     argv = command_line(oem_sar, run, model_name_or_path=tmp_path / "plain", lovasz_weight=0, eval_steps=0)
     refused = run_recipe("stage2", *argv, "--resume_from_checkpoint", "latest", log=tmp_path / "log_refused")
@@ -73,7 +76,7 @@ def test_a_run_of_two_processes_goes_on_with_one(oem_sar: Path, tmp_path: Path) 
 def test_a_run_goes_on_with_other_processes(
     before: tuple[int, int], after: tuple[int, int], oem_sar: Path, tmp_path: Path
 ) -> None:
-    run, whole = run_and_resume(oem_sar, tmp_path, before, after)
+    run, whole = run_and_resume(oem_sar, tmp_path, before, after, "kill_last_rank")
     assert losses_of(run) == pytest.approx(losses_of(whole), rel=1e-5)
 
 

@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
-from filelock import BaseFileLock, FileLock, Timeout
+from filelock import FileLock, Timeout
 
 from hf_seg.errors import UserError, file_errors
 from hf_seg.files import DISK_HINT
@@ -35,15 +35,13 @@ def claim(destination: Path) -> Iterator[bool]:
     with file_errors(destination, "cannot be written", DISK_HINT):
         if is_new:
             destination.parent.mkdir(parents=True, exist_ok=True)
-        lock: BaseFileLock | None = FileLock(path)
-        try:
+        lock = FileLock(path)
+        with contextlib.suppress(Timeout):
             lock.acquire(timeout=0)
-        except Timeout:
-            lock = None
     try:
-        yield lock is not None
+        yield lock.is_locked
     finally:
-        if lock is not None:
+        if lock.is_locked:
             path.unlink(missing_ok=True)  # while it is held; who has opened it already sees that it is gone
             lock.release()
         if is_new:

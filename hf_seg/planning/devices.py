@@ -1,7 +1,7 @@
 """Graphics processors by their data sheets, and the assumptions that turn those into times. Nothing here is measured.
 
-Sources: NVIDIA's data sheets of A100 (Tensor Core GPU, 40 GB PCIe and 80 GB SXM), H100 (SXM), L4 and T4, and its Ada GPU
-architecture white paper (RTX 4090). Dense figures, without sparsity; T4 has no bfloat16, its figure is of float16.
+Sources: NVIDIA's data sheets of A100 (Tensor Core GPU, 40 GB PCIe and 80 GB SXM), H100 (SXM), L4 and T4, and its Ada
+GPU architecture white paper (RTX 4090). Dense figures, without sparsity; T4 has no bfloat16, its figure is of float16.
 """
 
 from dataclasses import dataclass

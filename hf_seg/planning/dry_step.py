@@ -1,8 +1,8 @@
 """One training step without its arithmetic: what it keeps in memory, computes and moves.
 
 The networks of the recipe are built on torch's meta device and run forward and backward on fake tensors
-(`FakeTensorMode`), which have shapes and lifetimes but no values. So any batch and crop takes seconds and no memory, and
-no weights are needed. `LiveBytes` counts the tensors, `FlopCounterMode` the arithmetic of the forward pass.
+(`FakeTensorMode`), which have shapes and lifetimes but no values. So any batch and crop takes seconds and no memory,
+and no weights are needed. `LiveBytes` counts the tensors, `FlopCounterMode` the arithmetic of the forward pass.
 
     peak = parameters, buffers and AdamW's two averages (in stage 1 also the teacher)
          + the larger of: the most that lives during forward and backward;
@@ -13,7 +13,7 @@ proportional to the pixels. Gradients appear during the backward pass; later mic
 a step, and stage 1's second backward, find them in place. Everything but parameters is linear in the batch: two batches
 give the line. Several processes add one copy of the gradients, the buckets of DistributedDataParallel.
 
-Not counted: workspaces inside operations (cuDNN, oneDNN), fragmentation, the CUDA context. See `devices` for the reserve.
+Not counted: workspaces inside operations (cuDNN, oneDNN), fragmentation, the CUDA context; `devices` has a reserve.
 """
 
 import contextlib
@@ -28,12 +28,13 @@ from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
 from hf_seg.adaptation.mean_teacher import MeanTeacher
 from hf_seg.adaptation.pseudo_labels import weigh_pseudo_labels
-from hf_seg.arguments import RecipeArguments, Stage1Arguments, Stage2Arguments, dump_recipe
+from hf_seg.arguments import RecipeArguments, Stage1Arguments, Stage2Arguments, result_settings
 from hf_seg.errors import UserError
 from hf_seg.labels import OPEN_EARTH_MAP
 from hf_seg.losses import cross_entropy, noise_robust_loss
-from hf_seg.planning.live_bytes import LiveBytes
 from hf_seg.models import SegmentationLogits, SegmentationNetwork, build_model
+from hf_seg.planning.live_bytes import LiveBytes
+from hf_seg.settings import dump_yaml
 
 _LOSS_SIDE = 256  # pixels of the image that measures the losses
 _AMP = {"bf16": torch.bfloat16, "fp16": torch.float16}
@@ -99,7 +100,9 @@ def measure_step(args: RecipeArguments, *, gradient_checkpointing: bool) -> Step
     """
     if args.lora_rank:
         raise UserError(f"lora_rank {args.lora_rank} cannot be planned: adapters need their weights; plan lora_rank 0")
-    key = (type(args), gradient_checkpointing, dump_recipe(args))
+    spread = {"per_device_train_batch_size", "gradient_accumulation_steps"}
+    settings = {key: value for key, value in result_settings(args).items() if key not in spread}
+    key = (type(args), gradient_checkpointing, dump_yaml(settings))
     if key not in _measured:
         _measured[key] = _measure(args, gradient_checkpointing)
     return _measured[key]

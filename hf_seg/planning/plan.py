@@ -74,7 +74,7 @@ def choose_plan(args: RecipeArguments, memory: float, processes: int = 1) -> Pla
             if peak <= usable(memory):
                 return Plan(batch, share // batch, processes, checkpointing, peak, needs)
     raise UserError(
-        f"nothing fits {memory / 1e9:.4g} GB, of which {max(usable(memory), 0) / 1e9:.3g} GB are for tensors: the least "
-        f"is {smallest / 1e9:.3g} GB, {batches[-1]} image(s) per process with gradient checkpointing; take a larger "
-        "device, or a smaller --crop_size or encoder, which is another recipe"
+        f"nothing fits {memory / 1e9:.4g} GB, of which {max(usable(memory), 0) / 1e9:.3g} GB are for tensors: the "
+        f"least is {smallest / 1e9:.3g} GB, {batches[-1]} image(s) per process with gradient checkpointing; take "
+        "a larger device, or a smaller --crop_size or encoder, which is another recipe"
     )

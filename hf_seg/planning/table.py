@@ -25,8 +25,8 @@ _COUNTS = (1, 4, 8)
 
 _TEXT = """# Planning a training run
 
-Every figure here is **predicted**, none is measured on a GPU. The command that wrote this file, and the one for a single
-run:
+Every figure here is **predicted**, none is measured on a GPU. The command that wrote this file, and the one for a
+single run:
 
 ```bash
 hf-seg fit table --output docs/planning.md
@@ -37,13 +37,13 @@ hf-seg fit stage2 --config stage2/segformer_b5.yaml --memory 24GB --price 2.5
 
 Memory: one step of the recipe on fake tensors, which have shapes and lifetimes but no values; every living tensor is
 counted (`hf_seg/planning/dry_step.py`). `tests/test_planning.py` compares it with the resident memory of real steps of
-toys on a CPU: within 10 %, if the C library returns what is freed (`MALLOC_MMAP_THRESHOLD_=65536`); its default keeps up
-to 30 % more. On CUDA it was not compared.
+toys on a CPU: within 10 %, if the C library returns what is freed (`MALLOC_MMAP_THRESHOLD_=65536`); its default keeps
+up to 30 % more. On CUDA it was not compared.
 
-Time: FLOPs / ({peak:.0%} of the peak) + bytes of all other operations / ({bandwidth:.0%} of the bandwidth) + gradients over
-the link between devices, or the loader's time if that is longer. These shares are assumptions; the peaks are those of
-data sheets (`hf_seg/planning/devices.py`). Validation, labelling and exports are not included. For tensors there are
-{memory:.0%} of the memory, less {reserved:.1f} GB.
+Time: FLOPs / ({peak:.0%} of the peak) + bytes of all other operations / ({bandwidth:.0%} of the bandwidth) +
+gradients over the link between devices, or the loader's time if that is longer. These shares are assumptions; the peaks
+are those of data sheets (`hf_seg/planning/devices.py`). Validation, labelling and exports are not included. For tensors
+there are {memory:.0%} of the memory, less {reserved:.1f} GB.
 
 ## Micro-batch x accumulation on one GPU, predicted
 
@@ -61,9 +61,10 @@ of the GPUs as divide its images and leave UperNet two for each; GPU-hours times
 
 ## One process per GPU and DDP; neither FSDP nor DeepSpeed
 
-Sharding saves weights, gradients and the optimizer's averages. With 85 to 122 million parameters these are {share_low:.0f} to
-{share_high:.0f} % of the predicted peak at the recipes' batch, at most {static:.1f} GB; the rest are activations, which
-gradient checkpointing and smaller micro-batches reduce. So there are no settings for FSDP and DeepSpeed.
+Sharding saves weights, gradients and the optimizer's averages. With {millions} million parameters these are
+{share_low:.0f} to {share_high:.0f} % of the predicted peak at the recipes' batch, at most {static:.1f} GB; the rest are
+activations, which gradient checkpointing and smaller micro-batches reduce. So there are no settings for FSDP and
+DeepSpeed.
 """
 
 
@@ -82,6 +83,7 @@ def write_table(path: Path) -> None:
     full = [choose_plan(recipes[name], 1e12) for name in PAPER]
     fixed = [each.needs.static + each.needs.gradients for each in full]
     shares = [100 * part / each.peak for part, each in zip(fixed, full, strict=True)]
+    sizes = [each.needs.parameters / 1e6 for each in full]
     write_atomic(
         path,
         _TEXT.format(
@@ -91,6 +93,7 @@ def write_table(path: Path) -> None:
             reserved=devices.RESERVED_BYTES / 1e9,
             recipes=_markdown(["recipe", *(each.name for each in DEVICES.values())], rows),
             paper=_markdown(["GPU", *(f"{count} GPU(s)" for count in _COUNTS)], paper_rows(recipes)),
+            millions=f"{min(sizes):.0f} to {max(sizes):.0f}",
             share_low=min(shares),
             share_high=max(shares),
             static=max(fixed) / 1e9,
