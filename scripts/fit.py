@@ -9,12 +9,6 @@ Chosen are micro-batch, accumulation and, if need be, gradient checkpointing, so
 the recipe. If nothing fits, one line says what is lacking, and the exit code is 2. Further settings are those of the
 stage. All figures are predicted: the memory of tensors, plus a reserve; the time by data sheets and assumptions
 (`hf_seg/planning/devices.py`), without validation.
-
-    --memory 24GB      of each device; default: that of --device
-    --device NAME      t4, rtx4090, l4, a100-40, a100-80 or h100; default: the first that has the memory
-    --processes N      devices, one process each (1)
-    --price P          of one device for an hour, in any currency
-    --output FILE      for `table`: the document with the table of all recipes
 """
 
 import argparse
@@ -26,7 +20,7 @@ from typing import Any
 from hf_seg.arguments import RecipeArguments, Stage1Arguments, Stage2Arguments
 from hf_seg.errors import UserError, one_line_errors
 from hf_seg.planning.devices import DEVICES, Device, parse_bytes, smallest_device, usable
-from hf_seg.settings import nearest, parse_arguments
+from hf_seg.settings import Parser, is_completing, parse_arguments
 from hf_seg.terminal import print_summary
 
 STAGES = {"stage1": Stage1Arguments, "stage2": Stage2Arguments}
@@ -34,14 +28,8 @@ STAGES = {"stage1": Stage1Arguments, "stage2": Stage2Arguments}
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Predict a run, or write the table."""
-    words = [*(sys.argv[1:] if argv is None else argv)]
-    if not words or {"-h", "--help"} & {*words}:
-        print(str(__doc__).strip())
-        return
-    if words[0] not in (*STAGES, "table"):
-        raise UserError(f"fit takes stage1, stage2 or table, not {words[0]!r}{nearest(words[0], [*STAGES, 'table'])}")
-    own, rest = _parse_own(words[1:])
-    if words[0] == "table":
+    own, rest = _parse_own(sys.argv[1:] if argv is None else argv)
+    if own.what == "table":
         if rest or own.output is None:
             raise UserError("fit table takes --output FILE")
         from hf_seg.planning.table import write_table
@@ -51,23 +39,23 @@ def main(argv: Sequence[str] | None = None) -> None:
         return
     if own.memory is None and own.device is None:
         raise UserError("fit needs --memory, e.g. 24GB, or --device, e.g. rtx4090")
-    args = parse_arguments(STAGES[words[0]], rest)
+    args = parse_arguments(STAGES[own.what], rest)
     memory = DEVICES[own.device].memory if own.memory is None else parse_bytes(own.memory)
     device = smallest_device(memory) if own.device is None else DEVICES[own.device]
-    predict(words[0], args, memory, device, own)
+    predict(own.what, args, memory, device, own)
 
 
 def _parse_own(words: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
-    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
-    parser.add_argument("--memory")
-    parser.add_argument("--device", choices=[*DEVICES])
-    parser.add_argument("--processes", type=int, default=1)
-    parser.add_argument("--price", type=float)
-    parser.add_argument("--output")
-    try:
-        own, rest = parser.parse_known_args(words)
-    except argparse.ArgumentError as error:
-        raise UserError(str(error)) from None
+    parser = Parser(prog="hf-seg fit", description=__doc__, allow_abbrev=False)
+    parser.add_argument("what", choices=[*STAGES, "table"], help="a stage, whose settings may follow, or all recipes")
+    parser.add_argument("--memory", help="of each device, e.g. 24GB; default: that of --device")
+    parser.add_argument("--device", choices=[*DEVICES], help="default: the first that has the memory")
+    parser.add_argument("--processes", type=int, default=1, help="devices, one process each (1)")
+    parser.add_argument("--price", type=float, help="of one device for an hour, in any currency")
+    parser.add_argument("--output", help="for table: the document to write")
+    if is_completing():
+        parser.parse_args(words)
+    own, rest = parser.parse_known_args(words)
     if own.processes < 1:
         raise UserError(f"--processes must be at least 1; it is {own.processes}")
     return own, rest

@@ -6,7 +6,9 @@ its finished bands. A file system without such locks gets lock files that only t
 """
 
 import contextlib
+import errno
 import logging
+import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -35,6 +37,8 @@ def claim(destination: Path) -> Iterator[bool]:
     with file_errors(destination, "cannot be written", DISK_HINT):
         if is_new:
             destination.parent.mkdir(parents=True, exist_ok=True)
+        elif not destination.parent.is_dir():
+            raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR))
         lock = FileLock(path)
         with contextlib.suppress(Timeout):
             lock.acquire(timeout=0)
