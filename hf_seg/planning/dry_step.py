@@ -114,7 +114,9 @@ def _measure(args: RecipeArguments, gradient_checkpointing: bool) -> StepNeeds:
             args.model_name_or_path, crop_size=args.crop_size, from_scratch=True, head_width=args.head_width
         )
         student = SegmentationNetwork(model)
-    teacher = MeanTeacher(student, batch_norm=args.teacher_batch_norm) if _is_adapted(args) else None
+    teacher = None
+    if isinstance(args, Stage1Arguments) and _is_adapted(args):
+        teacher = MeanTeacher(student, batch_norm=args.teacher_batch_norm)
     if gradient_checkpointing:
         student.enable_gradient_checkpointing()
     mode = FakeTensorMode()
@@ -189,10 +191,12 @@ def _run(
                     logits = teacher(pixels).logits
                 weigh_pseudo_labels(logits)
                 del logits
-                pixels = torch.where(pixels > 0, *(each for each, _ in batches))  # mixed
+                pixels = torch.where(pixels > 0, batches[0][0], pixels)  # mixed
             with _counting(counted, "student"), _autocast(args):
                 outputs = student(pixels)
-            outputs = SegmentationLogits(*(None if each is None else each.float() for each in outputs))
+            auxiliary = outputs.auxiliary_logits
+            outputs = SegmentationLogits(outputs.logits.float(), None if auxiliary is None else auxiliary.float())
+            del auxiliary
             highest = max(highest, live.now + loss_bytes)
             torch.stack([each.sum() for each in outputs if each is not None]).sum().backward()
             del outputs
