@@ -2,11 +2,13 @@
 
 import math
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, distributed, multiprocessing, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from hf_seg.adaptation.class_mix import mix_domains, sample_class_mask
 from hf_seg.adaptation.mean_teacher import MeanTeacher
@@ -180,6 +182,37 @@ def test_buffers_are_copied_and_not_averaged() -> None:
         teacher.update(student)
     assert teacher.model.norm.running_mean.tolist() == [3.0] * 3
     assert teacher.model.norm.num_batches_tracked == 7
+
+
+class CountReads(TorchDispatchMode):
+    """Counts how often a tensor's value is read into Python, which on a GPU makes the host wait."""
+
+    reads = 0
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.reads += function is torch.ops.aten._local_scalar_dense.default
+        return function(*args, **(kwargs or {}))
+
+
+def test_only_the_first_update_reads_the_step_count() -> None:
+    teacher, student = MeanTeacher(student_at(0.0), decay=0.9), student_at(1.0)
+    with CountReads() as counted:
+        teacher.update(student)
+        assert counted.reads == 1
+        for _ in range(3):
+            teacher.update(student)
+    assert counted.reads == 1
+    assert int(teacher.step) == 4
+
+
+def test_a_loaded_step_count_replaces_the_one_counted_so_far() -> None:
+    fresh, used = (MeanTeacher(student_at(0.0), decay=0.9) for _ in range(2))
+    for _ in range(5):
+        used.update(student_at(1.0))
+    used.load_state_dict(fresh.state_dict())
+    used.update(student_at(3.0))  # the first update of the warm-up copies
+    assert used.model.norm.weight.tolist() == [3.0] * 3
+    assert int(used.step) == 1
 
 
 def test_step_count_survives_the_weights_file(tmp_path: Path) -> None:

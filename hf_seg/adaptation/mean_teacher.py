@@ -15,7 +15,8 @@ class MeanTeacher(nn.Module):
     """The moving average of the student's weights; always in eval mode, without gradients.
 
     The number of updates is a buffer, so it is saved with the weights. (In a plain attribute it would be 0 after a
-    resume, and the first update would overwrite the teacher with the student.)
+    resume, and the first update would overwrite the teacher with the student.) The host reads it once after a
+    construction or a load and then counts along, so that no update waits for the device.
 
     Args:
         student: copied; not wrapped for distributed training.
@@ -37,6 +38,11 @@ class MeanTeacher(nn.Module):
         self.decay = decay
         self.batch_norm = batch_norm
         self.register_buffer("step", torch.zeros((), dtype=torch.int64))
+        self._updates: int | None = None  # the host's copy of `step`; None: to be read
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        self._updates = None
+        super()._load_from_state_dict(*args, **kwargs)
 
     def train(self, mode: bool = True) -> "MeanTeacher":
         """Stay in eval mode: the teacher labels without dropout and drop path."""
@@ -54,12 +60,15 @@ class MeanTeacher(nn.Module):
     @torch.no_grad()
     def update(self, student: nn.Module) -> None:
         """Move towards the student's weights and copy its buffers; call after each optimizer step."""
-        decay = min(1 - 1 / (int(self.step) + 1), self.decay)
+        if self._updates is None:
+            self._updates = int(self.step)
+        decay = min(1 - 1 / (self._updates + 1), self.decay)
         move = get_ema_multi_avg_fn(decay)  # one fused kernel for all tensors
         move(list(self.model.parameters()), [value.detach() for value in student.parameters()], self.step)
         for mine, theirs in zip(self.model.buffers(), student.buffers(), strict=True):
             mine.copy_(theirs)
         self.step += 1
+        self._updates += 1
 
 
 @contextmanager

@@ -1,5 +1,6 @@
 """Strong augmentation of mixed images, on their device: colour jitter and Gaussian blur, drawn for each sample."""
 
+import functools
 import math
 
 import torch
@@ -33,7 +34,7 @@ def strong_augment(
     Returns:
         As `pixel_values`, a new tensor. Nodata, black in all bands, stays black.
     """
-    mean, std = (pixel_values.new_tensor(values)[:, None, None] for values in (normalization.mean, normalization.std))
+    mean, std = _constants(normalization, pixel_values.dtype, pixel_values.device)
     augmented = []
     for normalised, generator in zip(pixel_values, generators, strict=True):
         draws = torch.rand(7, generator=generator).tolist()  # always seven, whether they are used or not
@@ -54,3 +55,10 @@ def strong_augment(
             image = F.gaussian_blur(image, [_BLUR_SIDE, _BLUR_SIDE], [sigma, sigma])
         augmented.append((image.masked_fill(nodata, 0) - mean) / std)
     return torch.stack(augmented)
+
+
+@functools.lru_cache(maxsize=8)  # a copy to a device makes the host wait, so there is one for all steps
+def _constants(normalization: Normalization, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Return mean and standard deviation, (bands, 1, 1) each."""
+    mean, std = (torch.tensor(each, dtype=dtype, device=device) for each in (normalization.mean, normalization.std))
+    return mean[:, None, None], std[:, None, None]

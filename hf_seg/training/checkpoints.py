@@ -198,6 +198,7 @@ def save_or_stop(
     is_due = args.checkpointing_steps > 0 and progress.step % args.checkpointing_steps == 0
     if not (received or is_last or is_due):
         return
+    log.check_losses()
     saved = save_checkpoint(accelerator, Path(args.output_dir), progress, args.save_total_limit)
     if received and not is_last:
         log.close()

@@ -3,6 +3,7 @@
 import json
 import math
 import time
+from collections import deque
 from dataclasses import asdict
 from importlib.util import find_spec
 from pathlib import Path
@@ -36,6 +37,7 @@ class RunLog:
         run = Path(args.output_dir)
         self.accelerator, self.args, self.path = accelerator, args, run / "metrics.jsonl"
         self._score: dict[str, str] = {}
+        self._unchecked: deque[tuple[torch.Event, Tensor, int, list[str]]] = deque()  # losses on their way to the host
         self.restart_clock()
         if accelerator.is_main_process:
             kept = [line for line in read_metrics(self.path) if line["step"] <= step]
@@ -54,7 +56,30 @@ class RunLog:
         self._images += images
 
     def require_finite(self, loss: Tensor, step: int, image_ids: list[str]) -> None:
-        """Raise `UserError` naming step and images where the loss is not finite."""
+        """Raise `UserError` naming step and images where the loss is not finite.
+
+        On CUDA the host does not wait for the loss: it is checked in a later step, at the latest before
+        anything is logged, scored or saved (`check_losses`).
+        """
+        if loss.device.type != "cuda":
+            self._require_finite(loss, step, image_ids)
+            return
+        copy = torch.empty((), dtype=loss.dtype, pin_memory=True)  # else the copy would wait
+        copy.copy_(loss.detach(), non_blocking=True)
+        copied = torch.Event(loss.device)
+        copied.record()
+        self._unchecked.append((copied, copy, step, image_ids))
+        while self._unchecked and self._unchecked[0][0].query():
+            self._require_finite(*self._unchecked.popleft()[1:])
+
+    def check_losses(self) -> None:
+        """Wait for the losses that were not checked yet; raises as `require_finite`."""
+        while self._unchecked:
+            copied, *checked = self._unchecked.popleft()
+            copied.synchronize()
+            self._require_finite(*checked)
+
+    def _require_finite(self, loss: Tensor, step: int, image_ids: list[str]) -> None:
         if not math.isfinite(loss.item()):
             self.bar.close()
             raise UserError(
@@ -86,6 +111,7 @@ class RunLog:
 
     def write(self, record: dict[str, Any]) -> None:
         """Append one line to metrics.jsonl and send its numbers to the tracker; the bar shows a validation's mIoU."""
+        self.check_losses()
         if "mean_iou" in record:
             self._score = {"mIoU": f"{record['mean_iou']:.4f}"}
         if self.accelerator.is_main_process:
