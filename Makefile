@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 TORCH := $(shell sed -n 's/^torch==//p' constraints.txt)
 HAS_TORCH := -c "import torch, sys; sys.exit(torch.__version__.split('+')[0] != '$(TORCH)')"
 
-.PHONY: install quickstart quickstart-architectures test test-slow test-page quality docs format clean
+.PHONY: install quickstart quickstart-architectures test test-slow test-page benchmark quality docs format clean
 
 install: $(BIN)/installed
 
@@ -90,6 +90,18 @@ $(PAGE)/installed: space/constraints.txt | install
 	@$(BIN)/python -c "import sysconfig; print('import site; site.addsitedir(%r)' % sysconfig.get_path('purelib'))" \
 		> $$(echo $(PAGE)/lib/python*/site-packages)/base.pth
 	@$(PAGE)/bin/python -m pip install -q -c space/constraints.txt gradio playwright
+	@touch $@
+
+# Ours against other libraries, again in an environment on top of the first. Some only: make benchmark NAMES="metric lovasz"
+PEERS := $(VENV)/benchmark
+benchmark: $(PEERS)/installed
+	$(PEERS)/bin/python scripts/benchmark.py $(NAMES)
+
+$(PEERS)/installed: setup.cfg constraints.txt | install
+	@$(BIN)/python -m venv $$(grep -q "system-site-packages = true" $(VENV)/pyvenv.cfg && echo --system-site-packages) $(PEERS)
+	@$(BIN)/python -c "import sysconfig; print('import site; site.addsitedir(%r)' % sysconfig.get_path('purelib'))" \
+		> $$(echo $(PEERS)/lib/python*/site-packages)/base.pth
+	@$(PEERS)/bin/python -m pip install -q -c constraints.txt -e '.[benchmark]'
 	@touch $@
 
 quality: install

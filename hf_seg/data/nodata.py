@@ -8,9 +8,6 @@ components tell which of them reach the border of the image. Only these labels a
 from collections.abc import Iterable
 
 import numpy as np
-from scipy.ndimage import label as label_components
-from scipy.sparse import coo_array
-from scipy.sparse.csgraph import connected_components
 
 OUTSIDE = 0  # node of everything outside the image
 NO_NODE = -1  # pixel that belongs to no node
@@ -55,6 +52,12 @@ class ZeroCollar:
             number_of_nodes += len(touching)
             above = bottom
         ends = np.concatenate([*links, _links(OUTSIDE, above)], axis=1)
+        self._is_collar = np.ones(number_of_nodes, bool)
+        if number_of_nodes == 1:  # no zeros at an edge
+            return
+        from scipy.sparse import coo_array  # slow to import, and most images have no collar
+        from scipy.sparse.csgraph import connected_components
+
         graph = coo_array((np.ones(ends.shape[1], bool), (ends[0], ends[1])), shape=(number_of_nodes,) * 2)
         component = connected_components(graph, directed=False)[1]
         self._is_collar = component == component[OUTSIDE]
@@ -68,7 +71,11 @@ class ZeroCollar:
 
 def _label(zeros: np.ndarray) -> np.ndarray:
     """Label the connected components of (rows, width) bool; int32, 0 on the background."""
-    return label_components(zeros)[0] if zeros.any() else np.zeros(zeros.shape, np.int32)
+    if not zeros.any():
+        return np.zeros(zeros.shape, np.int32)
+    from scipy.ndimage import label as label_components  # slow to import
+
+    return label_components(zeros)[0]
 
 
 def _links(nodes: np.ndarray | int, neighbours: np.ndarray | int) -> np.ndarray:

@@ -277,17 +277,32 @@ def _read_config(folder: Path, name: str) -> Any:
 
 def _read_processor(folder: Path) -> tuple[int, Normalization]:
     """Return the crop size and the normalisation that the image processor of a folder has."""
-    from transformers import AutoImageProcessor
-
     try:
-        processor = AutoImageProcessor.from_pretrained(folder)
-        scale = 1 / processor.rescale_factor if processor.do_rescale else 1.0
-        mean, std = (processor.image_mean, processor.image_std) if processor.do_normalize else ([0.0] * 3, [1.0] * 3)
-        return int(processor.size["height"]), Normalization(tuple(mean), tuple(std), scale)
+        processor = _processor_settings(folder)
+        scale = 1 / processor["rescale_factor"] if processor["do_rescale"] else 1.0
+        mean, std = ([0.0] * 3, [1.0] * 3)
+        if processor["do_normalize"]:
+            mean, std = processor["image_mean"], processor["image_std"]
+        return int(processor["size"]["height"]), Normalization(tuple(mean), tuple(std), scale)
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(
             f"{folder}/preprocessor_config.json is not one that this project writes ({' '.join(str(error).split())})"
         ) from None
+
+
+def _processor_settings(folder: Path) -> dict[str, Any]:
+    """Return the settings of an image processor, as its file has them if that is complete.
+
+    Only where a setting is absent, the class that knows its default is asked: its import takes seconds (torchvision).
+    """
+    settings = json.loads((folder / "preprocessor_config.json").read_text(encoding="utf-8"))
+    needed = {"do_rescale", "rescale_factor", "do_normalize", "image_mean", "image_std", "size"}
+    if isinstance(settings, dict) and needed <= settings.keys() and isinstance(settings["size"], dict):
+        return settings
+    from transformers import AutoImageProcessor
+
+    processor = AutoImageProcessor.from_pretrained(folder)
+    return {name: getattr(processor, name) for name in needed}
 
 
 def _find_processor(model: Any) -> tuple[int, Normalization] | None:

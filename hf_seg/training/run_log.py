@@ -75,9 +75,9 @@ class RunLog:
     def check_losses(self) -> None:
         """Wait for the losses that were not checked yet; raises as `require_finite`."""
         while self._unchecked:
-            copied, *checked = self._unchecked.popleft()
+            copied, copy, step, image_ids = self._unchecked.popleft()
             copied.synchronize()
-            self._require_finite(*checked)
+            self._require_finite(copy, step, image_ids)
 
     def _require_finite(self, loss: Tensor, step: int, image_ids: list[str]) -> None:
         if not math.isfinite(loss.item()):
