@@ -40,7 +40,8 @@ def startup(size: int, repeats: int) -> list[Result]:
         model = str(save_model("toy-segformer", folder / "model", size // 4))
         scene = str(write_scene(folder / "scene.tif", size // 2))
         data = str(make_synthetic_dataset(folder / "data", source=2, train=4, val=1, test=1, size=128) / TARGET_FOLDER)
-        toy = ("--config", "toy/stage2_segformer.yaml", "--max_train_steps", "1", "--warmup_steps", "0", "--eval_steps", "0")
+        toy = ("--config", "toy/stage2_segformer.yaml")
+        toy += ("--max_train_steps", "1", "--warmup_steps", "0", "--eval_steps", "0")
         imports, empty, helps, steps, maps = [], [], [], [], []
         for number in range(repeats):
             run = folder / f"run{number}"
