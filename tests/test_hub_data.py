@@ -18,6 +18,7 @@ import pytest
 import yaml
 from conftest import make_scene, write_tiff
 from hub_server import Fault, Hub, Repository, Stored, go_online, serve_hub
+from huggingface_hub import parse_eval_result_entries
 from recipe_process import run_recipe
 
 from hf_seg.data import hub_dataset
@@ -26,6 +27,7 @@ from hf_seg.data.hub_dataset import find_hub_dataset, parse_hub_id
 from hf_seg.data.open_earth_map import load_open_earth_map, load_open_earth_map_sar
 from hf_seg.data.provenance import find_label_set, read_provenance
 from hf_seg.errors import DatasetError, UserError
+from hf_seg.hub.push import push as push_model
 from hf_seg.hub.push_space import push_space
 from hf_seg.hub.push_tiles import Tiles, push_tiles
 from hf_seg.labels import OPEN_EARTH_MAP
@@ -470,6 +472,14 @@ def test_stage_2_from_the_hub_ends_with_the_bits_of_the_folder_and_resumes_on_it
     header = huggingface_hub.ModelCard(card).data
     assert header.datasets == ["me/moving"]
     assert {(each.dataset_type, each.dataset_revision) for each in header.eval_results} == {("me/moving", commit)}
+    for place, expected in ((there, [("me/moving", commit)]), (here, [])):  # as the Hub itself reads them
+        files = place.glob(".eval_results/*.yaml")
+        entries = [each for file in files for each in parse_eval_result_entries(yaml.safe_load(file.read_text()))]
+        assert [(each.dataset_id, each.dataset_revision) for each in entries] == expected
+        assert [each.value for each in entries] == [header.eval_results[0].metric_value] * len(entries)
+    huggingface_hub.constants.HF_HUB_OFFLINE = False
+    push_model(there, "me/scored")
+    assert ".eval_results/land_cover.yaml" in pushed.repositories["models/me/scored"].files()
 
 
 def test_stage_1_from_the_hub_ends_with_the_bits_of_the_folders(

@@ -9,17 +9,27 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import jinja2
-from huggingface_hub import DatasetCard, DatasetCardData, EvalResult, ModelCard, ModelCardData
+import yaml
+from huggingface_hub import (
+    DatasetCard,
+    DatasetCardData,
+    EvalResult,
+    EvalResultEntry,
+    ModelCard,
+    ModelCardData,
+    eval_result_entries_to_yaml,
+)
 
 from hf_seg.data.pseudo_label_dataset import CONFIDENCE_STEP
 from hf_seg.errors import UserError
-from hf_seg.files import write_atomic
+from hf_seg.files import remove, write_atomic
 from hf_seg.hub.export import read_record, read_training_data, without_paths
 from hf_seg.label_sets import hex_colors, label_set_of
 from hf_seg.labels import IGNORE_INDEX
 from hf_seg.settings import packaged_folder
 
 Provenance = dict[str, Any]  # as `read_provenance` returns it
+EVAL_RESULTS_FILE = ".eval_results/land_cover.yaml"
 
 
 class _Column(NamedTuple):
@@ -65,6 +75,28 @@ def write_model_card(folder: Path) -> None:
     environment = jinja2.Environment(loader=loader, undefined=jinja2.StrictUndefined)  # noqa: S701 (no HTML)
     body = re.sub(r"\n{3,}", "\n\n", environment.get_template(template).render(facts)).strip()
     write_atomic(folder / "README.md", str(ModelCard(f"---\n{header.to_yaml()}\n---\n\n{body}\n")))
+    _write_eval_results(folder, header)
+
+
+def _write_eval_results(folder: Path, header: ModelCardData) -> None:
+    """Write the scores on datasets of the Hub as the Hub's leaderboards read them; nothing for data of other places.
+
+    Source: https://huggingface.co/docs/hub/eval-results
+    """
+    entries = [
+        EvalResultEntry(
+            dataset_id=result.dataset_type,
+            task_id="default",
+            value=result.metric_value,
+            dataset_revision=result.dataset_revision,
+            notes=f"{result.metric_name}, split {result.dataset_split}",
+        )
+        for result in header.eval_results or []
+        if result.dataset_revision is not None and result.metric_type == "mean_iou"
+    ]
+    remove(folder / EVAL_RESULTS_FILE)
+    if entries:
+        write_atomic(folder / EVAL_RESULTS_FILE, yaml.safe_dump(eval_result_entries_to_yaml(entries), sort_keys=False))
 
 
 def _describe_network(folder: Path, recipe: dict[str, Any]) -> tuple[str, ModelCardData, dict[str, Any]]:

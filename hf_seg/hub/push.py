@@ -18,14 +18,17 @@ from huggingface_hub.utils import validate_repo_id
 from hf_seg.arguments import HubSettings
 from hf_seg.errors import UserError, file_errors
 from hf_seg.files import sha256_of
-from hf_seg.hub.cards import write_model_card
+from hf_seg.hub.cards import EVAL_RESULTS_FILE, write_model_card
 from hf_seg.hub.commit import Destination, one_line
 from hf_seg.hub.export import TRAINING_DATA_FILE, read_record, without_paths
 from hf_seg.inference.load import load_networks
 
 _WEIGHTS = ("config.json", "preprocessor_config.json", "model*.safetensors", "model.safetensors.index.json")
 _ADAPTER = ("adapter/adapter_config.json", "adapter/adapter_model.safetensors")  # of LoRA
-_RECORD = ("README.md", "recipe.yaml", TRAINING_DATA_FILE, "eval_results.json", "metrics.jsonl", "figures/*.png")
+_RECORD = (
+    *("README.md", "recipe.yaml", TRAINING_DATA_FILE, "eval_results.json", "metrics.jsonl", "figures/*.png"),
+    EVAL_RESULTS_FILE,
+)
 # What is sent of each kind of folder. Not local_paths.yaml, checkpoints/, tracker/, temporary files, the many pictures
 # of figures/mixes/, nor best/, which is a model of its own: push_to_hub.py sends it if asked.
 _SENT = {
