@@ -38,7 +38,7 @@ TOY_SIZE = (
     (r"--nproc_per_node \d", "--nproc_per_node 2"),
     (r"--(source|train|size) \d+", lambda found: f"--{found[1]} {128 if found[1] == 'size' else 3}"),
     (r"--(width|height) \d+", r"--\1 600"),
-    (r"hf-seg fit table .*", "hf-seg fit --help"),  # minutes; tests/test_planning.py writes a part of the table
+    (r"hf-seg fit table .*", "hf-seg fit --help"),  # minutes; a slow test of tests/test_planning.py
     (r"(hf-seg predict 'scenes/\*\.tif' maps/ .*)", r"\1 --overwrite"),
     (r"(hf-seg demo .*)", r"\1 --help"),  # it runs until it is stopped; tests/test_demo_browser.py starts it
     (r"^make ([\w-]+).*", r"make -n \1"),  # the targets themselves are what CI runs

@@ -215,3 +215,10 @@ def test_the_command_prints_the_plan_and_refuses_in_one_line(capsys: pytest.Capt
             fit.main([*words, *more])
     with pytest.raises(UserError, match="invalid choice: 'stage3'"):
         fit.main(["stage3"])
+
+
+@pytest.mark.slow  # plans every recipe on six devices, some minutes
+@pytest.mark.timeout(1200)
+def test_the_document_is_what_the_command_writes(tmp_path: Path) -> None:
+    fit.main(["table", "--output", str(tmp_path / "planning.md")])
+    assert (tmp_path / "planning.md").read_text() == (PROJECT / "docs" / "planning.md").read_text()

@@ -58,7 +58,8 @@ def test_the_wheel_contains_every_module_recipe_setting_and_template(wheel: Path
     files = [path.relative_to(PROJECT) for path in PROJECT.glob("hf_seg/**/*") if path.is_file()]
     manuals = {".md"}
     expected = {path.as_posix() for path in files if path.suffix not in manuals and "__pycache__" not in path.parts}
-    for pattern in ("recipes/*.py", "recipes/**/*.yaml", "recipes/slurm/*", "scripts/**/*.py", "model_cards/*.py", "model_cards/*.md"):
+    settings = ("recipes/*.py", "recipes/**/*.yaml", "recipes/slurm/*")
+    for pattern in (*settings, "scripts/**/*.py", "model_cards/*.py", "model_cards/*.md"):
         expected |= {f"hf_seg/{path.relative_to(PROJECT).as_posix()}" for path in PROJECT.glob(pattern)}
     with zipfile.ZipFile(wheel) as archive:
         contained = {name for name in archive.namelist() if ".dist-info/" not in name}
