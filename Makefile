@@ -34,12 +34,13 @@ DATA := $(QUICKSTART)/data
 SAR := $(DATA)/dfc25_track1
 HF_SEG := $(BIN)/hf-seg
 TOY := recipes/configs/toy
+# seeds of the SAR networks; their encoders are lite0, lite1, lite0
 MEMBERS := 0 1 2
 STAGE1 = $(HF_SEG) stage1 --config $(TOY)/stage1_efficientnet_lite.yaml --cache_gib 0.5 \
 	--source_dir $(DATA)/OpenEarthMap_wo_xBD --data_dir $(SAR) --resume_from_checkpoint latest
 LABEL = $(HF_SEG) pseudo-label --stride 1 --tta flips --batch_size 16 --data_dir $(SAR)
 quickstart: export OMP_NUM_THREADS = $(THREADS)
-quickstart: $(DATA) $(MEMBERS:%=pretrained/efficientnet_lite%)
+quickstart: $(DATA) pretrained/efficientnet_lite0 pretrained/efficientnet_lite1
 	@$(STAGE1) --method source_only --output_dir $(QUICKSTART)/source_only
 	@$(STAGE1) --model_name_or_path $(QUICKSTART)/source_only/student --head_width null --learning_rate 1e-3 \
 		--max_train_steps 200 --eval_steps 40 --checkpointing_steps 40 --output_dir $(QUICKSTART)/stage1
@@ -49,9 +50,10 @@ quickstart: $(DATA) $(MEMBERS:%=pretrained/efficientnet_lite%)
 		--name_a "labels of the source-only network" --name_b "our pseudo-labels" \
 		--truth $(DATA)/dfc25_track1_extra/train_clean_labels --output $(QUICKSTART)/audit
 	@for member in $(MEMBERS); do $(HF_SEG) stage2 --config $(TOY)/stage2_efficientnet_lite.yaml --seed $$member \
-			--model_name_or_path pretrained/efficientnet_lite$$member --data_dir $(SAR) --pseudo_labels $(QUICKSTART)/labels \
-			--output_dir $(QUICKSTART)/lite$$member --resume_from_checkpoint latest || exit 1; done
-	@$(HF_SEG) ensemble --model $(MEMBERS:%=$(QUICKSTART)/lite%) --data_dir $(SAR) --split test \
+			--model_name_or_path pretrained/efficientnet_lite$$((member % 2)) --data_dir $(SAR) \
+			--pseudo_labels $(QUICKSTART)/labels --output_dir $(QUICKSTART)/sar$$member \
+			--resume_from_checkpoint latest || exit 1; done
+	@$(HF_SEG) ensemble --model $(MEMBERS:%=$(QUICKSTART)/sar%) --data_dir $(SAR) --split test \
 		--stride 1 --batch_size 16 --output_dir $(QUICKSTART)/ensemble
 	@$(HF_SEG) predict $(DATA)/scene.tif $(QUICKSTART)/map.tif --model $(QUICKSTART)/ensemble --preview --stride 0.75 \
 		--batch_size 16 --overwrite > $(QUICKSTART)/map.txt
