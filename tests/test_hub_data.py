@@ -204,6 +204,25 @@ def test_a_uri_of_something_else_is_one_clear_error() -> None:
         parse_hub_id("hf://datasets/name")
 
 
+@pytest.mark.parametrize(
+    ("content", "expected"),
+    [
+        ("tasks: [{id: a, config: default, split: val}, {id: b, split: test}]", {"val": "a", "test": "b"}),
+        ("tasks: [{id: a, split: validation}, {id: [1], split: val}]", {}),
+        ("tasks: [{id: a}]", {}),
+        ("tasks: all", {}),
+        ("just text", {}),
+        ("{", {}),
+    ],
+)
+def test_the_tasks_of_a_benchmark_are_those_of_its_own_description(
+    content: str, expected: dict[str, str], hub: Hub
+) -> None:
+    name = f"me/benchmark{len(content)}"
+    store(hub, name, {"README.md": b"", "eval.yaml": content.encode()})
+    assert read_provenance(name, "OpenEarthMap-SAR")["benchmark_tasks"] == expected
+
+
 # Mistakes
 
 
@@ -451,6 +470,10 @@ def test_stage_2_from_the_hub_ends_with_the_bits_of_the_folder_and_resumes_on_it
     train("stage2", pushed, here, "--data_dir", target)
     push(target, "me/moving", shard_bytes=100_000)
     commit = pushed.head("me/moving", "datasets")
+    benchmark = {"name": "tiny", "tasks": [{"id": "tiny_val", "config": "default", "split": "val"}]}
+    pushed.repositories["datasets/me/moving"].commits[commit]["eval.yaml"] = Stored(
+        yaml.safe_dump(benchmark).encode(), False
+    )
     train("stage2", pushed, there, "--data_dir", "me/moving", disturb="kill_before_step:4")
     repository = pushed.repositories["datasets/me/moving"]
     repository.commits["b" * 40] = {"README.md": Stored(b"nothing is left", is_lfs=False)}
@@ -476,6 +499,7 @@ def test_stage_2_from_the_hub_ends_with_the_bits_of_the_folder_and_resumes_on_it
         files = place.glob(".eval_results/*.yaml")
         entries = [each for file in files for each in parse_eval_result_entries(yaml.safe_load(file.read_text()))]
         assert [(each.dataset_id, each.dataset_revision) for each in entries] == expected
+        assert [each.task_id for each in entries] == ["tiny_val"] * len(entries)
         assert [each.value for each in entries] == [header.eval_results[0].metric_value] * len(entries)
     huggingface_hub.constants.HF_HUB_OFFLINE = False
     push_model(there, "me/scored")
@@ -491,6 +515,7 @@ def test_stage_1_from_the_hub_ends_with_the_bits_of_the_folders(
     for name in ("model.safetensors", "student/model.safetensors", "eval_results.json"):
         assert (there / name).read_bytes() == (here / name).read_bytes()
     assert "target" in json.loads((there / "eval_results.json").read_text())
+    assert not (there / ".eval_results").exists()  # these datasets are no benchmarks
     recorded = json.loads((there / "training_data.json").read_text())
     assert {domain: each["hub_id"] for domain, each in recorded.items()} == {"source": "me/oem", "target": "me/tiles"}
     recipe = yaml.safe_load((there / "recipe.yaml").read_text())

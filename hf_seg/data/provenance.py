@@ -15,12 +15,15 @@ import json
 from pathlib import Path
 from typing import Any
 
-from hf_seg.data.hub_dataset import DATASET_FILE, find_hub_dataset
-from hf_seg.data.scan import SCANS
+import yaml
+
+from hf_seg.data.hub_dataset import DATASET_FILE, HubDataset, find_hub_dataset
+from hf_seg.data.scan import SCANS, SPLITS
 from hf_seg.errors import DatasetError, file_errors
 from hf_seg.label_sets import LABEL_SET_KEYS, map_classes, parse_label_set, read_label_set
 from hf_seg.labels import OPEN_EARTH_MAP, LabelSet
 
+BENCHMARK_FILE = "eval.yaml"
 # Usable tiles of the releases' splits. OpenEarthMap: without and with the images that come from xBD.
 _RELEASED: dict[str, dict[str, set[int]]] = {
     "OpenEarthMap": {"train": {2303, 3000}, "val": {384, 500}, "test": {1151, 1500}},
@@ -49,8 +52,9 @@ def read_provenance(data_dir: str | Path, layout: str) -> dict[str, Any]:
         The content of `dataset.json` if there is one. Otherwise the name is that of the release if the numbers of tiles
         are the release's, else "data laid out as ...". `description`, `license` (the name of a license) and `labels`
         ({split: kind of labels}) are None where they are not known, `bands` where the images are those of the release;
-        `released` is True for the release only. A dataset on the Hub also has `hub_id` and `revision`, its commit; it
-        is the release if its `dataset.json` says so, as the folder was that was pushed.
+        `released` is True for the release only. A dataset on the Hub also has `hub_id`, `revision` (its commit) and
+        `benchmark_tasks` ({split: id} of its `eval.yaml`); it is the release if its `dataset.json` says so, as the
+        folder was that was pushed.
 
     Raises:
         UserError: no such dataset, or a `dataset.json` that cannot be used.
@@ -58,7 +62,7 @@ def read_provenance(data_dir: str | Path, layout: str) -> dict[str, Any]:
     if (hub := find_hub_dataset(data_dir)) is not None:
         unknown = {"name": hub.repository, "layout": layout, **_UNKNOWN}
         described = _read_description(data_dir, layout) or unknown
-        where = {"hub_id": hub.repository, "revision": hub.revision}
+        where = {"hub_id": hub.repository, "revision": hub.revision, "benchmark_tasks": _benchmark_tasks(hub)}
         return {**described, "released": described.get("released") is True, **where}
     scan = SCANS[layout](data_dir)
     if (content := _read_description(scan.root, layout)) is not None:
@@ -67,6 +71,21 @@ def read_provenance(data_dir: str | Path, layout: str) -> dict[str, Any]:
     released = bool(counts) and all(n in _RELEASED[layout][split] for split, n in counts.items())
     name = layout if released else f"data laid out as {layout}"
     return {"name": name, "layout": layout, **_UNKNOWN, "released": released}
+
+
+def _benchmark_tasks(hub: HubDataset) -> dict[str, str]:
+    """Return {split: task id} of the `eval.yaml` of a dataset that is a benchmark of the Hub; {} for any other.
+
+    Source: https://huggingface.co/docs/hub/eval-results
+    """
+    if BENCHMARK_FILE not in hub.files:
+        return {}
+    try:
+        content = yaml.safe_load(hub.fetch(BENCHMARK_FILE).read_text(encoding="utf-8"))
+        tasks = [(task["split"], task["id"]) for task in content["tasks"]]
+    except (ValueError, yaml.YAMLError, TypeError, KeyError):
+        return {}  # no description of a benchmark, whatever else it is
+    return {split: task for split, task in tasks if split in SPLITS and isinstance(task, str)}
 
 
 def declared_bands(data_dir: str | Path, layout: str) -> dict[str, tuple[str, ...]]:

@@ -75,24 +75,26 @@ def write_model_card(folder: Path) -> None:
     environment = jinja2.Environment(loader=loader, undefined=jinja2.StrictUndefined)  # noqa: S701 (no HTML)
     body = re.sub(r"\n{3,}", "\n\n", environment.get_template(template).render(facts)).strip()
     write_atomic(folder / "README.md", str(ModelCard(f"---\n{header.to_yaml()}\n---\n\n{body}\n")))
-    _write_eval_results(folder, header)
+    _write_eval_results(folder, header, [column.data for column in facts["columns"]])
 
 
-def _write_eval_results(folder: Path, header: ModelCardData) -> None:
-    """Write the scores on datasets of the Hub as the Hub's leaderboards read them; nothing for data of other places.
+def _write_eval_results(folder: Path, header: ModelCardData, scored: Sequence[Provenance]) -> None:
+    """Write the scores on benchmarks of the Hub as its leaderboards read them; nothing for other data.
 
+    The format takes datasets only that are benchmarks, and the id of a task that their `eval.yaml` declares.
     Source: https://huggingface.co/docs/hub/eval-results
     """
+    tasks = {data["hub_id"]: data["benchmark_tasks"] or {} for data in scored}
     entries = [
         EvalResultEntry(
             dataset_id=result.dataset_type,
-            task_id="default",
+            task_id=tasks[result.dataset_type][result.dataset_split],
             value=result.metric_value,
             dataset_revision=result.dataset_revision,
             notes=f"{result.metric_name}, split {result.dataset_split}",
         )
         for result in header.eval_results or []
-        if result.dataset_revision is not None and result.metric_type == "mean_iou"
+        if result.metric_type == "mean_iou" and result.dataset_split in tasks.get(result.dataset_type, {})
     ]
     remove(folder / EVAL_RESULTS_FILE)
     if entries:

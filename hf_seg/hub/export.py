@@ -17,7 +17,7 @@ from hf_seg.normalization import IMAGENET, Normalization
 TRAINING_DATA_FILE = "training_data.json"
 _LAYOUTS = {"source": "OpenEarthMap", "target": "OpenEarthMap-SAR"}
 _PROVENANCE_KEYS = ("name", "layout", "description", "license", "synthetic", "released", "labels")
-_HUB_KEYS = ("hub_id", "revision")  # of data from the Hub
+_HUB_KEYS = ("hub_id", "revision", "benchmark_tasks")  # of data from the Hub
 
 
 def image_processor(crop_size: int, normalization: Normalization = IMAGENET) -> SegformerImageProcessor:
