@@ -5,8 +5,8 @@
 
 A set is a folder of label images named by image id (GeoTIFF or PNG; ids 0..8, 0 and 255 = no label; others with
 --label_set), a folder with such folders in it (<region>/labels, train/labels), or pseudo-labels: a folder of Parquet
-files or a Hub id, with the columns image_id, pseudo_label and, if known, confidence. Sets are matched by image id; a
-truth may have some of the tiles only.
+files or a Hub id, with the columns image_id, pseudo_label and, if known, confidence; or the Hub id of tiles, whose
+train labels count. Sets are matched by image id; a truth may have some of the tiles only.
 The output folder gets index.html (self-contained), audit.md, audit.json, transition.png and gallery.png;
 hf_seg/studies/README.md explains them.
 """

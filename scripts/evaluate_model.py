@@ -44,11 +44,14 @@ def write_scores(args: argparse.Namespace, results: dict[str, Any], by_id: list[
     """
     import numpy as np
 
+    from hf_seg.data.provenance import read_provenance
     from hf_seg.files import atomic_file, write_atomic
 
     worst_first = sorted(by_id, key=lambda tile: (tile[1] is None, tile[1], tile[0]))
     scores = {image_id: mean_iou for image_id, mean_iou, _ in worst_first}
-    report = {**results, "model": str(args.model), "split": args.split, "image": args.column, "images": scores}
+    data = read_provenance(args.data_dir, "OpenEarthMap-SAR")
+    how = {"model": str(args.model), "data": data, "split": args.split, "image": args.column}
+    report = {**results, **how, "images": scores}
     write_atomic(args.output, json.dumps(report, indent=1) + "\n")
     image_ids, _, matrices = zip(*by_id, strict=True)
     with atomic_file(args.output.with_suffix(".npz")) as temporary:

@@ -31,6 +31,7 @@ from hf_seg.hub.push import push as push_model
 from hf_seg.hub.push_space import push_space
 from hf_seg.hub.push_tiles import Tiles, push_tiles
 from hf_seg.labels import OPEN_EARTH_MAP
+from hf_seg.studies.label_maps import LabelMaps
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "scripts"))
 import prepare_data
@@ -221,6 +222,15 @@ def test_the_tasks_of_a_benchmark_are_those_of_its_own_description(
     name = f"me/benchmark{len(content)}"
     store(hub, name, {"README.md": b"", "eval.yaml": content.encode()})
     assert read_provenance(name, "OpenEarthMap-SAR")["benchmark_tasks"] == expected
+
+
+def test_an_audit_reads_the_labels_of_tiles(pushed: Hub, target: Path) -> None:
+    here, there = LabelMaps(str(target / "train" / "labels")), LabelMaps("me/tiles")
+    assert {*there.entries} == {*here.entries} and there.name == "me/tiles"
+    for image_id in here.entries:
+        label, confidence = there.read(image_id)
+        np.testing.assert_array_equal(label, here.read(image_id)[0])
+        assert confidence is None
 
 
 # Mistakes

@@ -98,6 +98,7 @@ def test_results_are_those_of_the_exported_weights(finished_run: Path, oem_sar: 
     assert np.sum(results["confusion_matrix"]) == 2 * 112**2 + 96**2
     assert again["confusion_matrix"] == results["confusion_matrix"]
     assert again["mean_iou"] == results["mean_iou"]
+    assert again["data"]["name"] == "data laid out as OpenEarthMap-SAR"
 
 
 def test_stock_transformers_opens_the_folder(finished_run: Path) -> None:

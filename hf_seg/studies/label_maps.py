@@ -10,7 +10,12 @@ import numpy as np
 import pandas as pd
 from tqdm import tqdm
 
+from hf_seg.data.hub_dataset import DATASET_FILE, find_hub_dataset
+from hf_seg.data.open_earth_map import load_open_earth_map, load_open_earth_map_sar
+from hf_seg.data.provenance import find_label_set
 from hf_seg.data.pseudo_label_dataset import load_pseudo_labels
+from hf_seg.data.samples import has_image
+from hf_seg.data.tile_shards import layout_of
 from hf_seg.errors import DatasetError, UserError, file_errors
 from hf_seg.labels import BACKGROUND, IGNORE_INDEX, OPEN_EARTH_MAP, LabelSet
 from hf_seg.studies.images import LOSSLESS, list_images, read_image
@@ -25,7 +30,7 @@ class LabelMaps:
     """Label maps by image id, each read on access.
 
     Args:
-        source: folder of label images, or folder or Hub id of pseudo-labels.
+        source: folder of label images; folder or Hub id of pseudo-labels; or Hub id of tiles, whose train labels count.
         name: what the report calls the maps; by default the last parts of the source.
         label_set: classes, and the pixel values by which label images code them; pseudo-labels are ids already.
 
@@ -37,6 +42,7 @@ class LabelMaps:
         path = Path(source)
         self.source = source
         self.label_set = label_set
+        self.are_ids = False
         self.name = name or default_name(source)
         self.rows: datasets.Dataset | None = None
         self.entries: dict[str, Any]  # {image id: file, or row of the dataset}
@@ -47,12 +53,33 @@ class LabelMaps:
             if not self.entries:
                 raise UserError(f"{source}: contains neither label images ({', '.join(LOSSLESS)}) nor Parquet files")
             return
-        self.rows = load_pseudo_labels(source, ("image_id", "pseudo_label", "confidence"), label_set=label_set)
+        self.rows = self._load_labels_of_tiles()
+        if self.rows is None:
+            self.are_ids = True
+            columns = ("image_id", "pseudo_label", "confidence")
+            self.rows = load_pseudo_labels(source, columns, label_set=label_set)
         ids = self.rows["image_id"][:]
         self.entries = {image_id: row for row, image_id in enumerate(ids)}
         if len(self.entries) < len(ids):
             duplicate = next(image_id for row, image_id in enumerate(ids) if self.entries[image_id] != row)
             raise UserError(f"{source}: duplicate image_id {duplicate!r}")
+
+    def _load_labels_of_tiles(self) -> datasets.Dataset | None:
+        """Load the train labels of tiles on the Hub, coded as their `dataset.json` says; None if there are no tiles."""
+        try:
+            hub = None if Path(self.source).exists() else find_hub_dataset(self.source)
+        except UserError:
+            return None  # `load_pseudo_labels` says what is wrong with a name
+        if hub is None or DATASET_FILE not in hub.files:
+            return None
+        first = hub.shards("train")[0]
+        layout = layout_of(hub.fetch(first), f"{hub}, {first}")
+        self.label_set = find_label_set(self.source, layout, self.label_set)
+        load = load_open_earth_map if layout == "OpenEarthMap" else load_open_earth_map_sar
+        rows: Any = load(self.source, "train", label_set=self.label_set)
+        if not all(has_image(rows, "label")):
+            raise DatasetError(f"{hub}: tiles of split train have no label")
+        return rows.select_columns(["image_id", "label"]).rename_column("label", "pseudo_label")
 
     def read(self, image_id: str) -> tuple[np.ndarray, np.ndarray | None]:
         """Return a tile's (H, W) uint8 class ids, 0 = no label, and (H, W) uint8 confidence, 255 = 1.0, or None.
@@ -80,10 +107,10 @@ class LabelMaps:
 
     def _to_ids(self, label: np.ndarray, place: str) -> np.ndarray:
         """Return (H, W) uint8 class ids, 0 = no label, of pixel values; DatasetError for one that is no class."""
-        ids = self.label_set.to_ids(label, are_ids=self.rows is not None)
+        ids = self.label_set.to_ids(label, are_ids=self.are_ids)
         if (wrong := label[ids < 0]).size:
             allowed = f"0..{self.label_set.num_labels - 1}, or {IGNORE_INDEX} for no label"
-            if self.rows is None and self.label_set != OPEN_EARTH_MAP:
+            if not self.are_ids and self.label_set != OPEN_EARTH_MAP:
                 allowed = "see `values` of the label set"
             raise DatasetError(f"{place}: {wrong[0]} is not a class id ({allowed}); remap it")
         return np.where(ids == IGNORE_INDEX, BACKGROUND, ids).astype(np.uint8)
