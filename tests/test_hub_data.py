@@ -516,6 +516,7 @@ def test_stage_2_from_the_hub_ends_with_the_bits_of_the_folder_and_resumes_on_it
     assert ".eval_results/land_cover.yaml" in pushed.repositories["models/me/scored"].files()
 
 
+@pytest.mark.slow  # stage 2, which reads the same way, is in the default suite
 def test_stage_1_from_the_hub_ends_with_the_bits_of_the_folders(
     pushed: Hub, oem: Path, target: Path, tmp_path: Path
 ) -> None:
