@@ -72,7 +72,7 @@ def commands_of(text: str) -> list[str]:
     prose = re.sub(r"^```.*?^```", "", text, flags=re.MULTILINE | re.DOTALL)
     inline = [re.sub(r"\s+", " ", code) for code in re.findall(r"`([^`]+)`", prose)]
     whole = [code for code in inline if code.startswith(tuple(f"{name} " for name in PROGRAMS)) and "..." not in code]
-    whole = [code for code in whole if not re.fullmatch(r"hf-seg [\w-]+", code)]  # only names it
+    whole = [code for code in whole if not re.fullmatch(r"hf-seg [\w-]+( [a-z]+)?", code)]  # only names it
     return list(dict.fromkeys([*found, *(code for code in whole if not code.startswith(("pip ", "accelerate ")))]))
 
 
