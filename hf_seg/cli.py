@@ -7,7 +7,8 @@
 Each command runs the recipe or script of the same task, with the same settings: `hf-seg COMMAND --help` lists them.
 
     --nproc N    for commands marked with *: N processes of this machine, e.g. one for each GPU
-    --json       standard output is one line of JSON with the results; all else goes to standard error
+    --json       standard output is one line of JSON with the results, of predict one for each scene; all else goes to
+                 standard error
 
 A mistake is one line on standard error, and the exit code is 2. Completion in bash and zsh:
 eval "$(register-python-argcomplete hf-seg)"

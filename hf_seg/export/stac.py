@@ -56,12 +56,7 @@ def write_item(
         "title": metadata.name,
         "description": _describe(metadata, trained_on),
         "created": now.isoformat().replace("+00:00", "Z"),
-        "hf_seg:size_multiple": metadata.size_multiple,
-        "hf_seg:members": metadata.members,
-        "hf_seg:versions": metadata.versions,
-        "hf_seg:opset": metadata.opset,
-        "hf_seg:max_difference": dict(differences),
-        "hf_seg:resolution_cm": resolution_cm,
+        **_own_properties(metadata, differences, resolution_cm),
     }
     # a model is nowhere, and what it was trained on does not say where that is
     item = pystac.Item(
@@ -93,6 +88,20 @@ def write_item(
     content = item.to_dict(include_self_link=False, transform_hrefs=False)
     validate_item(content)
     (file.parent / STAC_FILE).write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+
+
+def _own_properties(
+    metadata: ExportMetadata, differences: Mapping[str, float], resolution_cm: float | None
+) -> dict[str, Any]:
+    """Return what no extension has a field for."""
+    return {
+        "hf_seg:size_multiple": metadata.size_multiple,
+        "hf_seg:members": metadata.members,
+        "hf_seg:versions": metadata.versions,
+        "hf_seg:opset": metadata.opset,
+        "hf_seg:max_difference": dict(differences),
+        "hf_seg:resolution_cm": resolution_cm,
+    }
 
 
 def validate_item(item: Mapping[str, Any]) -> None:
