@@ -10,6 +10,7 @@ from conftest import make_scene
 from rasterio.transform import Affine
 from torch import Tensor, nn
 
+from hf_seg.hub.export import export_model
 from hf_seg.labels import OPEN_EARTH_MAP
 from hf_seg.mapping.raster import predict_raster
 from hf_seg.mapping.statistics import MapSummary
@@ -66,3 +67,11 @@ def probs_of(network: nn.Module, image: np.ndarray) -> np.ndarray:
     """Return the class probabilities of one pass over a whole image."""
     with torch.no_grad():
         return network(to_pixel_values(image)[None])[0].softmax(0).numpy()
+
+
+def export_toy_network(folder: Path) -> Path:
+    """Write the folder of a toy network with random weights, always the same, and return it."""
+    torch.manual_seed(0)
+    network = build_model("toy-segformer", crop_size=64, from_scratch=True)
+    export_model(network, folder, crop_size=64, recipe="", results=None)
+    return folder

@@ -14,14 +14,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 from conftest import make_scene, write_tiff
+from mapping_networks import export_toy_network
 
 from hf_seg.errors import UserError
-from hf_seg.hub.export import export_model
 from hf_seg.mapping import claims, cli
 from hf_seg.mapping.claims import claim, last_change, require_claim, share_scenes
-from hf_seg.models import build_model
 
 PROJECT = Path(__file__).parents[1]
 
@@ -29,11 +27,7 @@ PROJECT = Path(__file__).parents[1]
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Return the folder of a toy network."""
-    folder = tmp_path_factory.mktemp("model") / "toy"
-    torch.manual_seed(0)
-    network = build_model("toy-segformer", crop_size=64, from_scratch=True)
-    export_model(network, folder, crop_size=64, recipe="", results=None)
-    return folder
+    return export_toy_network(tmp_path_factory.mktemp("model") / "toy")
 
 
 def write_scenes(folder: Path, count: int, size: int) -> None:

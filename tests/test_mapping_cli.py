@@ -20,24 +20,19 @@ import torch
 from accelerate import PartialState
 from conftest import make_scene, write_tiff
 from huggingface_hub import snapshot_download
+from mapping_networks import export_toy_network
 
 from hf_seg.ensemble import EnsembleForSemanticSegmentation
-from hf_seg.hub.export import export_model
 from hf_seg.inference import load
 from hf_seg.mapping import cli
 from hf_seg.mapping.options import RasterOptions
 from hf_seg.mapping.raster import predict_raster
-from hf_seg.models import build_model
 
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Return the folder of a toy network."""
-    folder = tmp_path_factory.mktemp("model") / "toy"
-    torch.manual_seed(0)
-    network = build_model("toy-segformer", crop_size=64, from_scratch=True)
-    export_model(network, folder, crop_size=64, recipe="", results=None)
-    return folder
+    return export_toy_network(tmp_path_factory.mktemp("model") / "toy")
 
 
 def read(path: Path) -> np.ndarray:
