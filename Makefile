@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 TORCH := $(shell sed -n 's/^torch==//p' constraints.txt)
 HAS_TORCH := -c "import torch, sys; sys.exit(torch.__version__.split('+')[0] != '$(TORCH)')"
 
-.PHONY: install quickstart quickstart-architectures test test-slow test-page benchmark quality docs format clean
+.PHONY: install quickstart quickstart-architectures test test-slow test-campaign soak test-page benchmark quality docs format clean
 
 install: $(BIN)/installed
 
@@ -80,7 +80,16 @@ test: install
 	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n auto --dist loadfile
 
 test-slow: install
-	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -m slow
+	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -m slow --ignore tests/campaign
+
+# Faults and bad inputs, at most an hour; writes docs/reliability.md
+test-campaign: install
+	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -m slow -n 2 --dist loadfile tests/campaign
+	$(BIN)/python tests/campaign/write_reliability.py
+
+# Two hours of both stages: memory, open files, threads and disk must stay flat
+soak: install
+	$(BIN)/python tests/campaign/soak.py --minutes 120 --output runs/soak
 
 # The page in a real browser (chromium on PATH). In an environment on top of the first, since Gradio holds pillow below 13.
 PAGE := $(VENV)/page

@@ -1,0 +1,60 @@
+"""What the campaign shares: its marker, the seed of each file, and the figures for docs/reliability.md."""
+
+import json
+import os
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from random import Random
+
+import pytest
+
+FOLDER = Path(__file__).parent
+RESULTS = FOLDER.parents[1] / "runs" / "campaign"
+SEED = int(os.environ.get("CAMPAIGN_SEED", "0"))
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Keep the campaign out of the default suite."""
+    for item in items:
+        if FOLDER in item.path.parents:
+            item.add_marker(pytest.mark.slow)
+
+
+def pytest_report_header() -> str:
+    """Print the seed that repeats this campaign."""
+    return f"campaign seed: {SEED} (CAMPAIGN_SEED={SEED} repeats it)"
+
+
+@dataclass
+class Results:
+    """Rows of one file's table: name of the column to value."""
+
+    rows: list[dict[str, object]] = field(default_factory=list)
+
+    def add(self, **row: object) -> None:
+        """Add a row; every row of a file has the same columns."""
+        self.rows.append(row)
+
+
+@pytest.fixture(scope="module")
+def results(request: pytest.FixtureRequest) -> Iterator[Results]:
+    """Collect this file's rows, and write them to runs/campaign/<file>.json at the end."""
+    started, collected = time.monotonic(), Results()
+    failed_before = request.session.testsfailed
+    yield collected
+    RESULTS.mkdir(parents=True, exist_ok=True)
+    content = {
+        "seed": SEED,
+        "seconds": round(time.monotonic() - started),
+        "failed": request.session.testsfailed - failed_before,
+        "rows": collected.rows,
+    }
+    (RESULTS / f"{request.path.stem.removeprefix('test_')}.json").write_text(json.dumps(content, indent=1))
+
+
+@pytest.fixture(scope="module")
+def random(request: pytest.FixtureRequest) -> Random:
+    """The random stream of this file, which follows from the campaign's seed."""
+    return Random(f"{SEED} {request.path.stem}")
