@@ -5,25 +5,43 @@ BIN := $(VENV)/bin
 TORCH := $(shell sed -n 's/^torch==//p' constraints.txt)
 HAS_TORCH := -c "import torch, sys; sys.exit(torch.__version__.split('+')[0] != '$(TORCH)')"
 
-.PHONY: install quickstart quickstart-architectures test test-slow test-campaign soak test-page benchmark quality docs format clean
+.PHONY: install hashes licenses quickstart quickstart-architectures test test-slow test-campaign soak test-page benchmark quality docs format clean
 
 install: $(BIN)/installed
 
 # torch goes first and pinned: an unpinned one, pulled in by another package, may bring gigabytes of CUDA wheels.
-# A torch of that version that $(PYTHON) already has is used, whatever its build. uv is used where it is there and works.
-$(BIN)/installed: setup.cfg pyproject.toml constraints.txt scripts/repair_torchvision.py
+# A torch of that version that $(PYTHON) already has is used, whatever its build. All else must have the hashes of
+# hashes.txt. uv is used where it is there and works.
+$(BIN)/installed: setup.cfg pyproject.toml constraints.txt hashes.txt scripts/repair_torchvision.py
 	@$(PYTHON) -c "import sys; sys.exit(sys.version_info < (3, 11) and 'hf_seg needs Python 3.11 or newer: make install PYTHON=python3.12')"
 	@test -x $(BIN)/python || { \
 		if $(PYTHON) $(HAS_TORCH) 2>/dev/null; then inherit=--system-site-packages; fi; \
 		$(PYTHON) -m venv $$inherit $(VENV); }
 	@$(BIN)/python $(HAS_TORCH) 2>/dev/null || $(BIN)/python -m pip install -q -c constraints.txt torch==$(TORCH)
 	@{ command -v uv >/dev/null && ! grep -q "system-site-packages = true" $(VENV)/pyvenv.cfg \
-		&& VIRTUAL_ENV=$(abspath $(VENV)) uv pip install -q -c constraints.txt -e '.[train,test,dev,pretrained,lora,export,docs]'; } \
-		|| $(BIN)/python -m pip install -q -c constraints.txt -e '.[train,test,dev,pretrained,lora,export,docs]'
+		&& VIRTUAL_ENV=$(abspath $(VENV)) uv pip install -q --no-deps --require-hashes -r hashes.txt; } \
+		|| $(BIN)/python -m pip install -q --no-deps --require-hashes -r hashes.txt
+	@$(BIN)/python -m pip install -q --no-deps --no-build-isolation -e .
 	@$(BIN)/python scripts/repair_torchvision.py
 	@NO_ALBUMENTATIONS_UPDATE=1 $(BIN)/python -c "import torch, transformers, accelerate, datasets, timm, evaluate, huggingface_hub, albumentations; \
 		print('ready: torch', torch.__version__, 'and seven more; now: source $(BIN)/activate')"
 	@touch $@
+
+# The hashes of every file of the releases in constraints.txt, for all platforms; needs uv and the network. torch and
+# what only its CUDA builds need are left out, since which build is right depends on the machine.
+EXTRAS := train test dev pretrained lora export docs
+CUDA := torch triton cuda-bindings cuda-pathfinder cuda-toolkit nvidia-cublas nvidia-cuda-cupti nvidia-cuda-nvrtc \
+	nvidia-cuda-runtime nvidia-cudnn-cu13 nvidia-cufft nvidia-cufile nvidia-curand nvidia-cusolver nvidia-cusparse \
+	nvidia-cusparselt-cu13 nvidia-nccl-cu13 nvidia-nvjitlink nvidia-nvshmem-cu13 nvidia-nvtx
+hashes:
+	uv pip compile -q setup.cfg $(EXTRAS:%=--extra %) -c constraints.txt --universal --python-version 3.11.5 \
+		--generate-hashes --no-annotate --no-header $(CUDA:%=--no-emit-package %) -o hashes.txt
+
+# The table of docs/dependencies.md; needs uv and the network.
+licenses: install
+	sed -i '/^| Name/,$$d' docs/dependencies.md
+	uvx -q pip-licenses --python $(BIN)/python --from=mixed --with-system --format=markdown --ignore-packages hf-seg \
+		| sed 's/  */ /g; s/-\{4,\}/---/g' >> docs/dependencies.md
 
 # Every stage on a synthetic dataset, with small pretrained networks. Run again, it resumes where it stopped. Another
 # dataset: make quickstart SEED=1 QUICKSTART=runs/quickstart1

