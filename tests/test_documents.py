@@ -53,7 +53,7 @@ OFFLINE = {
     "prepare_data.py push": (2, "HF_HUB_OFFLINE is set"),
     "--data_dir org/": (2, "HF_HUB_OFFLINE is set"),
 }
-TOP_LEVEL = ("Makefile", "setup.cfg", "pyproject.toml", "constraints.txt")
+TOP_LEVEL = ("Makefile", "setup.cfg", "pyproject.toml", "constraints.txt", "hashes.txt")
 # An output that one document makes and another one uses.
 SIMILAR = {"runs/stage1_b3": "runs/stage1_b5", "runs/stage2_convnextv2": "runs/stage2_b5"}
 
