@@ -11,8 +11,9 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torch.utils.data import default_collate
 
-from hf_seg.data.dataloaders import AugmentedStream, PositionSampler, collate, index_at, seed_at, train_dataloader
+from hf_seg.data.dataloaders import AugmentedStream, PositionSampler, index_at, seed_at, train_dataloader
 from hf_seg.data.open_earth_map import load_open_earth_map_sar
 from hf_seg.data.rare_classes import RareClassSampling, class_pixels
 from hf_seg.data.samples import LabelledImages, UnlabelledImages
@@ -53,10 +54,10 @@ def test_a_sample_depends_on_seed_and_position_alone(rows: datasets.Dataset, str
     forward = [stream[position] for position in range(8)]
     torch.rand(3)
     backward = [other[position] for position in reversed(range(8))][::-1]
-    assert same([collate(forward)], [collate(backward)])
+    assert same([default_collate(forward)], [default_collate(backward)])
     assert len({sample["pixel_values"].numpy().tobytes() for sample in forward}) == 8
     reseeded = AugmentedStream(other.samples, other.transform, 4)
-    assert not same([collate(forward)], [collate([reseeded[position] for position in range(8)])])
+    assert not same([default_collate(forward)], [default_collate([reseeded[position] for position in range(8)])])
 
 
 def test_a_sample_has_the_networks_shapes(stream: AugmentedStream) -> None:
@@ -269,7 +270,8 @@ def test_a_damaged_file_raises_its_own_error_from_workers_too(oem_sar: Path, tmp
     with pytest.raises(DatasetError) as caught:
         list(loader)
     assert type(caught.value) is DatasetError
-    assert str(caught.value).startswith("TrainArea_003: cannot be read any more (cannot identify image file")
+    path = root / "train/sar_images/TrainArea_003.tif"
+    assert str(caught.value).startswith(f"TrainArea_003: cannot be read any more ('{path}' not recognized as")
     assert "Traceback" not in str(caught.value) and "worker" not in str(caught.value)
 
 

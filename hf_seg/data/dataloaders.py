@@ -18,7 +18,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 from hf_seg.data.rare_classes import RareClassSampling
 from hf_seg.data.samples import LabelledImages, Sample, UnlabelledImages
 from hf_seg.errors import UserError
-from hf_seg.normalization import IMAGENET, Normalization, to_pixel_values
+from hf_seg.normalization import IMAGENET, Normalization
 
 
 def stream_seed(seed: int, stream: int) -> int:
@@ -68,11 +68,40 @@ class AugmentedStream(Dataset[dict[str, Any]]):
         self.normalization = normalization
 
     def __getitem__(self, position: int) -> dict[str, Any]:
-        """Return `{image_id, pixel_values (3, H, W) float32}` and `labels (H, W) int64` or `valid_mask (H, W) bool`.
+        """Return `{image_id, pixel_values (bands, H, W)}` and `labels (H, W) int64` or `valid_mask (H, W) bool`.
 
         Padding is `IGNORE_INDEX` in `labels` and False in `valid_mask`. Labels that have a confidence come with
         `weights` (H, W) float32, 0..1.
         """
+        return {key: values[0] for key, values in self._batch([position]).items()}
+
+    def __getitems__(self, positions: list[int]) -> dict[str, Any] | UserError:
+        """Return a batch of samples for a DataLoader, or the first `UserError`.
+
+        Raised in a worker process, the error would reach the main process with a traceback in its message.
+        """
+        try:
+            return self._batch(positions)
+        except UserError as error:
+            return error
+
+    def _batch(self, positions: list[int]) -> dict[str, Any]:
+        """Stack the samples as bytes and convert all at once: the batch is the only array of its size in float32."""
+        samples = [self._augment(position) for position in positions]
+        columns = {key: [sample[key] for sample in samples] for key in samples[0]}
+        images = torch.from_numpy(np.stack(columns["image"]))
+        images = images[:, None] if images.ndim == 3 else images.permute(0, 3, 1, 2).contiguous()
+        batch = {"image_id": columns["image_id"], "pixel_values": self.normalization.apply(images)}
+        if "label" in columns:
+            batch["labels"] = torch.from_numpy(np.stack(columns["label"])).long()
+        if "confidence" in columns:
+            batch["weights"] = torch.from_numpy(np.stack(columns["confidence"])).float() / 255
+        if "padding" in columns:
+            batch["valid_mask"] = torch.from_numpy(np.stack(columns["padding"]) == 0)
+        return batch
+
+    def _augment(self, position: int) -> dict[str, Any]:
+        """Return the uint8 arrays of a sample by name, and its `image_id`."""
         if self.sampling is None:
             index = index_at(self.seed, position, len(self.samples))
         else:
@@ -84,24 +113,11 @@ class AugmentedStream(Dataset[dict[str, Any]]):
         if isinstance(sample, Sample):
             more = {} if sample.confidence is None else {"masks": [sample.confidence]}
             augmented = self.transform(image=sample.image, mask=sample.label, **more)
-            target = {"labels": torch.from_numpy(augmented["mask"].astype(np.int64))}
-            if more:
-                target["weights"] = torch.from_numpy(augmented["masks"][0].astype(np.float32) / 255)
+            target = {"label": augmented["mask"]} | ({"confidence": augmented["masks"][0]} if more else {})
         else:  # not under "mask", by whose classes a crop is redrawn; padding comes back nonzero
             augmented = self.transform(image=sample.image, masks=[(~sample.valid_mask).astype(np.uint8)])
-            target = {"valid_mask": torch.from_numpy(augmented["masks"][0] == 0)}
-        pixel_values = to_pixel_values(augmented["image"], self.normalization)
-        return {"image_id": sample.image_id, "pixel_values": pixel_values, **target}
-
-    def __getitems__(self, positions: list[int]) -> list[dict[str, Any]] | UserError:
-        """Return a batch of samples for a DataLoader, or the first `UserError`.
-
-        Raised in a worker process, the error would reach the main process with a traceback in its message.
-        """
-        try:
-            return [self[position] for position in positions]
-        except UserError as error:
-            return error
+            target = {"padding": augmented["masks"][0]}
+        return {"image_id": sample.image_id, "image": augmented["image"], **target}
 
 
 class PositionSampler(Sampler[list[int]]):
@@ -121,14 +137,6 @@ class PositionSampler(Sampler[list[int]]):
         return (list(range(first, first + self.batch_size)) for first in self.starts)
 
 
-def collate(samples: list[dict[str, Any]] | UserError) -> dict[str, Any] | UserError:
-    """Stack the tensors of samples and list their ids; an error of `AugmentedStream.__getitems__` is passed on."""
-    if isinstance(samples, UserError):
-        return samples
-    columns = {key: [sample[key] for sample in samples] for key in samples[0]}
-    return {key: values if key == "image_id" else torch.stack(values) for key, values in columns.items()}
-
-
 class StreamLoader(DataLoader[dict[str, Any]]):
     """A DataLoader that raises a worker's `UserError` in the main process, with its own type and message."""
 
@@ -137,6 +145,10 @@ class StreamLoader(DataLoader[dict[str, Any]]):
             if isinstance(batch, UserError):
                 raise batch
             yield batch
+
+
+def _as_it_is(batch: Any) -> Any:
+    return batch
 
 
 def train_dataloader(
@@ -157,7 +169,7 @@ def train_dataloader(
     return StreamLoader(
         stream,
         batch_sampler=PositionSampler(start, stop, batch_size, process_index, num_processes),
-        collate_fn=collate,
+        collate_fn=_as_it_is,  # `__getitems__` returns batches
         num_workers=num_workers,
         # Forked workers share the cached images; others, the default from Python 3.14 on, would each get a copy.
         multiprocessing_context="fork" if num_workers and sys.platform == "linux" else None,

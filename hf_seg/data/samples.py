@@ -7,11 +7,13 @@ from typing import Any, Generic, NamedTuple, TypeVar
 
 import datasets
 import numpy as np
+from rasterio.errors import RasterioError
 from tqdm import tqdm
 
 from hf_seg.bands import Bands
 from hf_seg.data.band_images import read_bands
 from hf_seg.data.nodata import outside_swath
+from hf_seg.data.tile_files import decode_tile
 from hf_seg.errors import DatasetError
 from hf_seg.labels import BACKGROUND, IGNORE_INDEX, OPEN_EARTH_MAP, LabelSet
 
@@ -91,17 +93,25 @@ class CachedImages(ABC, Generic[AnySample]):
 
 @contextmanager
 def _read_errors(image_id: str) -> Iterator[None]:
-    """Name the image when PIL cannot read a file that has changed since it was checked."""
+    """Name the image when a file that has changed since it was checked cannot be read."""
     try:
         yield
-    except (OSError, SyntaxError) as error:
+    except (OSError, SyntaxError, RasterioError) as error:
         raise DatasetError(f"{image_id}: cannot be read any more ({error}); was it moved or replaced?") from error
 
 
 def has_image(rows: datasets.Dataset, column: str) -> list[bool]:
     """Tell which rows have an image in a column, without decoding it."""
-    undecoded = rows.select_columns([column]).cast_column(column, datasets.Image(decode=False)).with_format("arrow")
+    undecoded = _undecoded(rows, [column]).with_format("arrow")
     return list(undecoded[:][column].is_valid().to_pylist())
+
+
+def _undecoded(rows: datasets.Dataset, columns: list[str]) -> datasets.Dataset:
+    """Keep image columns only, as {path, bytes}."""
+    selected = rows.select_columns(columns)
+    for column in columns:
+        selected = selected.cast_column(column, datasets.Image(decode=False))
+    return selected
 
 
 def _require_images(rows: datasets.Dataset, column: str, bands: Bands | None) -> None:
@@ -119,7 +129,7 @@ def _require_images(rows: datasets.Dataset, column: str, bands: Bands | None) ->
 def _decode(value: Any, bands: Bands | None) -> np.ndarray:
     """Return (H, W) or (H, W, bands) uint8."""
     if bands is None:
-        return np.array(value)
+        return decode_tile(value)
     raw, valid = read_bands(value)
     if len(raw) != len(bands.names):
         raise DatasetError(
@@ -167,11 +177,11 @@ class LabelledImages(CachedImages[Sample]):
         self.mask_nodata = mask_nodata
         if pseudo_labels is None:
             kind = "label"
-            self.rows = rows.select_columns([column, "label"])
+            self.rows = _undecoded(rows, [column, "label"])
             labelled = has_image(rows, "label")
         else:
             kind = "pseudo-label"
-            self.rows = rows.select_columns([column])
+            self.rows = _undecoded(rows, [column])
             self._row_of = {image_id: row for row, image_id in enumerate(pseudo_labels["image_id"][:])}
             labelled = [image_id in self._row_of for image_id in self.image_ids]
         if not all(labelled):
@@ -188,7 +198,7 @@ class LabelledImages(CachedImages[Sample]):
         with _read_errors(image_id):
             row = self.rows[index]
             if self.pseudo_labels is None:
-                label = np.asarray(row["label"])
+                label = decode_tile(row["label"])
             else:
                 labelled = self.pseudo_labels[self._row_of[image_id]]
                 label = np.asarray(labelled["pseudo_label"])
@@ -231,7 +241,7 @@ class UnlabelledImages(CachedImages[UnlabelledSample]):
     def __init__(self, rows: datasets.Dataset, column: str, *, bands: Bands | None = None) -> None:
         super().__init__(rows["image_id"][:])
         _require_images(rows, column, bands)
-        self.rows = rows.select_columns([column])
+        self.rows = _undecoded(rows, [column])
         self.column = column
         self.bands = bands
 

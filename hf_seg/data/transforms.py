@@ -51,7 +51,7 @@ class RandomScaledCrop(A.DualTransform):
             if "mask" not in data:
                 break
             window = data["mask"][max(top, 0) : top + side, max(left, 0) : left + side]
-            counts = np.bincount(window.ravel(), minlength=IGNORE_INDEX + 1)[:IGNORE_INDEX]
+            counts = cv2.calcHist([window], [0], None, [IGNORE_INDEX], [0, IGNORE_INDEX])
             if 0 < counts.max() <= self.max_class_share * counts.sum():
                 break
         return {"top": top, "left": left, "side": side}
@@ -164,7 +164,7 @@ class SARJitter(A.ImageOnlyTransform):
         levels = gain * 128 * (np.arange(256) / 128) ** gamma
         table = np.clip(np.rint(levels), 1, 255).astype(np.uint8)
         table[0] = 0
-        return table[img]
+        return cv2.LUT(img, table)
 
 
 class SARSpeckle(A.ImageOnlyTransform):

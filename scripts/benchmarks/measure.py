@@ -65,13 +65,16 @@ def optional(name: str) -> ModuleType | None:
 
 
 def race(ours: Way, peers: Mapping[str, Way | None], repeats: int) -> tuple[Figure, dict[str, Figure | None]]:
-    """Time all ways in turns, `repeats` rounds after one that warms up; return ours and the peers' figures."""
+    """Time all ways in turns, `repeats` rounds after one that warms up; return ours and the peers' figures.
+
+    Seconds are those that this process computes: neither other jobs on the machine nor waiting count.
+    """
     ways = {"": ours} | {name: peer for name, peer in peers.items() if peer is not None}
     seconds: dict[str, list[float]] = {name: [] for name in ways}
     for _ in range(repeats + 1):
         for name, way in ways.items():
-            start = time.perf_counter()
+            start = time.process_time()
             way()
-            seconds[name].append(time.perf_counter() - start)
+            seconds[name].append(time.process_time() - start)
     figures = {name: Figure.of(values[1:]) for name, values in seconds.items()}
     return figures[""], {name: figures.get(name) for name in peers}

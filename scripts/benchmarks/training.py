@@ -45,13 +45,13 @@ class Turns:
 
     def __iter__(self) -> Iterator[Batch]:
         for _ in range(self.steps):
-            state, start = torch.get_rng_state(), time.perf_counter()
+            state, start = torch.get_rng_state(), time.process_time()
             self.plain(self.batch)
-            self.peer.append(time.perf_counter() - start)
+            self.peer.append(time.process_time() - start)
             torch.set_rng_state(state)
-            start = time.perf_counter()
+            start = time.process_time()
             yield self.batch
-            self.ours.append(time.perf_counter() - start)  # the last one also exports the model
+            self.ours.append(time.process_time() - start)  # the last one also exports the model
 
     def figures(self) -> tuple[Figure, Figure]:
         """Return ours and the peer's, without the first steps and the last."""
