@@ -96,8 +96,8 @@ def _check_class(row: Any, number: int, source: str) -> dict[str, Any]:
         raise UserError(f"{where} must have an id, a whole number 1..{_MOST_CLASSES}; it is {index!r}")
     if index == BACKGROUND:
         raise UserError(f"{where} has id 0, which is background: list its pixel values under `background:`")
-    if not isinstance(name, str) or not name.strip() or "\n" in name:
-        raise UserError(f"{where} (id {index}) must have a name, text of one line; it is {name!r}")
+    if not isinstance(name, str) or not name.strip() or not name.isprintable():
+        raise UserError(f"{where} (id {index}) must have a name, printable text of one line; it is {name!r}")
     if {"colour", "color"} <= row.keys():
         raise UserError(f"{where} ({name}) has both colour and color; keep one")
     key = "color" if "color" in row else "colour"
@@ -273,6 +273,8 @@ def label_set_of(config: Mapping[str, Any], name: str) -> LabelSet:
             f"{name} is no segmentation model of this project: its class 0 must be {BACKGROUND_NAME!r}, with 2 classes "
             f"or more from 1 on; id2label has {len(names)}, the first is {first!r}"
         )
+    if unprintable := [name for name in names if not name.isprintable()]:
+        raise UserError(f"{name}: the name of a class must be printable text of one line; it is {unprintable[0]!r}")
     colors = config.get("label_colors")
     if colors is None and names == OPEN_EARTH_MAP.names:
         return OPEN_EARTH_MAP

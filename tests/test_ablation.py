@@ -3,6 +3,7 @@
 import json
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -18,7 +19,7 @@ from hf_seg.settings import parse_arguments
 from hf_seg.studies import ablation_plan
 from hf_seg.studies.ablation import read_study
 from hf_seg.studies.ablation_plan import Plan, Step
-from hf_seg.studies.ablation_report import summarize, to_csv, write_results
+from hf_seg.studies.ablation_report import read_tiles, summarize, to_csv, write_results
 
 sys.path.append(str(Path(__file__).parents[1] / "scripts"))
 import ablation as script
@@ -365,3 +366,15 @@ def test_the_studies_are_plans_of_valid_commands(path: Path, tmp_path: Path, mon
             args = parse_arguments(arguments[step.script], step.command()[1:])
             assert args.output_dir == str(step.folder)
         assert "{" not in " ".join(step.command())
+
+
+@pytest.mark.parametrize("how", ["pickled", "no archive", "another array"])
+def test_damaged_scores_are_named_and_nothing_is_unpickled(how: str, tmp_path: Path) -> None:
+    path = tmp_path / "scores.npz"
+    if how == "no archive":
+        path.write_bytes(b"PK half")
+    else:
+        name = "confusion_matrices" if how == "pickled" else "others"
+        np.savez(path, **{name: np.array([object()], dtype=object) if how == "pickled" else np.zeros(1)})
+    with pytest.raises(UserError, match=r"scores\.npz is damaged \(.*\); delete it, and score again"):
+        read_tiles(SimpleNamespace(folder=tmp_path))

@@ -248,3 +248,23 @@ def test_the_handlers_that_were_there_come_back() -> None:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+@pytest.mark.parametrize("file", ["optimizer.bin", "random_states_0.pkl"])
+def test_a_state_that_contains_code_is_refused_and_the_code_does_not_run(run: Run, file: str) -> None:
+    class Code:
+        def __reduce__(self) -> tuple[Any, ...]:
+            return os.mkdir, (str(run.output_dir / "canary"),)
+
+    folder = run.save(1)
+    torch.save({"state": Code()}, folder / file)
+    with pytest.raises(UserError, match="is damaged, or contains code beside a state; none of it was run"):
+        load_checkpoint(run.accelerator, folder)
+    assert not (run.output_dir / "canary").exists()
+
+
+def test_damaged_random_states_are_no_silent_new_beginning(run: Run) -> None:
+    folder = run.save(1)
+    (folder / "random_states_0.pkl").write_bytes(b"half")
+    with pytest.raises(UserError, match="step_00000001"):
+        load_checkpoint(run.accelerator, folder)

@@ -321,3 +321,11 @@ def test_figures_have_the_colours_of_the_set(water_land: LabelSet) -> None:
     assert [patch.get_label() for patch in class_legend({255}, water_land)] == ["water", "land", "ignored"]
     with pytest.raises(ValueError, match=r"label ids \[3\] are not classes; expected 0\.\.2 or 255"):
         colorize(np.array([[3]], np.uint8), water_land)
+
+
+def test_the_name_of_a_class_is_one_printable_line(tmp_path: Path) -> None:
+    for name in ("a\n```python", "a\u001b[2J", "a\u2028b"):
+        with pytest.raises(UserError, match="printable text of one line"):
+            label_set_of({"id2label": {0: "background", 1: name, 2: "b"}}, "model")
+        with pytest.raises(UserError, match="printable text of one line"):
+            parse_label_set({"classes": [{"id": 1, "name": name}, {"id": 2, "name": "b"}]}, "file")

@@ -12,6 +12,7 @@ from conftest import write_tiff
 from rasterio.enums import ColorInterp
 
 from hf_seg.errors import UserError
+from hf_seg.mapping.gdal import open_raster
 from hf_seg.mapping.scene import READ_ROWS, SAR_LEVELS, Scene
 
 
@@ -173,3 +174,17 @@ def test_impossible_settings_are_named(tmp_path: Path, settings: dict[str, Any],
     with pytest.raises(UserError) as error:
         Scene(path, **settings)
     assert str(error.value) == message.format(path=path)
+
+
+def test_a_file_called_tif_points_to_no_other_file(tmp_path: Path) -> None:
+    write_tiff(tmp_path / "other.tif", np.ones((8, 8), np.uint8))
+    vrt = (
+        '<VRTDataset rasterXSize="8" rasterYSize="8"><VRTRasterBand dataType="Byte" band="1"><SimpleSource>'
+        f"<SourceFilename>{tmp_path / 'other.tif'}</SourceFilename></SimpleSource></VRTRasterBand></VRTDataset>"
+    )
+    for name in ("scene.tif", "scene.vrt"):
+        (tmp_path / name).write_text(vrt)
+    with pytest.raises(UserError, match=r"scene\.tif cannot be opened as a raster"):
+        open_raster(str(tmp_path / "scene.tif"))
+    with open_raster(str(tmp_path / "scene.vrt")) as dataset:
+        assert dataset.read(1).tolist() == np.ones((8, 8)).tolist()

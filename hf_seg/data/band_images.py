@@ -37,9 +37,9 @@ def read_bands(image: dict[str, Any]) -> tuple[np.ndarray, np.ndarray]:
         (bands, H, W) of the file's type, and (H, W) bool: where there is data (`valid_pixels`).
     """
     if image["bytes"] is not None:
-        with MemoryFile(image["bytes"]) as memory, memory.open() as file:
+        with MemoryFile(image["bytes"]) as memory, memory.open(driver="GTiff") as file:
             return _read(file)
-    with rasterio.open(image["path"]) as file:
+    with rasterio.open(image["path"], driver="GTiff") as file:
         return _read(file)
 
 

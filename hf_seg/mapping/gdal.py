@@ -3,6 +3,7 @@
 import contextlib
 import warnings
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 
 import rasterio
 from rasterio._err import CPLE_BaseError
@@ -16,12 +17,18 @@ from hf_seg.errors import UserError
 GDAL_ERRORS = (RasterioError, CPLE_BaseError)
 RED_GREEN_BLUE = (ColorInterp.red, ColorInterp.green, ColorInterp.blue)
 GDAL_CACHE = 128  # MiB; GDAL's default is a fraction of the machine's memory
+TIFF = "GTiff"
+
+
+def is_tiff_file(name: str) -> bool:
+    """Tell whether a name is that of a file of this machine that calls itself TIFF."""
+    return Path(name).suffix.lower() in (".tif", ".tiff") and Path(name).is_file()
 
 
 @contextlib.contextmanager
 def gdal_session() -> Iterator[None]:
-    """Limit GDAL's cache, and accept rasters without a georeference silently."""
-    with rasterio.Env(GDAL_CACHEMAX=GDAL_CACHE), warnings.catch_warnings():
+    """Limit GDAL's cache, run no Python of a VRT, and accept rasters without a georeference silently."""
+    with rasterio.Env(GDAL_CACHEMAX=GDAL_CACHE, GDAL_VRT_ENABLE_PYTHON="NO"), warnings.catch_warnings():
         warnings.simplefilter("ignore", NotGeoreferencedWarning)
         yield
 
@@ -32,13 +39,13 @@ def gdal_reason(error: BaseException) -> str:
 
 
 def open_raster(name: str) -> rasterio.DatasetReader:
-    """Open a raster of intensities.
+    """Open a raster of intensities; a file called .tif is read as GeoTIFF alone, since a VRT points to other files.
 
     Raises:
         UserError: it cannot be opened, or is another kind of raster; the message says why.
     """
     try:
-        dataset = rasterio.open(name)
+        dataset = rasterio.open(name, driver=TIFF if is_tiff_file(name) else None)
     except GDAL_ERRORS as error:
         raise UserError(
             f"{name} cannot be opened as a raster; check the name, and download the file again if it is incomplete or "

@@ -4,6 +4,7 @@ import csv
 import io
 import json
 import subprocess
+import zipfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from hf_seg.bootstrap import REPLICATES, crossed_difference
-from hf_seg.errors import file_errors
+from hf_seg.errors import UserError, file_errors
 from hf_seg.files import write_atomic
 from hf_seg.labels import OPEN_EARTH_MAP
 from hf_seg.metrics import ConfusionMatrix
@@ -32,8 +33,13 @@ Scored = tuple[np.ndarray, float | None, str]  # confusion matrices (T, C, C), s
 def read_tiles(step: Step) -> np.ndarray:
     """Return the confusion matrices of the scored tiles, (T, C, C) int64, sorted by image id."""
     path = step.folder / "scores.npz"
-    with file_errors(path, "cannot be read"), np.load(path) as scores:
-        matrices: np.ndarray = scores["confusion_matrices"].astype(np.int64)
+    try:
+        with file_errors(path, "cannot be read"), np.load(path, allow_pickle=False) as scores:
+            matrices: np.ndarray = scores["confusion_matrices"].astype(np.int64)
+    except (ValueError, KeyError, TypeError, AttributeError, zipfile.BadZipFile) as error:
+        if isinstance(error, UserError):
+            raise
+        raise UserError(f"{path} is damaged ({error}); delete it, and score again") from None
     return matrices
 
 

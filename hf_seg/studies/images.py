@@ -9,6 +9,7 @@ from rasterio.errors import NotGeoreferencedWarning, RasterioError
 
 from hf_seg.errors import DatasetError, file_errors
 
+_STARTS = {b"\x89PNG": "PNG", b"\xff\xd8\xff": "JPEG"}
 LOSSLESS = (".tif", ".tiff", ".png")
 ANY_IMAGE = (*LOSSLESS, ".jpg", ".jpeg")
 
@@ -27,6 +28,13 @@ def list_images(folder: Path, pattern: str, suffixes: tuple[str, ...]) -> list[P
         ]
 
 
+def _driver_of(path: Path) -> str:
+    """Return GDAL's driver of an image by its first bytes; TIFF unless it is another, as a VRT would point to files."""
+    with file_errors(path, "cannot be read"), path.open("rb") as file:
+        start = file.read(4)
+    return next((driver for magic, driver in _STARTS.items() if start.startswith(magic)), "GTiff")
+
+
 def read_image(path: Path) -> np.ndarray:
     """Return the pixels of an image: (H, W) of one band, else (H, W, bands).
 
@@ -36,7 +44,7 @@ def read_image(path: Path) -> np.ndarray:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", NotGeoreferencedWarning)
-            with rasterio.open(path) as file:
+            with rasterio.open(path, driver=_driver_of(path)) as file:
                 bands = file.read()
     except RasterioError as error:
         reason = error.__cause__ or error

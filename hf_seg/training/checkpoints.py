@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import set_seed
+from accelerate.utils import load, set_seed
 from torch.nn.modules.utils import consume_prefix_in_state_dict_if_present
 from torch.nn.parallel import DistributedDataParallel
 
@@ -112,15 +112,23 @@ def find_checkpoint(output_dir: Path, choice: str | None) -> Path | None:
 
 
 def load_checkpoint(accelerator: Accelerator, folder: Path, *, seed: int = 0) -> Progress:
-    """Restore weights, optimizer, scaler and RNGs in place; `UserError` if they do not fit the model.
+    """Restore weights, optimizer, scaler and RNGs in place; `UserError` if they are damaged or do not fit the model.
 
+    Nothing but tensors and plain values is unpickled.
     Of another number of processes, the RNGs (dropout) are seeded anew by `seed` and the position in the stream.
     """
     unwrap = accelerator.register_load_state_pre_hook(_unwrap_models)
     try:
+        for file in folder.glob(f"random_states_{accelerator.process_index}.pkl"):
+            load(file)  # accelerate would go on without a damaged one
         accelerator.load_state(str(folder))
-    except (RuntimeError, ValueError) as error:  # a size mismatch of a model, of an optimizer
-        reason = " ".join(str(error).split())[:300]
+    except Exception as error:  # a size mismatch, a damaged file: torch, safetensors and accelerate raise many kinds
+        if "Weights only" in str(error):
+            raise UserError(
+                f"{folder} has a file that is damaged, or contains code beside a state; none of it was run; resume "
+                "from another checkpoint, or begin again in another --output_dir"
+            ) from None
+        reason = " ".join(str(error).split())[:300] or type(error).__name__
         raise UserError(f"{folder} contains another model or optimizer than these settings build: {reason}") from None
     finally:
         unwrap.remove()
