@@ -11,10 +11,10 @@ with `AutoModelForSemanticSegmentation`.
 import functools
 import logging
 from collections.abc import Collection, Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers import (
@@ -32,6 +32,7 @@ from transformers import (
 
 from hf_seg.encoders import fit_encoder, is_encoder, published_normalization, tensors_of_backbone_alone
 from hf_seg.errors import UserError
+from hf_seg.hub_client import limit_waiting, one_line
 from hf_seg.label_sets import config_of
 from hf_seg.labels import IGNORE_INDEX, OPEN_EARTH_MAP, LabelSet
 from hf_seg.normalization import IMAGENET, Normalization
@@ -44,6 +45,8 @@ from hf_seg.timm_encoder import (
 )
 
 logger = logging.getLogger(__name__)
+
+ADAPTER_CONFIG = "adapter_config.json"
 
 _MIT_DEPTHS = {"b0": (2, 2, 2, 2), "b1": (2, 2, 2, 2), "b2": (3, 4, 6, 3), "b3": (3, 4, 18, 3)}
 _MIT_DEPTHS |= {"b4": (3, 8, 27, 3), "b5": (3, 6, 40, 3)}
@@ -188,15 +191,14 @@ def require_supported(name: str, config: PretrainedConfig) -> None:
 def _find_config(name: str, from_scratch: bool) -> PretrainedConfig:
     if from_scratch and name in (presets := _presets()):
         return presets[name]
+    limit_waiting()
     try:
-        return AutoConfig.from_pretrained(name)
+        return AutoConfig.from_pretrained(name, trust_remote_code=False)
     except (OSError, ValueError) as error:
         hint = "fetch it where there is a network (`hf download`), or give a local folder, or add --from_scratch true"
         if from_scratch:
             hint = f"sizes known without a download: {', '.join(PRESETS)}"
-        raise UserError(
-            f"model {name!r} was not found locally or on the Hub; {hint} ({str(error).strip().splitlines()[0]})"
-        ) from None
+        raise UserError(f"model {name!r} was not found locally or on the Hub; {hint} ({one_line(error)})") from None
 
 
 def _upernet_config(encoder: PretrainedConfig, width: int, label_set: LabelSet) -> UperNetConfig:
@@ -223,6 +225,8 @@ def _set_normalization(config: UperNetConfig, name: str, timm_encoder: TimmEncod
 
 def load_weights(cls: Any, name: str, config: PretrainedConfig, may_be_new: Collection[str]) -> Any:
     """Load weights and prove that they arrived: only tensors under the prefixes `may_be_new` may start at random."""
+    if Path(name, ADAPTER_CONFIG).exists():  # with peft installed, transformers would apply it to the weights
+        raise UserError(f"{name} has an adapter beside its weights; merge it into them, or remove {ADAPTER_CONFIG}")
     try:
         model, report = cls.from_pretrained(
             name,
@@ -232,8 +236,9 @@ def load_weights(cls: Any, name: str, config: PretrainedConfig, may_be_new: Coll
             ignore_mismatched_sizes=True,
             output_loading_info=True,
         )
-    except (OSError, SafetensorError) as error:
-        raise UserError(f"{name}: no complete weights in safetensors format ({str(error).splitlines()[0]})") from None
+    except Exception as error:  # of a damaged file, a shard in another format, the network: of many kinds
+        reason = one_line(error).partition(" This file can still be loaded")[0]  # by unpickling it
+        raise UserError(f"{name}: no complete weights in safetensors format ({reason})") from None
     random = {*report["missing_keys"], *(key for key, *_ in report["mismatched_keys"])}
     new = [key for key in random if key.startswith(tuple(may_be_new))]
     _prove_loaded(name, model, lost=sorted(random - {*new}), new=new, unused=len(report["unexpected_keys"]))

@@ -17,6 +17,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 from hf_seg.errors import UserError
+from hf_seg.hub_client import check_downloads, limit_waiting, one_line
 from hf_seg.normalization import IMAGENET, Normalization
 
 _PREFIX = "timm/"
@@ -64,14 +65,16 @@ def find_timm_encoder(name: str, *, from_scratch: bool = False) -> TimmEncoder |
         return TimmEncoder(name, tagged.partition(".")[0], Normalization(tuple(mean), tuple(std)), None)
     if published is None or not published.hf_hub_id:
         raise UserError(f"{name} has no weights on the Hub; give a local folder, or add --from_scratch true")
+    limit_waiting()
     try:
         folder = Path(snapshot_download(published.hf_hub_id, allow_patterns=["config.json", "model.safetensors"]))
     except Exception as error:  # network, name: the Hub's client raises many kinds; each is about this name
-        reason = " ".join(str(error).split()).partition(". ")[0][:200]
+        reason = one_line(error).partition(". ")[0][:200]
         raise UserError(
             f"model {name!r} was not found locally or on the Hub; fetch it where there is a network (`hf download "
             f"{published.hf_hub_id}`), or give a local folder, or add --from_scratch true ({reason})"
         ) from None
+    check_downloads(folder.glob("*"), name)
     return _in_folder(name, folder, _read_config(folder) or {})
 
 

@@ -10,11 +10,11 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from threading import Thread
+from threading import Event, Thread
 from typing import Any, NamedTuple
 from urllib.parse import parse_qs, unquote, urlsplit
 
@@ -55,12 +55,50 @@ class Repository:
 
 @dataclass
 class Fault:
-    """A failure of the next `times` requests of a method whose path contains `part`."""
+    """A failure of the next `times` requests of a method whose path contains `part`.
+
+    Without a status or a kind, the connection is cut after half of the content.
+
+    Args:
+        method: "" for any.
+        part: of the path; with `exact`, all of it.
+        status: answer this, and repeat the token.
+        kind: one of `KINDS`.
+        headers: more of the answer.
+        skip: such requests that are answered before.
+    """
 
     method: str
     part: str
     times: int = 1
-    status: int | None = None  # answer this; without it, the connection is cut after half of the content
+    status: int | None = None
+    kind: str = ""
+    headers: dict[str, str] = field(default_factory=dict)
+    exact: bool = False
+    skip: int = 0
+
+    def meets(self, method: str, path: str) -> bool:
+        """Tell whether a request fails, and count it."""
+        if self.method not in ("", method) or not (path == self.part if self.exact else self.part in path):
+            return False
+        self.skip -= 1
+        if self.skip >= 0 or self.times <= 0:
+            return False
+        self.times -= 1
+        return True
+
+
+KINDS = (
+    "cut first",  # the connection, before anything happens
+    "cut answer",  # the connection, after half of the answer; what was asked for has happened
+    "silent",  # no answer, and nothing happens
+    "slow",  # the answer in small pieces
+    "other JSON",  # another answer, which repeats the token
+    "web page",  # of a proxy
+    "too short",  # the answer ends before its Content-Length
+    "flipped bit",  # in the answer, which keeps its length
+    "elsewhere",  # a redirect to another host, which has the same answer to a GET
+)
 
 
 @dataclass
@@ -74,6 +112,11 @@ class Hub:
     objects: dict[str, bytes] = field(default_factory=dict)  # large files by sha256
     faults: list[Fault] = field(default_factory=list)
     requests: list[str] = field(default_factory=list)  # "METHOD path"
+    elsewhere: str = ""  # address of another host
+    elsewhere_answers: dict[str, tuple[bytes, dict[str, str]]] = field(default_factory=dict)  # by path
+    elsewhere_headers: list[str] = field(default_factory=list)  # of every request that it got
+    before_answer: Callable[[int], None] | None = None  # gets the number of the request, from 1
+    closed: Event = field(default_factory=Event)
 
     def head(self, name: str, kind: str = "models") -> str:
         """Return the commit of a repository's main branch."""
@@ -103,15 +146,21 @@ class _Handler(BaseHTTPRequestHandler):
     def _answer(self) -> None:
         path = unquote(urlsplit(self.path).path)
         self.hub.requests.append(f"{self.command} {path}")
-        fault = next((f for f in self.hub.faults if f.times and f.method == self.command and f.part in path), None)
-        if fault is not None:
-            fault.times -= 1
+        if self.hub.before_answer is not None:
+            self.hub.before_answer(len(self.hub.requests))
+        fault = next((each for each in self.hub.faults if each.meets(self.command, path)), None)
         length = int(self.headers.get("Content-Length", 0))
-        if fault is not None and fault.status is None and self.command != "GET":
+        kind = fault.kind if fault is not None else ""
+        if fault is not None and not fault.status and not kind and self.command != "GET":
             self.rfile.read(length // 2)
             self.close_connection = True
             return
         self.body = self.rfile.read(length)
+        if kind in ("cut first", "silent"):
+            self.close_connection = True
+            if kind == "silent":
+                self.hub.closed.wait(60)
+            return
         try:
             if fault is not None and fault.status is not None:
                 # the answer repeats the token
@@ -121,18 +170,48 @@ class _Handler(BaseHTTPRequestHandler):
         except HubError as error:
             content, headers = json.dumps({"error": error.code} | error.more).encode(), {"X-Error-Code": error.code}
             status = error.status
+            if fault is not None:
+                headers |= {"X-Error-Message": f"refused {self.headers.get('Authorization')}", **fault.headers}
         if (wanted := re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range", ""))) and status == 200:
             start, stop = int(wanted[1]), int(wanted[2] or len(content) - 1) + 1
             headers["Content-Range"] = f"bytes {start}-{stop - 1}/{len(content)}"
             status, content = 206, content[start:stop]
+        if kind == "elsewhere":
+            return self._send_elsewhere(path, content, headers)
+        content = self._spoil(kind, content)
         self.send_response(status)
         for name, value in ({"Content-Length": str(len(content))} | headers).items():
             self.send_header(name, value)
         self.end_headers()
-        if fault is not None and fault.status is None:  # a download that ends too early
-            content, self.close_connection = content[: len(content) // 2], True
-        if self.command != "HEAD":
-            self.wfile.write(content)
+        if kind in ("cut answer", "too short") or (fault is not None and not fault.status and not kind):
+            content, self.close_connection = content[: len(content) // 2], True  # an answer that ends too early
+        if self.command == "HEAD":
+            return
+        piece = max(len(content) // 10, 1) if kind == "slow" else max(len(content), 1)
+        for start in range(0, len(content), piece):
+            self.wfile.write(content[start : start + piece])
+            if kind == "slow":
+                self.hub.closed.wait(0.05)
+
+    def _spoil(self, kind: str, content: bytes) -> bytes:
+        if kind == "other JSON":
+            return json.dumps({"unexpected": self.headers.get("Authorization")}).encode()
+        if kind == "web page":
+            return f"<html><h1>Log in</h1>{self.headers.get('Authorization')}</html>".encode()
+        if kind == "flipped bit" and content:
+            middle = len(content) // 2
+            return content[:middle] + bytes([content[middle] ^ 1]) + content[middle + 1 :]
+        return content
+
+    def _send_elsewhere(self, path: str, content: bytes, headers: dict[str, str]) -> None:
+        """Redirect as the Hub does to its storage, with what a client needs to know of the file."""
+        self.hub.elsewhere_answers[path] = content, headers
+        self.send_response(302 if self.command in ("GET", "HEAD") else 307)
+        linked = {"X-Linked-Etag": headers.get("ETag", ""), "X-Linked-Size": str(len(content))}
+        where = {"Location": self.hub.elsewhere + path, "Content-Length": "0"}
+        for name, value in ({key: headers[key] for key in headers if key.startswith("X-")} | linked | where).items():
+            self.send_header(name, value)
+        self.end_headers()
 
     def _route(self, path: str) -> tuple[bytes, dict[str, str]]:
         if path == "/api/whoami-v2":
@@ -248,6 +327,10 @@ class _Handler(BaseHTTPRequestHandler):
         message = ""
         for key, value in ((line["key"], line["value"]) for line in map(json.loads, self.body.splitlines())):
             if key == "header":
+                if value.get("parentCommit", repository.refs[branch]) != repository.refs[branch]:
+                    raise HubError(
+                        412, "CommitMoved", error="A commit has happened since. Please refresh and try again."
+                    )
                 message = value["summary"]
             elif key == "file":
                 files[value["path"]] = Stored(base64.b64decode(value["content"]), is_lfs=False)
@@ -268,6 +351,20 @@ class _Handler(BaseHTTPRequestHandler):
         if file is None:
             raise HubError(404, "EntryNotFound")
         return file.content, {"X-Repo-Commit": commit, "ETag": f'"{file.oid}"', "Accept-Ranges": "bytes"}
+
+
+class _ElsewhereHandler(_Handler):
+    def _answer(self) -> None:
+        path = unquote(urlsplit(self.path).path)
+        self.rfile.read(int(self.headers.get("Content-Length", 0)))
+        self.hub.elsewhere_headers.append(str(self.headers))
+        content, headers = self.hub.elsewhere_answers.get(path, (b"", {}))
+        self.send_response(200 if self.command in ("GET", "HEAD") and headers else 404)
+        for name, value in (headers | {"Content-Length": str(len(content))}).items():
+            self.send_header(name, value)
+        self.end_headers()
+        if self.command != "HEAD":
+            self.wfile.write(content)
 
 
 def _json(**answer: Any) -> tuple[bytes, dict[str, str]]:
@@ -295,15 +392,19 @@ def _tree(files: dict[str, Stored], folder: str, query: dict[str, list[str]]) ->
 def serve_hub(tokens: set[str]) -> Iterator[Hub]:
     """Serve a Hub on a free port of this machine for as long as the context lasts."""
     hub = Hub(tokens)
-    server = ThreadingHTTPServer(("127.0.0.1", 0), type("Handler", (_Handler,), {"hub": hub}))
-    server.daemon_threads = True
-    hub.url = f"http://127.0.0.1:{server.server_port}"
-    Thread(target=server.serve_forever, args=(0.02,), daemon=True).start()
+    servers = []
+    for handler in (_Handler, _ElsewhereHandler):
+        servers.append(ThreadingHTTPServer(("127.0.0.1", 0), type("Handler", (handler,), {"hub": hub})))
+        servers[-1].daemon_threads = True
+        Thread(target=servers[-1].serve_forever, args=(0.02,), daemon=True).start()
+    hub.url, hub.elsewhere = (f"http://127.0.0.1:{server.server_port}" for server in servers)
     try:
         yield hub
     finally:
-        server.shutdown()
-        server.server_close()
+        hub.closed.set()
+        for server in servers:
+            server.shutdown()
+            server.server_close()
 
 
 def go_online(url: str, token: str | None) -> None:

@@ -16,7 +16,7 @@ from PIL import Image
 
 from hf_seg.arguments import EnsembleArguments, PseudoLabelArguments, Stage1Arguments, Stage2Arguments
 from hf_seg.errors import UserError
-from hf_seg.hub.cards import write_model_card
+from hf_seg.hub.cards import read_header, write_model_card
 from hf_seg.hub.export import read_training_data, write_training_data
 from hf_seg.labels import OPEN_EARTH_MAP
 from hf_seg.settings import parse_arguments
@@ -374,3 +374,23 @@ def test_a_damaged_file_is_named(file: str, folders: dict[str, Path], tmp_path: 
     (folder / file).write_text("{[")
     with pytest.raises(UserError, match=re.escape(f"{folder / file} is damaged")):
         write_model_card(folder)
+
+
+@pytest.mark.parametrize("kind", ["segformer", "labels"])
+def test_no_name_starts_a_tag_and_none_is_a_template(kind: str, folders: dict[str, Path], tmp_path: Path) -> None:
+    name = "<script>alert(1)</script> {{ 7 * 7 }}"
+    data = {"target": {**SYNTHETIC["target"], "name": name, "description": name}}
+    if kind == "labels":
+        folder = make_pseudo_labels(tmp_path / "labels", training_data=data)
+    else:
+        folder = Path(shutil.copytree(folders[kind], tmp_path / "run"))
+        (folder / "training_data.json").write_text(json.dumps(data))
+        write_model_card(folder)
+    body = (folder / "README.md").read_text().split("---")[2]
+    assert "<script>" not in body and "&lt;script>alert(1)&lt;/script> {{ 7 * 7 }}" in body
+
+
+def test_a_header_that_is_no_plain_yaml_is_named(tmp_path: Path) -> None:
+    for text in ("a: !!python/object/apply:os.getcwd []", "a: [", "a: 'b"):
+        with pytest.raises(UserError, match=r"README\.md: its header cannot be read"):
+            read_header(f"---\n{text}\n---\n", tmp_path / "README.md")

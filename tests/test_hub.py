@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import logging
 import multiprocessing
 import os
 import re
@@ -10,6 +11,7 @@ import socket
 import subprocess
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -23,9 +25,10 @@ from PIL import Image
 from safetensors.torch import load_file
 from transformers import AutoImageProcessor, AutoModelForSemanticSegmentation
 
-from hf_seg import EnsembleForSemanticSegmentation
+from hf_seg import EnsembleForSemanticSegmentation, hub_client
 from hf_seg.errors import UserError, one_line_errors
 from hf_seg.hub.push import check_complete, check_login, push
+from hf_seg.inference.load import load_networks
 from hf_seg.labels import OPEN_EARTH_MAP
 
 PROJECT = Path(__file__).parents[1]
@@ -372,6 +375,115 @@ def test_the_token_is_not_printed_even_if_a_server_repeats_it(hub: Hub, folders:
         with pytest.raises(UserError, match=r"refused Bearer \.\.\.") as raised:
             ask()
         assert TOKEN not in str(raised.value)
+
+
+@pytest.fixture
+def patient(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """The client of this process as `limit_waiting` makes it, but a server is silent after half a second."""
+    monkeypatch.setenv("HF_HUB_DOWNLOAD_TIMEOUT", "0.5")
+    hub_client.limit_waiting()
+    huggingface_hub.close_session()  # the next one has this limit
+    yield
+    huggingface_hub.close_session()
+
+
+def test_a_silent_hub_is_an_error_and_not_waited_for(hub: Hub, patient: None, folders: dict[str, Path]) -> None:
+    hub.faults = [Fault("GET", "whoami", 99, kind="silent"), Fault("POST", "/commit/", 99, kind="silent")]
+    with pytest.raises(UserError, match="the Hub cannot be reached"):
+        check_login("me/x")
+    with pytest.raises(UserError, match="is complete and unchanged, but is not on the Hub"):
+        push(folders["segformer"], "me/x")
+
+
+def test_a_hub_that_asks_to_wait_for_a_day_is_not_obeyed(hub: Hub, patient: None, folders: dict[str, Path]) -> None:
+    hub.faults = [Fault("POST", "/preupload/", 99, status=429, headers={"Retry-After": "86400"})]
+    with pytest.raises(UserError, match="answers 429, and asks to wait 86400 seconds"):
+        push(folders["segformer"], "me/x")
+    assert sum("/preupload/" in request for request in hub.requests) == 1
+    hub.faults = [Fault("POST", "/preupload/", 1, status=429, headers={"Retry-After": "3"})]
+    push(folders["segformer"], "me/x")
+
+
+def test_a_commit_that_came_in_between_is_not_overwritten(
+    hub: Hub, folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    push(folders["segformer"], "me/x")
+    repository, create = hub.repositories["models/me/x"], huggingface_hub.HfApi.create_commit
+
+    def create_late(api: Any, *args: Any, **options: Any) -> Any:
+        repository.commits["b" * 40] = {**repository.commits[repository.refs["main"]]}
+        repository.refs["main"] = "b" * 40
+        return create(api, *args, **options)
+
+    monkeypatch.setattr(huggingface_hub.HfApi, "create_commit", create_late)
+    with pytest.raises(UserError, match=r"is not on the Hub \(.*412"):
+        push(folders["stage1"], "me/x")
+    assert repository.refs["main"] == "b" * 40
+    monkeypatch.undo()
+    go_online(hub.url, TOKEN)
+    push(folders["stage1"], "me/x")
+    assert "student/model.safetensors" in repository.files()
+
+
+@pytest.mark.parametrize("fault", [Fault("POST", "/commit/", kind="cut answer"), Fault("POST", "/commit/", status=500)])
+def test_only_a_lost_answer_leaves_open_whether_a_commit_arrived(
+    fault: Fault, hub: Hub, folders: dict[str, Path]
+) -> None:
+    hub.faults = [replace(fault)]
+    arrived = fault.kind == "cut answer"
+    message = "the answer to the commit was lost" if arrived else "is complete and unchanged, but is not on the Hub"
+    with pytest.raises(UserError, match=message):
+        push(folders["segformer"], "me/x")
+    repository = hub.repositories["models/me/x"]
+    assert len(repository.messages) == arrived
+    push(folders["segformer"], "me/x")
+    assert len(repository.messages) == 1 and "model.safetensors" in repository.files()
+
+
+@pytest.mark.parametrize("kind", ["other JSON", "web page"])
+def test_an_answer_of_something_else_is_one_line(kind: str, hub: Hub) -> None:
+    hub.faults = [Fault("GET", "whoami", kind=kind)]
+    with pytest.raises(UserError, match="the Hub cannot be reached, or does not accept the token") as raised:
+        check_login("me/x")
+    assert "\n" not in str(raised.value) and TOKEN not in str(raised.value)
+
+
+def test_a_model_with_another_content_is_not_loaded_and_is_downloaded_again(
+    hub: Hub, folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    push(folders["segformer"], "me/x")
+    for name, file in (("model.safetensors", "model.safetensors"), ("config.json", "config.json")):
+        cache = tmp_path / name
+        hub.faults = [Fault("GET", f"/{file}", kind="flipped bit")]
+        with pytest.raises(UserError, match=f"me/x: {file} differs from its checksum on the Hub"):
+            load_networks("me/x", cache_dir=cache)
+        (loaded,) = load_networks("me/x", cache_dir=cache)
+        assert loaded.folder is not None
+        assert (loaded.folder / file).read_bytes() == (folders["segformer"] / file).read_bytes()
+
+
+def test_the_token_is_not_in_errors_and_logs_of_a_download(
+    hub: Hub, capfd: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    hub.faults = [Fault("GET", "", 99, status=403)]
+    with pytest.raises(UserError, match="was not found locally or on the Hub") as raised:
+        load_networks("me/x", cache_dir=tmp_path)
+    logger = logging.getLogger("huggingface_hub.test")
+    record = logger.makeRecord(logger.name, logging.WARNING, "", 0, "refused %s", (f"Bearer {TOKEN}",), None)
+    assert record.getMessage() == "refused Bearer ..."
+    printed = capfd.readouterr()
+    assert TOKEN not in f"{raised.value}{printed.out}{printed.err}"
+
+
+def test_the_token_stays_with_the_hub(hub: Hub, folders: dict[str, Path], tmp_path: Path) -> None:
+    push(folders["segformer"], "me/x", private=True)
+    hub.faults = [Fault("", "/resolve/", 99, kind="elsewhere")]
+    (loaded,) = load_networks("me/x", cache_dir=tmp_path)
+    assert loaded.folder is not None and hub.elsewhere_headers
+    assert (loaded.folder / "model.safetensors").read_bytes() == (
+        folders["segformer"] / "model.safetensors"
+    ).read_bytes()
+    assert not [headers for headers in hub.elsewhere_headers if TOKEN in headers or "authorization" in headers.lower()]
 
 
 def test_a_public_repository_is_not_used_as_a_private_one(hub: Hub, folders: dict[str, Path]) -> None:

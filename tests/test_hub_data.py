@@ -7,6 +7,7 @@ import shutil
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import datasets
@@ -16,7 +17,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import yaml
+from accelerate import Accelerator
 from conftest import make_scene, write_tiff
+from hub_folders import make_pseudo_labels
 from hub_server import Fault, Hub, Repository, Stored, go_online, serve_hub
 from huggingface_hub import parse_eval_result_entries
 from recipe_process import run_recipe
@@ -26,12 +29,14 @@ from hf_seg.data.doctor import detect, examine
 from hf_seg.data.hub_dataset import find_hub_dataset, parse_hub_id
 from hf_seg.data.open_earth_map import load_open_earth_map, load_open_earth_map_sar
 from hf_seg.data.provenance import find_label_set, read_provenance
+from hf_seg.data.pseudo_label_dataset import load_pseudo_labels
 from hf_seg.errors import DatasetError, UserError
 from hf_seg.hub.push import push as push_model
 from hf_seg.hub.push_space import push_space
 from hf_seg.hub.push_tiles import Tiles, push_tiles
 from hf_seg.labels import OPEN_EARTH_MAP
 from hf_seg.studies.label_maps import LabelMaps
+from hf_seg.training.hub_data import pin_datasets
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "scripts"))
 import prepare_data
@@ -222,6 +227,41 @@ def test_the_tasks_of_a_benchmark_are_those_of_its_own_description(
     name = f"me/benchmark{len(content)}"
     store(hub, name, {"README.md": b"", "eval.yaml": content.encode()})
     assert read_provenance(name, "OpenEarthMap-SAR")["benchmark_tasks"] == expected
+
+
+def test_pseudo_labels_are_of_one_commit(hub: Hub, tmp_path: Path) -> None:
+    push_model(make_pseudo_labels(tmp_path / "two", 2), "me/labels-pinned")
+    first = hub.head("me/labels-pinned", "datasets")
+    push_model(make_pseudo_labels(tmp_path / "three", 3), "me/labels-pinned")
+    hub.requests.clear()
+    assert len(load_pseudo_labels(f"me/labels-pinned@{first}")) == 2
+    assert not [each for each in hub.requests if "/resolve/" in each and first not in each]
+    assert len(load_pseudo_labels("me/labels-pinned")) == 3
+
+
+def test_a_run_keeps_to_one_commit_of_its_pseudo_labels(hub: Hub, tmp_path: Path) -> None:
+    push_model(make_pseudo_labels(tmp_path / "labels", 1), "me/labels-kept")
+    args = SimpleNamespace(data_dir="data/tiles", pseudo_labels="me/labels-kept")
+    pin_datasets(args, Accelerator(cpu=True))
+    assert args.pseudo_labels == f"me/labels-kept@{hub.head('me/labels-kept', 'datasets')}"
+    assert args.data_dir == "data/tiles"
+
+
+def test_a_manifest_that_cannot_be_fetched_is_an_error(hub: Hub, tmp_path: Path) -> None:
+    push_model(make_pseudo_labels(tmp_path / "labels", 2), "me/labels-cut")
+    hub.faults.append(Fault("", "manifest.json", 99, status=500))
+    with pytest.raises(UserError, match=r"me/labels-cut@\w+, manifest\.json cannot be downloaded"):
+        load_pseudo_labels("me/labels-cut")
+    hub.faults.clear()
+    assert len(load_pseudo_labels("me/labels-cut")) == 2
+
+
+def test_a_shard_with_another_content_is_not_read(hub: Hub, target: Path) -> None:
+    push(target, "me/flipped")
+    hub.faults.append(Fault("GET", "/data/val-", kind="flipped bit"))
+    with pytest.raises(UserError, match=r"me/flipped@\w+: val-.*parquet differs from its checksum on the Hub"):
+        load_open_earth_map_sar("me/flipped", "val")
+    assert len(load_open_earth_map_sar("me/flipped", "val")) == 3
 
 
 def test_an_audit_reads_the_labels_of_tiles(pushed: Hub, target: Path) -> None:

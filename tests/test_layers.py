@@ -1,6 +1,7 @@
 """Who may import whom: folders are ranks, read from the source without running it."""
 
 import ast
+import re
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,7 @@ LEAVES = sorted([*PROJECT.glob("recipes/*.py"), *PROJECT.glob("scripts/*.py")])
 RANKS = (
     "bands errors labels terminal",
     "files settings normalization",
+    "hub_client",
     "arguments bootstrap calibration label_sets losses metrics adaptation timm_encoder encoders",
     "data models land_cover_iou report",
     "stem",
@@ -88,4 +90,7 @@ def test_nothing_is_unpickled_and_no_remote_code_runs() -> None:
             assert source.count("torch.load") == source.count("weights_only=True") == 1
             source = source.replace("torch.load", "")
         assert "pickle" not in imports_of(path) and "torch.load" not in source, path
-        assert "trust_remote_code" not in source, path
+        # without the argument transformers would ask, and a `y` on standard input would run the code
+        loaded = re.findall(r"Auto\w+\.from_pretrained\((?:\w+), (trust_remote_code=False)\)", source)
+        calls = re.findall(r"Auto\w+\.from_pretrained\(", source)
+        assert source.count("trust_remote_code") == len(loaded) == len(calls), path

@@ -1,6 +1,7 @@
 """Stock models: built, loaded with proof, saved for anyone, and logits where the labels are."""
 
 import copy
+import io
 import json
 import logging
 from pathlib import Path
@@ -710,3 +711,33 @@ def test_a_teacher_of_a_real_network_labels_as_its_batch_norms_in_train_mode(nam
     assert found.auxiliary_logits is None
     torch.testing.assert_close(found.logits, expected.logits.detach(), rtol=1e-3, atol=1e-4)
     assert torch.isfinite(teacher(pixel_values[:1]).logits).all()
+
+
+@pytest.mark.parametrize("kind", ["shard", "adapter"])
+def test_nothing_but_safetensors_is_loaded(kind: str, tmp_path: Path) -> None:
+    model = build_model("toy-segformer", crop_size=64, from_scratch=True)
+    model.save_pretrained(tmp_path)
+    message = "has an adapter beside its weights"
+    if kind == "shard":
+        torch.save(model.state_dict(), tmp_path / "pytorch_model.bin")
+        (tmp_path / "model.safetensors").unlink()
+        index = {"metadata": {}, "weight_map": dict.fromkeys(model.state_dict(), "pytorch_model.bin")}
+        (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
+        torch.save({"a": tmp_path}, tmp_path / "pytorch_model.bin")  # a path is no tensor
+        message = "no complete weights in safetensors format"
+    else:
+        (tmp_path / "adapter_config.json").write_text('{"peft_type": "LORA"}')
+    with pytest.raises(UserError, match=message) as raised:
+        build_model(str(tmp_path), crop_size=64)
+    assert "\n" not in str(raised.value) and "still be loaded" not in str(raised.value)
+
+
+def test_a_model_with_code_of_its_own_is_refused_without_a_question(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "config.json").write_text('{"model_type": "mine", "auto_map": {"AutoConfig": "code.Config"}}')
+    (tmp_path / "code.py").write_text(f"import os; os.mkdir({str(tmp_path / 'canary')!r})")
+    monkeypatch.setattr("sys.stdin", io.StringIO("y\n" * 9))
+    with pytest.raises(UserError, match="was not found locally or on the Hub"):
+        build_model(str(tmp_path), crop_size=64)
+    assert not (tmp_path / "canary").exists()

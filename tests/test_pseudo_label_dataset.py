@@ -5,6 +5,8 @@ from pathlib import Path
 
 import datasets
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 from PIL import Image
@@ -190,3 +192,36 @@ def test_a_shard_that_cannot_be_written_is_a_file_error(tmp_path: Path) -> None:
     (tmp_path / "data").touch()
     with pytest.raises(FileError, match=r"a\.parquet cannot be written"):
         write_shard(tmp_path / "data" / "a.parquet", [random_tile(0)])
+
+
+def test_a_label_that_is_a_path_is_refused(tmp_path: Path) -> None:
+    folder = tmp_path / "data"
+    folder.mkdir()
+    images = pa.array(
+        [{"bytes": None, "path": "/etc/hostname"}], pa.struct({"bytes": pa.binary(), "path": pa.string()})
+    )
+    pq.write_table(pa.table({"image_id": ["a"], "pseudo_label": images}), folder / "train-00000-of-00001.parquet")
+    with pytest.raises(UserError, match="pseudo_label has images without their bytes, only a path"):
+        load_pseudo_labels(str(tmp_path))
+
+
+def test_labels_with_the_card_of_others_are_not_taken_for_them(tmp_path: Path) -> None:
+    found = []
+    for name, value in (("mine", 1), ("copied", 2)):
+        label = np.full((4, 4), value, np.uint8)
+        counts = np.zeros(9, np.int64)
+        tile = LabelledTile("a", label, np.ones((4, 4), np.float32), counts, counts, {"no": 0})
+        write_shard(tmp_path / name / "data" / "train-00000-of-00001.parquet", [tile])
+        (tmp_path / name / "README.md").write_text("---\nconfigs:\n- config_name: default\n  description: x\n---\n")
+        found.append(np.unique(load_pseudo_labels(str(tmp_path / name))[0]["pseudo_label"]).tolist())
+    assert found == [[1], [2]]
+
+
+@pytest.mark.parametrize("content", ["{", "[1]", '{"label_set": 5}'])
+def test_a_damaged_manifest_is_named(content: str, tmp_path: Path) -> None:
+    counts = np.zeros(9, np.int64)
+    tile = LabelledTile("a", np.ones((4, 4), np.uint8), np.ones((4, 4), np.float32), counts, counts, {"no": 0})
+    write_shard(tmp_path / "data" / "train-00000-of-00001.parquet", [tile])
+    (tmp_path / "manifest.json").write_text(content)
+    with pytest.raises(UserError, match=r"manifest\.json is damaged"):
+        load_pseudo_labels(str(tmp_path))

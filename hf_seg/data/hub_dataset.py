@@ -23,6 +23,7 @@ from huggingface_hub.errors import (
 
 from hf_seg.data.scan import SPLITS
 from hf_seg.errors import DatasetError, UserError
+from hf_seg.hub_client import check_downloads, limit_waiting, one_line
 
 DATASET_FILE = "dataset.json"
 URI = "hf://datasets/"
@@ -77,12 +78,15 @@ class HubDataset:
         """Return the place of a file in the cache; it is downloaded if it is not there.
 
         Raises:
-            UserError: it cannot be downloaded.
+            UserError: it cannot be downloaded, or differs from its checksum.
         """
+        limit_waiting()
         try:
-            return Path(hf_hub_download(self.repository, file, repo_type="dataset", revision=self.revision))
+            path = Path(hf_hub_download(self.repository, file, repo_type="dataset", revision=self.revision))
         except Exception as error:  # network, login, disk: the Hub's client raises many kinds
             raise _explain(f"{self}, {file}", error) from None
+        check_downloads([path], str(self))
+        return path
 
 
 def is_shard(name: str) -> bool:
@@ -127,6 +131,7 @@ def _find(repository: str, revision: str | None, endpoint: str, is_offline: bool
     name = f"{repository}@{revision}" if revision else repository
     if is_offline:
         return _find_in_cache(name, repository, revision)
+    limit_waiting()
     try:
         found = HfApi(endpoint=endpoint).dataset_info(repository, revision=revision)
         files = tuple(sorted(each.rfilename for each in found.siblings or []))
@@ -167,7 +172,7 @@ def _explain(name: str, error: Exception) -> UserError:
         )
     if constants.HF_HUB_OFFLINE and isinstance(error, EntryNotFoundError):
         return UserError(f"{name}: HF_HUB_OFFLINE is set, but the file is not in the cache; run once without it")
-    reason = " ".join(str(error).split())[:200] or type(error).__name__
     return UserError(
-        f"{name} cannot be downloaded ({reason}); try again, or use what is in the cache with HF_HUB_OFFLINE=1"
+        f"{name} cannot be downloaded ({one_line(error, 200)}); try again, or use what is in the cache with "
+        "HF_HUB_OFFLINE=1"
     )

@@ -15,16 +15,19 @@ from typing import Any, NamedTuple
 import datasets
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
-from huggingface_hub import hf_hub_download
 
+from hf_seg.data.hub_dataset import HubDataset, find_hub_dataset, is_shard
 from hf_seg.errors import UserError, file_errors
 from hf_seg.files import atomic_file, sha256_of, write_atomic
+from hf_seg.hub_client import one_line
 from hf_seg.label_sets import hex_colors, require_same_classes
 from hf_seg.labels import BACKGROUND, OPEN_EARTH_MAP, LabelSet
 from hf_seg.settings import LOCAL_PATHS_FILE
 
 CONFIDENCE_STEP = 5  # of 255; in finer steps a tile of 1024 pixels from a noisy network could exceed 1 MB
+MANIFEST_FILE = "manifest.json"
 _COUNTS_KEY = b"hf_seg.counts"
 _MAP = datasets.Image(mode="L")
 _FEATURES = datasets.Features({"image_id": datasets.Value("string"), "pseudo_label": _MAP, "confidence": _MAP})
@@ -162,38 +165,70 @@ def write_manifest(folder: Path, summary: dict[str, Any]) -> None:
 def load_pseudo_labels(
     path: str, columns: Sequence[str] = ("image_id", "pseudo_label"), *, label_set: LabelSet = OPEN_EARTH_MAP
 ) -> datasets.Dataset:
-    """Load a dataset of pseudo-labels from a folder of Parquet files or the Hub.
+    """Load a dataset of pseudo-labels from a folder of Parquet files, or one commit of a dataset on the Hub.
 
     Args:
-        path: folder, or Hub id.
+        path: folder, or Hub id, org/name or org/name@revision.
         columns: what each row contains; "confidence" only where the dataset has it.
         label_set: classes of the training.
 
     Raises:
-        UserError: no such folder or repository, not a dataset of pseudo-labels, or its manifest says other classes.
+        UserError: no such folder or repository, not a dataset of pseudo-labels, its manifest says other classes, or a
+            label is not in the dataset itself.
     """
+    hub = None if Path(path).exists() else find_hub_dataset(path)
     if Path(path, "inputs.json").exists() and not Path(path, "manifest.json").exists():
         raise UserError(f"{path} is not finished; launch recipes/pseudo_label.py on it again")
     try:
-        loaded = datasets.load_dataset(str(Path(path).resolve()) if Path(path).exists() else path, split="train")
+        loaded = _load(path, hub)
+    except UserError:
+        raise
     except Exception as error:  # datasets raises many kinds; each is about this path
-        raise UserError(f"{path}: pseudo-labels cannot be loaded ({' '.join(str(error).split())})") from None
+        raise UserError(f"{path}: pseudo-labels cannot be loaded ({one_line(error)})") from None
     found = [column for column in columns if column in loaded.column_names]
     if missing := set(columns) - {*found, "confidence"}:
         raise UserError(f"{path}: no column {', '.join(sorted(missing))} among {loaded.column_names}")
-    recorded = _read_manifest(path).get("label_set")
+    _require_embedded(loaded, found, path)
+    recorded = _read_manifest(path, hub).get("label_set")
     if recorded is not None:  # labels that others made may have no manifest
         hint = "; give the label_set of the pseudo-labels"
+        if not isinstance(recorded, dict) or not isinstance(recorded.get("names"), list):
+            raise UserError(f"{path}: {MANIFEST_FILE} is damaged: its label_set has no names")
         require_same_classes(recorded["names"], label_set.names, path, "the label set", hint)
     return loaded.select_columns(found)
 
 
-def _read_manifest(path: str) -> dict[str, Any]:
+def _load(path: str, hub: HubDataset | None) -> datasets.Dataset:
+    """Load the train split: of our own layout exactly its shards, else what `datasets` makes of it."""
+    if hub is None:
+        shards = sorted(Path(path).glob("data/train-*.parquet"))
+        # not by the folder: `datasets` would name its cache by the card's header alone, which others may copy
+        files = [str(shard.resolve()) for shard in shards if is_shard(f"data/{shard.name}")]
+        if not files:
+            return datasets.load_dataset(str(Path(path).resolve()), split="train")
+    elif "train" in hub.splits:
+        files = [str(hub.fetch(name)) for name in hub.shards("train")]
+    else:
+        return datasets.load_dataset(hub.repository, split="train", revision=hub.revision)
+    return datasets.load_dataset("parquet", data_files={"train": files}, split="train")
+
+
+def _require_embedded(rows: datasets.Dataset, columns: Sequence[str], path: str) -> None:
+    """Raise `UserError` for an image that is a path: it would be read from this machine, or from any host."""
+    for column in columns:
+        values = rows.data.column(column)
+        if pa.types.is_struct(values.type) and pc.struct_field(values, "bytes").null_count:
+            raise UserError(f"{path}: {column} has images without their bytes, only a path; embed them")
+
+
+def _read_manifest(path: str, hub: HubDataset | None) -> dict[str, Any]:
     """Return the manifest of pseudo-labels in a folder or on the Hub; empty if there is none."""
-    file = Path(path, "manifest.json")
-    if not Path(path).exists():
-        try:
-            file = Path(hf_hub_download(path, "manifest.json", repo_type="dataset"))
-        except Exception:  # the Hub's client raises many kinds; the labels themselves were found
-            return {}
-    return dict(json.loads(file.read_text(encoding="utf-8"))) if file.is_file() else {}
+    if hub is not None and MANIFEST_FILE not in hub.files:
+        return {}
+    file = Path(path, MANIFEST_FILE) if hub is None else hub.fetch(MANIFEST_FILE)
+    if not file.is_file():
+        return {}
+    try:
+        return dict(json.loads(file.read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError) as error:
+        raise UserError(f"{path}: {MANIFEST_FILE} is damaged ({one_line(error)})") from None

@@ -17,6 +17,7 @@ from huggingface_hub import (
     EvalResultEntry,
     ModelCard,
     ModelCardData,
+    RepoCard,
     eval_result_entries_to_yaml,
 )
 
@@ -24,8 +25,10 @@ from hf_seg.data.pseudo_label_dataset import CONFIDENCE_STEP
 from hf_seg.errors import UserError
 from hf_seg.files import remove, write_atomic
 from hf_seg.hub.export import read_record, read_training_data, without_paths
+from hf_seg.hub_client import one_line
 from hf_seg.label_sets import hex_colors, label_set_of
 from hf_seg.labels import IGNORE_INDEX
+from hf_seg.report.page import without_tags
 from hf_seg.settings import packaged_folder
 
 Provenance = dict[str, Any]  # as `read_provenance` returns it
@@ -72,7 +75,9 @@ def write_model_card(folder: Path) -> None:
     facts["class_rows"] = [*zip(range(label_set.num_labels), label_set.names, colors, strict=True)]
     facts["figures"] = [path.relative_to(folder) for path in folder.glob("figures/**/*.png")]
     loader = jinja2.FileSystemLoader(packaged_folder("model_cards"))
-    environment = jinja2.Environment(loader=loader, undefined=jinja2.StrictUndefined)  # noqa: S701 (no HTML)
+    environment = jinja2.Environment(  # noqa: S701 (Markdown)
+        loader=loader, undefined=jinja2.StrictUndefined, finalize=without_tags
+    )
     body = re.sub(r"\n{3,}", "\n\n", environment.get_template(template).render(facts)).strip()
     write_atomic(folder / "README.md", str(ModelCard(f"---\n{header.to_yaml()}\n---\n\n{body}\n")))
     _write_eval_results(folder, header, [column.data for column in facts["columns"]])
@@ -255,6 +260,23 @@ def _network_name(config: dict[str, Any]) -> str:
     return " ".join(names.get(kind, timm_name or kind) for kind in types if kind)
 
 
+def read_header(card: str, path: Path) -> dict[str, Any]:
+    """Return the metadata of a card, empty if it has none; `UserError` naming the file if they cannot be read."""
+    try:
+        return dict(RepoCard(card, ignore_metadata_errors=True).data.to_dict())
+    except (ValueError, TypeError, yaml.YAMLError) as error:
+        raise UserError(f"{path}: its header cannot be read ({one_line(error)})") from None
+
+
+def without_tags_in(facts: Any) -> Any:
+    """Return facts of a card with `without_tags` applied to every text in lists and mappings."""
+    if isinstance(facts, dict):
+        return {without_tags(key): without_tags_in(value) for key, value in facts.items()}
+    if isinstance(facts, list | tuple):
+        return [without_tags_in(each) for each in facts]
+    return without_tags(facts)
+
+
 def write_pseudo_label_card(folder: Path, summary: dict[str, Any]) -> None:
     """Write the README.md of a dataset of pseudo-labels, by whose header stock `load_dataset` finds the shards.
 
@@ -279,7 +301,8 @@ def write_pseudo_label_card(folder: Path, summary: dict[str, Any]) -> None:
     )
     ids = {name: index for index, name in enumerate(summary["class_histogram"], start=1)}
     facts: dict[str, Any] = {"ids": ids, "ignore_index": IGNORE_INDEX, "confidence_step": CONFIDENCE_STEP}
+    facts["pretty_name"] = header.pretty_name
     facts |= {**summary, "models": models, "data": data, "from_hub": from_hub}
     template = packaged_folder("model_cards") / "pseudo_labels.md"
-    card = DatasetCard.from_template(header, template_path=str(template), **facts)
+    card = DatasetCard.from_template(header, template_path=str(template), **without_tags_in(facts))
     write_atomic(folder / "README.md", card.content)

@@ -4,11 +4,16 @@ from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, get_token
+from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
 
 from hf_seg.errors import UserError
+from hf_seg.hub_client import limit_waiting, one_line
 
 IN_GIT = 10 * 2**20  # bytes; larger files are stored apart from git, and so sent apart from the commit
+
+
+class UnconfirmedError(UserError):
+    """The answer to a commit was lost: the Hub may have all of it, or nothing."""
 
 
 class Destination:
@@ -21,6 +26,7 @@ class Destination:
     """
 
     def __init__(self, repository: str, kind: str, revision: str | None = None) -> None:
+        limit_waiting()
         self.api = HfApi()
         self.place: dict[str, Any] = {"repo_id": repository, "repo_type": kind}
         self.revision = revision
@@ -63,20 +69,38 @@ class Destination:
             message: of the commit.
             is_ours: tells which other files in the repository are deleted.
             uploaded: what `upload` returned.
+
+        Raises:
+            UnconfirmedError: it may have arrived; any other error says that nothing did.
         """
         # not `upload_folder`: it sends 250 files and more, or any number after a failure, in several commits
         operations: list[Any] = [*uploaded, *(CommitOperationAdd(name, content) for name, content in contents.items())]
         sent = {each.path_in_repo for each in operations}
-        remote = self.api.list_repo_files(**self.place, revision=self.revision)
+        # what is deleted follows from one commit: the Hub refuses this one if another came after that
+        parent = self.api.repo_info(**self.place, revision=self.revision).sha
+        remote = self.api.list_repo_files(**self.place, revision=parent)
         operations += [CommitOperationDelete(name) for name in remote if name not in sent and is_ours(name)]
+        options = {"commit_message": message, "parent_commit": parent, **self._where()}
+        try:
+            return self.api.create_commit(self.place["repo_id"], operations, **options).commit_url
+        except Exception as error:  # network, login, name: of many kinds
+            status = getattr(getattr(error, "response", None), "status_code", None)
+            if status is None or status >= 500:
+                self._require_unchanged(parent, error)
+            raise
+
+    def _require_unchanged(self, parent: str | None, error: Exception) -> None:
+        """Raise `UnconfirmedError` unless the branch is at the same commit as before."""
         repository = self.place["repo_id"]
-        return self.api.create_commit(repository, operations, commit_message=message, **self._where()).commit_url
+        try:
+            newest = self.api.repo_info(**self.place, revision=self.revision).sha
+        except Exception:  # the network is gone
+            newest = "unknown"
+        if newest != parent:
+            raise UnconfirmedError(
+                f"the answer to the commit was lost ({one_line(error)}); {repository} has all of it or nothing, its "
+                f"newest commit is {newest}; run the same command again: what is there is not sent again"
+            ) from None
 
     def _where(self) -> dict[str, Any]:
         return {"repo_type": self.place["repo_type"], "revision": self.revision}
-
-
-def one_line(error: Exception) -> str:
-    """Return what an error of the Hub's client says, in one line without the token."""
-    text = " ".join(str(error).split()) or type(error).__name__
-    return text.replace(get_token() or "\0", "...")[:300]  # a server may repeat what it was sent

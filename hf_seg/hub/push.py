@@ -12,15 +12,16 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import HfApi, ModelCard, constants, get_token
+from huggingface_hub import HfApi, constants, get_token
 from huggingface_hub.utils import validate_repo_id
 
 from hf_seg.arguments import HubSettings
 from hf_seg.errors import UserError, file_errors
 from hf_seg.files import sha256_of
-from hf_seg.hub.cards import EVAL_RESULTS_FILE, write_model_card
-from hf_seg.hub.commit import Destination, one_line
+from hf_seg.hub.cards import EVAL_RESULTS_FILE, read_header, write_model_card
+from hf_seg.hub.commit import Destination, UnconfirmedError
 from hf_seg.hub.export import TRAINING_DATA_FILE, read_record, without_paths
+from hf_seg.hub_client import limit_waiting, one_line
 from hf_seg.inference.load import load_networks
 
 _WEIGHTS = ("config.json", "preprocessor_config.json", "model*.safetensors", "model.safetensors.index.json")
@@ -61,18 +62,20 @@ def check_login(repository: str) -> None:
         raise UserError("a push needs the Hub, but HF_HUB_OFFLINE is set")
     if get_token() is None:
         raise UserError(f"a push to {repository} needs a token: `hf auth login`, or the environment variable HF_TOKEN")
+    limit_waiting()
     try:
         validate_repo_id(repository)
         account = HfApi().whoami()
+        role = account.get("auth", {}).get("accessToken", {}).get("role")
+        names = [account["name"], *(each["name"] for each in account.get("orgs", []))]
     except Exception as error:  # network, login, name: of many kinds
         raise UserError(
             f"the Hub cannot be reached, or does not accept the token or the name {repository} ({one_line(error)})"
         ) from None
-    if account.get("auth", {}).get("accessToken", {}).get("role") == "read":
-        raise UserError(f"the token of {account['name']} may only read; a push needs one that may write")
-    names = [account["name"], *(each["name"] for each in account.get("orgs", []))]
+    if role == "read":
+        raise UserError(f"the token of {names[0]} may only read; a push needs one that may write")
     if (owner := repository.partition("/")[0]) not in names:
-        raise UserError(f"{account['name']} cannot push to {repository}: {owner} is none of {', '.join(names)}")
+        raise UserError(f"{names[0]} cannot push to {repository}: {owner} is none of {', '.join(names)}")
 
 
 def find_kind(folder: Path) -> str:
@@ -101,7 +104,7 @@ def check_complete(folder: Path) -> dict[str, Path]:
         if name not in files:
             raise UserError(f"{folder} is incomplete: it has no {name}")
     card = _read_card(files["README.md"])
-    if not ModelCard(card).data.to_dict():
+    if not read_header(card, files["README.md"]):
         raise UserError(f"{files['README.md']} has no header, by which the Hub would know what it is")
     if missing := [link for link in re.findall(r"\]\((figures/[^)]+)\)", card) if link not in files]:
         raise UserError(f"{folder} is incomplete: its card shows {missing[0]}, which does not exist")
@@ -144,6 +147,8 @@ def push(folder: Path, repository: str, private: bool = False, revision: str | N
         url = destination.commit(
             contents, _commit_message(folder, kind), lambda name: any(_is_sent(name, each) for each in _SENT)
         )
+    except UnconfirmedError:
+        raise
     except Exception as error:  # network, login, name: of many kinds
         command = ["python", "scripts/push_to_hub.py", str(folder), repository]
         if private:

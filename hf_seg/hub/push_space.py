@@ -6,11 +6,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import RepoCard
 from huggingface_hub.constants import SPACES_SDK_TYPES
 
 from hf_seg.errors import UserError, file_errors
-from hf_seg.hub.commit import Destination, one_line
+from hf_seg.hub.cards import read_header
+from hf_seg.hub.commit import Destination, UnconfirmedError
+from hf_seg.hub_client import one_line
 
 MODELS_VARIABLE = "MODELS"  # space/app.py reads it: Hub ids with spaces between them
 _PACKAGE = Path(__file__).parents[1]
@@ -56,6 +57,8 @@ def push_space(folder: Path, repository: str, models: Sequence[str] = (), *, pri
         if models:  # first, so that the app never starts without it
             destination.api.add_space_variable(repository, MODELS_VARIABLE, " ".join(models))
         return destination.commit(contents, "App of land-cover maps", _is_sent), needs_token
+    except UnconfirmedError:
+        raise
     except Exception as error:  # network, login, name: of many kinds
         command = ["python", "scripts/push_to_hub.py", str(folder), repository]
         command += ["--model", *models] if models else []
@@ -66,10 +69,7 @@ def push_space(folder: Path, repository: str, models: Sequence[str] = (), *, pri
 def _sdk_of(folder: Path) -> str | None:
     with file_errors(folder / "README.md", "cannot be read"):
         card = (folder / "README.md").read_text(encoding="utf-8")
-    try:
-        return RepoCard(card, ignore_metadata_errors=True).data.to_dict().get("sdk")
-    except ValueError as error:
-        raise UserError(f"{folder / 'README.md'}: its header cannot be read ({one_line(error)})") from None
+    return read_header(card, folder / "README.md").get("sdk")
 
 
 def _is_private(destination: Destination, model: str) -> bool:

@@ -15,7 +15,9 @@ from hf_seg.data.provenance import declared_bands, find_label_set, read_provenan
 from hf_seg.data.scan import Row, Scan
 from hf_seg.data.tile_shards import COLUMNS, SHARD_BYTES, plan_tile_shards, write_tile_shard
 from hf_seg.errors import UserError
-from hf_seg.hub.commit import Destination, one_line
+from hf_seg.hub.cards import without_tags_in
+from hf_seg.hub.commit import Destination
+from hf_seg.hub_client import one_line
 from hf_seg.label_sets import hex_colors
 from hf_seg.labels import LabelSet
 from hf_seg.settings import packaged_folder
@@ -143,9 +145,10 @@ def write_card(tiles: Tiles, repository: str) -> str:
         },
         "classes": [*zip(tiles.label_set.names, codes, colors, strict=True)],
         "repository": repository,
+        "pretty_name": header.pretty_name,
     }
     template = packaged_folder("model_cards") / "tiles.md"
-    return DatasetCard.from_template(header, template_path=str(template), **facts).content
+    return DatasetCard.from_template(header, template_path=str(template), **without_tags_in(facts)).content
 
 
 def _license(name: str | None) -> dict[str, Any]:

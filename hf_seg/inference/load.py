@@ -27,6 +27,7 @@ from torch import nn
 from hf_seg.bands import Bands
 from hf_seg.errors import UserError
 from hf_seg.files import sha256_of
+from hf_seg.hub_client import check_downloads, limit_waiting, one_line
 from hf_seg.inference.exported import find_exported, open_exported
 from hf_seg.label_sets import label_set_of, require_same_classes
 from hf_seg.labels import BACKGROUND, OPEN_EARTH_MAP, LabelSet
@@ -221,14 +222,16 @@ def find_folder(name: str, patterns: Sequence[str], **hub: Any) -> tuple[Path, s
         return Path(name), None
     repository, _, pinned = name.partition("@")
     hub["revision"] = pinned or hub.get("revision")
+    limit_waiting()
     try:
         folder = Path(snapshot_download(repository, allow_patterns=list(patterns), **hub))
     except Exception as error:  # network, login, name: the Hub's client raises many kinds; each is about this name
-        reason = " ".join(str(error).split()).partition(" To enable")[0][:200]
+        reason = one_line(error).partition(" To enable")[0][:200]
         raise UserError(
             f"{name} was not found locally or on the Hub ({reason}); check the name and the network; a private "
             "repository needs `hf auth login` or token=..."
         ) from None
+    check_downloads((path for pattern in patterns for path in folder.glob(pattern)), name)
     return folder, folder.name  # a snapshot is named by its commit
 
 
@@ -267,7 +270,7 @@ def _read_config(folder: Path, name: str) -> Any:
     from transformers import AutoConfig
 
     try:
-        config = AutoConfig.from_pretrained(folder)
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
     except (OSError, ValueError) as error:
         raise UserError(f"{name}: config.json cannot be read ({str(error).splitlines()[0]})") from None
     if config.model_type not in ("segformer", "upernet"):
@@ -301,7 +304,7 @@ def _processor_settings(folder: Path) -> dict[str, Any]:
         return settings
     from transformers import AutoImageProcessor
 
-    processor = AutoImageProcessor.from_pretrained(folder)
+    processor = AutoImageProcessor.from_pretrained(folder, trust_remote_code=False)
     return {name: getattr(processor, name) for name in needed}
 
 

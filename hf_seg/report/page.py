@@ -18,7 +18,8 @@ def environment(package: str, *, html: bool = True) -> jinja2.Environment:
     loaders = [jinja2.PackageLoader(each) for each in dict.fromkeys((package, "hf_seg.report"))]
     found = jinja2.Environment(
         loader=jinja2.ChoiceLoader(loaders),
-        autoescape=html,  # noqa: S701 (Markdown has no tags)
+        autoescape=html,  # noqa: S701 (of Markdown see `finalize`)
+        finalize=None if html else without_tags,
         undefined=jinja2.StrictUndefined,
         trim_blocks=True,
         extensions=["jinja2.ext.do"],
@@ -31,6 +32,11 @@ def environment(package: str, *, html: bool = True) -> jinja2.Environment:
         "thousands": "{:,}".format,
     }
     return found
+
+
+def without_tags(value: object) -> object:
+    """Return a value that a Markdown template shows, so that no text in it starts an HTML tag."""
+    return value.replace("<", "&lt;") if isinstance(value, str) else value
 
 
 def embed_from(folder: Path) -> Callable[[str], str]:

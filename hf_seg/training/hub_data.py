@@ -10,7 +10,7 @@ from hf_seg.data.hub_dataset import URI, find_hub_dataset, parse_hub_id
 from hf_seg.errors import UserError
 from hf_seg.settings import Settings, read_settings
 
-_NAMES = ("source_dir", "data_dir")
+_NAMES = ("source_dir", "data_dir", "pseudo_labels")
 
 
 def pin_datasets(args: Any, accelerator: Accelerator, recipe: Path | None = None) -> None:
@@ -19,13 +19,13 @@ def pin_datasets(args: Any, accelerator: Accelerator, recipe: Path | None = None
     To be called by every process; the first one asks the Hub.
 
     Args:
-        args: settings, of which `data_dir` and `source_dir` count; folders stay.
+        args: settings, of which `data_dir`, `source_dir` and `pseudo_labels` count; folders stay.
         recipe: `recipe.yaml` of a run that resumes, whose commit is kept where no other revision is asked for.
 
     Raises:
         UserError: no such dataset, or another one than that of the run.
     """
-    given = {name: getattr(args, name) for name in _NAMES if hasattr(args, name)}
+    given = {name: value for name in _NAMES if (value := getattr(args, name, None)) is not None}
     if not any(parse_hub_id(value) for value in given.values()):
         return
     found: list[Any] = ["", {}]

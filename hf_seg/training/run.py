@@ -149,7 +149,7 @@ def find_bands(
 def _trained_bands(name: str) -> BandStatistics | None:
     """Return the bands of a trained model; None for an encoder, and for a model of 8-bit SAR or RGB images."""
     try:
-        config = AutoConfig.from_pretrained(name)
+        config = AutoConfig.from_pretrained(name, trust_remote_code=False)
         bands = Bands.from_config(getattr(config, "input_bands", None))
     except (OSError, ValueError):
         return None  # an encoder of timm or a preset; what is wrong with a model shows when it is built
