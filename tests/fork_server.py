@@ -8,7 +8,7 @@ import shlex
 import subprocess
 import sys
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from hf_seg import cli
@@ -38,16 +38,22 @@ def can_run(command: str) -> bool:
 
 
 def run_command(
-    command: str, *, cwd: Path, env: Mapping[str, str], timeout: float = 240
+    command: str,
+    *,
+    cwd: Path,
+    env: Mapping[str, str],
+    timeout: float = 240,
+    before: Callable[[], None] | None = None,
 ) -> subprocess.CompletedProcess[str]:
     """Run `hf-seg ...`, `python FILE ...` or `python -m MODULE ...` as a shell would.
 
-    Variables that a package reads while it is imported have the values of this process.
+    Variables that a package reads while it is imported have the values of this process; `before`, which can be
+    pickled, is called first in the new one.
     """
     words = shlex.split(command)
     with tempfile.TemporaryDirectory() as folder:
         outputs = [Path(folder) / name for name in ("stdout", "stderr")]
-        process = context.Process(target=_run, args=(words, str(cwd), dict(env), [*map(str, outputs)]))
+        process = context.Process(target=_run, args=(words, str(cwd), dict(env), [*map(str, outputs)], before))
         process.start()
         process.join(timeout)
         if process.is_alive():
@@ -56,12 +62,16 @@ def run_command(
         return subprocess.CompletedProcess(words, process.exitcode or 0, *(path.read_text() for path in outputs))
 
 
-def _run(words: list[str], cwd: str, env: dict[str, str], outputs: list[str]) -> None:
+def _run(
+    words: list[str], cwd: str, env: dict[str, str], outputs: list[str], before: Callable[[], None] | None
+) -> None:
     os.chdir(cwd)
     os.environ.clear()
     os.environ.update(env)
     for number, path in enumerate(outputs, start=1):
         os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT), number)
+    if before is not None:
+        before()
     if words[0] == "hf-seg":
         cli.main(words[1:])
     elif words[1] == "-m":
