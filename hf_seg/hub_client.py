@@ -61,7 +61,9 @@ def _refuse_long_wait(response: Any) -> None:
     if limits is not None and limits.remaining == 0:
         seconds = max(seconds, limits.reset_in_seconds)
     if seconds > LONGEST_WAIT:
-        raise UserError(f"{response.url.host} answers {response.status_code}, and asks to wait {seconds} seconds")
+        raise UserError(
+            f"{response.url.host} answers {response.status_code}, and asks to wait {seconds} seconds; run it again then"
+        )
 
 
 def one_line(error: BaseException, longest: int = 300) -> str:

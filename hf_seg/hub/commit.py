@@ -99,7 +99,7 @@ class Destination:
         if newest != parent:
             raise UnconfirmedError(
                 f"the answer to the commit was lost ({one_line(error)}); {repository} has all of it or nothing, its "
-                f"newest commit is {newest}; run the same command again: what is there is not sent again"
+                f"newest commit is {newest}; push again, which sends nothing twice"
             ) from None
 
     def _where(self) -> dict[str, Any]:

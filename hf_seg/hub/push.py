@@ -147,8 +147,6 @@ def push(folder: Path, repository: str, private: bool = False, revision: str | N
         url = destination.commit(
             contents, _commit_message(folder, kind), lambda name: any(_is_sent(name, each) for each in _SENT)
         )
-    except UnconfirmedError:
-        raise
     except Exception as error:  # network, login, name: of many kinds
         command = ["python", "scripts/push_to_hub.py", str(folder), repository]
         if private:
@@ -156,6 +154,8 @@ def push(folder: Path, repository: str, private: bool = False, revision: str | N
         if revision is not None:
             command += ["--revision", revision]
         reason, again = one_line(error), shlex.join(command)
+        if isinstance(error, UnconfirmedError):
+            raise UserError(f"{error}: {again}") from None
         raise UserError(
             f"{folder} is complete and unchanged, but is not on the Hub ({reason}); try again: {again}"
         ) from None

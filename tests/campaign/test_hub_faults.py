@@ -1,7 +1,8 @@
-"""Every request of every operation with the Hub fails in every way, once or for ever, over real HTTP.
+"""Requests of every operation with the Hub fail in every way, once or for ever, over real HTTP.
 
-The requests of an unbroken operation are recorded; then each of them is answered wrongly. The operation ends with the
-same bits, or with one line and exit code 2, and then a second call ends with them.
+The requests of an unbroken operation are recorded; then some of them, drawn by the seed, are answered wrongly. The
+operation ends with the same bits, or with one line and exit code 2, and then a second call ends with them.
+CAMPAIGN_HUB_REQUESTS=99 lets every request fail.
 """
 
 import base64
@@ -33,7 +34,7 @@ from hf_seg.hub.push import push
 from hf_seg.hub.push_tiles import Tiles, push_tiles
 
 TOKEN = "hf_campaignMARKERcampaignMARKER"
-REQUESTS = int(os.environ.get("CAMPAIGN_HUB_REQUESTS", "6"))  # of an operation that fail in each way, drawn by the seed
+REQUESTS = int(os.environ.get("CAMPAIGN_HUB_REQUESTS", "5"))  # of an operation that fail in each way, drawn by the seed
 SEVERAL = 10**6  # for ever
 READER = Path(__file__).with_name("read_from_hub.py")
 WAITS = 6 * (300 + 1) + 60  # seconds: six attempts, each after the longest wait that a server may ask for
@@ -201,7 +202,8 @@ def test_every_request_fails(operation: str, kind: str, world: World, results: R
     counts: Counter[str] = Counter()
     longest = 0.0
     random = Random(f"{SEED} {operation} {kind}")  # a row is the same alone
-    for number in sorted(random.sample(range(len(requests)), min(REQUESTS, len(requests)))):
+    wanted = min(3 if kind == "silent" else REQUESTS, len(requests))  # silence costs a second for each attempt
+    for number in sorted(random.sample(range(len(requests)), wanted)):
         method, path, skip = requests[number]
         times = random.choice((1, SEVERAL))
         fault = Fault(method, path, times, exact=True, skip=skip, **KINDS[kind])
