@@ -97,7 +97,7 @@ def _check_class(row: Any, number: int, source: str) -> dict[str, Any]:
     if index == BACKGROUND:
         raise UserError(f"{where} has id 0, which is background: list its pixel values under `background:`")
     if not isinstance(name, str) or not name.strip() or not name.isprintable():
-        raise UserError(f"{where} (id {index}) must have a name, printable text of one line; it is {name!r}")
+        raise UserError(f"{where} (id {index}) must have a name, text of one line; it is {name!r}")
     if {"colour", "color"} <= row.keys():
         raise UserError(f"{where} ({name}) has both colour and color; keep one")
     key = "color" if "color" in row else "colour"

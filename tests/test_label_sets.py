@@ -327,5 +327,5 @@ def test_the_name_of_a_class_is_one_printable_line(tmp_path: Path) -> None:
     for name in ("a\n```python", "a\u001b[2J", "a\u2028b"):
         with pytest.raises(UserError, match="printable text of one line"):
             label_set_of({"id2label": {0: "background", 1: name, 2: "b"}}, "model")
-        with pytest.raises(UserError, match="printable text of one line"):
+        with pytest.raises(UserError, match="must have a name, text of one line"):
             parse_label_set({"classes": [{"id": 1, "name": name}, {"id": 2, "name": "b"}]}, "file")

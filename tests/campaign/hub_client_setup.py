@@ -7,6 +7,7 @@ from pathlib import Path
 import datasets
 import huggingface_hub
 from hub_server import go_online
+from huggingface_hub import file_download
 
 SILENCE = 1.0  # seconds after which a server counts as gone
 _LONGEST_SLEEP = 0.01
@@ -22,6 +23,7 @@ def talk_to(url: str, home: str, token: str | None) -> None:
     go_online(url, token)
     constants.HF_HUB_CACHE, constants.HF_TOKEN_PATH = f"{home}/hub", f"{home}/token"
     constants.HF_HUB_DOWNLOAD_TIMEOUT = constants.HF_HUB_ETAG_TIMEOUT = SILENCE
+    file_download._ETAG_RETRY_TIMEOUT = SILENCE  # a minute, for the second time that a file is looked for
     datasets.config.HF_DATASETS_CACHE = Path(home, "datasets")
     sleep = time.sleep
 

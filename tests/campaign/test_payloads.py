@@ -452,7 +452,7 @@ CASES = [
         for payload, name, message in (
             ("HTML", SCRIPT, None),
             ("Jinja", "{{ cycler.__init__.__globals__.os.system('touch canary') }}", None),
-            ("a second line", "a\n```python\nCODE", "printable text of one line"),
+            ("a second line", "a\n```python\nCODE", "text of one line"),
         )
     ),
     Case(
