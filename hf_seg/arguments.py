@@ -13,6 +13,11 @@ from hf_seg.settings import LOCAL_PATHS_FILE, Settings, dump_yaml, read_settings
 
 _HUB_COMMIT = re.compile(r"(hf://datasets/)?[\w.-]+/[\w.-]+@[0-9a-f]{40}")  # as `pin_datasets` writes it
 Tta = Literal["none", "flips", "d4", "paper"]
+TRAINING_MEMORY_HINT = (
+    "lower --per_device_train_batch_size and raise --gradient_accumulation_steps as much, or lower --cache_gib, "
+    "--dataloader_num_workers or --crop_size; --resume_from_checkpoint latest resumes; hf-seg fit finds what fits"
+)
+PREDICTION_MEMORY_HINT = "lower --batch_size"
 
 
 @dataclass(kw_only=True)

@@ -1,12 +1,31 @@
-"""A user's mistake is one line on stderr, never a traceback."""
+"""A user's mistake is one line on stderr, never a traceback; so is a full disk, a broken one, or too little memory."""
 
+import errno
 import os
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+DISK_HINT = "free disk space or choose another place"
+
 _SECONDS_TO_END = 3.0  # a launcher looks every 0.1 s whether a process has failed
+_DISK_CODES = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS, errno.ESTALE)
+_TORCH_WRITER = ("PytorchStreamWriter failed", "unexpected pos")  # torch.save does not say why it cannot write
+_OUT_OF_MEMORY = (  # in the messages of torch on a CPU, of CUDA, GDAL, C++, a loader's worker and the threads of Python
+    "can't allocate memory",
+    "not enough memory",
+    "out of memory",
+    "Out of memory",
+    "ALLOC_FAILED",
+    "bad_alloc",
+    "bad allocation",
+    os.strerror(errno.ENOMEM),
+    "can't start new thread",
+    "out of shared memory",
+    "DataLoader worker (pid",
+)
 
 
 class UserError(ValueError):
@@ -23,7 +42,7 @@ class FileError(UserError):
 
 @contextmanager
 def file_errors(path: object, action: str, hint: str = "") -> Iterator[None]:
-    """Turn an `OSError` into a `FileError` that names the file.
+    """Turn what the operating system refused into a `FileError` that names the file.
 
     Args:
         path: file or folder, as the user knows it.
@@ -32,24 +51,100 @@ def file_errors(path: object, action: str, hint: str = "") -> Iterator[None]:
     """
     try:
         yield
-    except OSError as error:
-        reason = error.strerror or " ".join(str(error).split()) or type(error).__name__
+    except Exception as error:
+        if is_out_of_memory(error) or (reason := system_reason(error)) is None:
+            raise
         raise FileError(f"{path} {action} ({reason}){hint and f'; {hint}'}") from error
 
 
+def system_reason(error: Exception) -> str | None:
+    """Return why the operating system refused to read or write; None for an error of another kind."""
+    if isinstance(error, OSError):
+        return error.strerror or " ".join(str(error).split()) or type(error).__name__
+    return _disk_reason(error)
+
+
+def _disk_reason(error: Exception) -> str | None:
+    """Return what is wrong with the disk; None for another error.
+
+    Libraries in C++ and Rust have exceptions of their own, with the reason in the message.
+    """
+    if isinstance(error, UserError):
+        return None
+    if getattr(error, "errno", None) in _DISK_CODES:
+        return getattr(error, "strerror", None) or str(error)
+    if any(phrase in str(error) for phrase in _TORCH_WRITER):
+        return "not all of it could be written"
+    return next((os.strerror(code) for code in _DISK_CODES if os.strerror(code) in str(error)), None)
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Tell whether memory could not be had, of the host or of a GPU."""
+    if isinstance(error, UserError):
+        return False
+    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":  # that of torch
+        return True
+    return isinstance(error, OSError | RuntimeError) and any(phrase in str(error) for phrase in _OUT_OF_MEMORY)
+
+
 @contextmanager
-def one_line_errors() -> Iterator[None]:
-    """End the program with `error: ...` on stderr and exit code 2 on a `UserError`.
+def memory_errors(message: str) -> Iterator[None]:
+    """Turn a failed allocation into a `UserError`, whose message says which setting to lower."""
+    try:
+        yield
+    except Exception as error:
+        if not is_out_of_memory(error):
+            raise
+        raise UserError(message) from error
+
+
+@contextmanager
+def one_line_errors(memory_hint: str = "") -> Iterator[None]:
+    """End the program with `error: ...` on stderr and exit code 2 on a `UserError`, a disk's error or lack of memory.
 
     Of several processes the first reports what all have found, or wait for: when it ends, their launcher ends the
     others, which therefore do not report at once.
+
+    Args:
+        memory_hint: which settings of this program to lower where memory is short.
     """
+    threading.excepthook = _hide_disk_errors
     try:
         yield
     except Exception as error:
         if os.environ.get("RANK", "0") != "0":
             time.sleep(_SECONDS_TO_END)
-        if not isinstance(error, UserError):
+        message = _describe(error, memory_hint)
+        if message is None:
             raise
-        print(f"error: {error}", file=sys.stderr, flush=True)
+        _print_below_bars(f"error: {message}")
         raise SystemExit(2) from None
+
+
+def _print_below_bars(line: str) -> None:
+    """Print a line on stderr that no progress bar writes over."""
+    tqdm = sys.modules.get("tqdm")
+    if tqdm is None:
+        print(line, file=sys.stderr)
+    else:
+        tqdm.tqdm.write(line, file=sys.stderr)
+    sys.stderr.flush()
+
+
+def _describe(error: Exception, memory_hint: str) -> str | None:
+    """Return the line that a user needs; None for a mistake of this program."""
+    if isinstance(error, UserError):
+        return str(error)
+    if is_out_of_memory(error):
+        reason = " ".join(str(error).split())[:200] or type(error).__name__
+        return f"out of memory ({reason}){memory_hint and f'; {memory_hint}'}"
+    path = getattr(error, "filename", None)
+    if reason := _disk_reason(error):
+        return f"{path or 'a file'} cannot be read or written ({reason}); {DISK_HINT}"
+    return None if path is None else f"{path} cannot be read or written ({system_reason(error)})"
+
+
+def _hide_disk_errors(found: threading.ExceptHookArgs) -> None:
+    """Print what ended a thread, except a disk's error: the tracker's thread hands that on to the main one."""
+    if not isinstance(found.exc_value, OSError) or found.exc_value.errno not in _DISK_CODES:
+        threading.__excepthook__(found)

@@ -11,9 +11,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from hf_seg.errors import file_errors
-
-DISK_HINT = "free disk space or choose another place"
+from hf_seg.errors import DISK_HINT, file_errors
 
 
 def temporary_path(path: Path) -> Path:

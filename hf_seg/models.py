@@ -242,7 +242,15 @@ def load_weights(cls: Any, name: str, config: PretrainedConfig, may_be_new: Coll
     random = {*report["missing_keys"], *(key for key, *_ in report["mismatched_keys"])}
     new = [key for key in random if key.startswith(tuple(may_be_new))]
     _prove_loaded(name, model, lost=sorted(random - {*new}), new=new, unused=len(report["unexpected_keys"]))
+    _require_finite(name, model)
     return model
+
+
+def _require_finite(name: str, model: nn.Module) -> None:
+    """Raise `UserError` if a weight is not a finite number: a training that diverged, or a damaged file."""
+    for key, tensor in model.state_dict().items():
+        if not torch.isfinite(tensor).all():
+            raise UserError(f"{name}: {key} has values that are not finite; it is damaged, or its training diverged")
 
 
 def _prove_loaded(name: str, model: nn.Module, *, lost: Sequence[str], new: Sequence[str] = (), unused: int) -> None:

@@ -12,7 +12,7 @@ running mean, and dropped. The tiles are shared among the processes, and the res
 its output.
 """
 
-from hf_seg.arguments import EnsembleArguments, write_recipe
+from hf_seg.arguments import PREDICTION_MEMORY_HINT, EnsembleArguments, write_recipe
 from hf_seg.settings import answer_help, parse_arguments
 
 if __name__ == "__main__":
@@ -175,5 +175,5 @@ def print_table(results: dict[str, Any]) -> None:
 
 
 if __name__ == "__main__":
-    with one_line_errors():
+    with one_line_errors(PREDICTION_MEMORY_HINT):
         main()

@@ -13,7 +13,13 @@ The shards are shared among the processes, and the result does not depend on the
 atomically: after a kill the same command resumes. `manifest.json` comes last and marks a complete dataset.
 """
 
-from hf_seg.arguments import PseudoLabelArguments, check_same_recipe, result_settings, write_recipe
+from hf_seg.arguments import (
+    PREDICTION_MEMORY_HINT,
+    PseudoLabelArguments,
+    check_same_recipe,
+    result_settings,
+    write_recipe,
+)
 from hf_seg.settings import answer_help, parse_arguments
 
 if __name__ == "__main__":
@@ -39,6 +45,7 @@ from hf_seg.data.provenance import find_label_set, read_provenance
 from hf_seg.data.pseudo_label_dataset import (
     LabelledTile,
     check_inputs,
+    damaged_files,
     is_complete,
     plan_shards,
     read_maps,
@@ -88,9 +95,12 @@ def main(argv: list[str] | None = None) -> None:
 
     # What is missing
     shards = plan_shards(output_dir / "data", args.split, len(rows), args.tiles_per_shard)
-    missing = [path for path in shards if not is_complete(path)]
+    damaged = damaged_files(output_dir)
+    missing = [path for path in shards if path in damaged or not is_complete(path)]
     accelerator.wait_for_everyone()  # all have seen the same before the first one writes
     if accelerator.is_main_process:
+        for path in damaged:
+            path.unlink(missing_ok=True)  # before the manifest, which alone tells that it is damaged
         (output_dir / "manifest.json").unlink(missing_ok=True)
         write_recipe(args, output_dir)
         write_atomic(output_dir / "inputs.json", json.dumps(inputs, indent=1))
@@ -244,5 +254,5 @@ def describe_dataset(
 
 
 if __name__ == "__main__":
-    with one_line_errors():
+    with one_line_errors(f"{PREDICTION_MEMORY_HINT} or --tiles_per_shard; the same command resumes"):
         main()

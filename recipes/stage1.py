@@ -13,7 +13,7 @@ split, and on the target's if it has images and labels. `best/` is chosen by the
 that no label of the target is used.
 """
 
-from hf_seg.arguments import Stage1Arguments, write_recipe
+from hf_seg.arguments import TRAINING_MEMORY_HINT, Stage1Arguments, write_recipe
 from hf_seg.settings import answer_help, parse_arguments
 
 if __name__ == "__main__":
@@ -48,6 +48,7 @@ from hf_seg.normalization import Normalization
 from hf_seg.report.panels import plot_mix_panel
 from hf_seg.training.checkpoints import Progress, StopSignal, load_checkpoint, save_or_stop
 from hf_seg.training.evaluation import draw_results, trained_predictor
+from hf_seg.training.optimization import clip_gradient
 from hf_seg.training.run import build_network, build_optimization, find_bands, finish_run, load_stream, open_run
 from hf_seg.training.run_log import RunLog
 from hf_seg.training.teacher_student import evaluate_both, export_both, mean_ious
@@ -140,8 +141,9 @@ def main(argv: list[str] | None = None) -> None:
 
             # One optimizer step for both losses
             log.require_finite(losses["loss"], progress.step + 1, source["image_id"])
-            if accelerator.sync_gradients and args.max_grad_norm:
-                accelerator.clip_grad_norm_(student.parameters(), args.max_grad_norm)
+            if accelerator.sync_gradients:
+                norm = clip_gradient(accelerator, student.parameters(), args.max_grad_norm)
+                log.require_finite_gradient(norm, progress.step + 1)
             optimizer.step()
             optimizer.zero_grad()
         progress.samples_seen += images_per_pass
@@ -275,5 +277,5 @@ def selection_score(scores: dict[str, Any], progress: Progress, args: Stage1Argu
 
 
 if __name__ == "__main__":
-    with one_line_errors():
+    with one_line_errors(TRAINING_MEMORY_HINT):
         main()

@@ -12,7 +12,7 @@ cross entropy, where all processes see as many labelled pixels. Lovász-softmax 
 BatchNorm on a CPU; on GPUs it is synchronised.
 """
 
-from hf_seg.arguments import Stage2Arguments, dump_recipe, write_recipe
+from hf_seg.arguments import TRAINING_MEMORY_HINT, Stage2Arguments, dump_recipe, write_recipe
 from hf_seg.settings import answer_help, parse_arguments
 
 if __name__ == "__main__":
@@ -38,6 +38,7 @@ from hf_seg.losses import noise_robust_loss
 from hf_seg.models import SegmentationLogits, SegmentationNetwork
 from hf_seg.training.checkpoints import Progress, StopSignal, load_checkpoint, save_or_stop
 from hf_seg.training.evaluation import draw_results, evaluate_network, trained_predictor
+from hf_seg.training.optimization import clip_gradient
 from hf_seg.training.run import build_network, build_optimization, find_bands, finish_run, load_stream, open_run
 from hf_seg.training.run_log import RunLog
 
@@ -93,8 +94,9 @@ def main(argv: list[str] | None = None) -> None:
             losses = training_loss(outputs, batch["labels"], args, weights=batch.get("weights"))
             log.require_finite(losses["loss"], progress.step + 1, batch["image_id"])
             accelerator.backward(losses["loss"])
-            if accelerator.sync_gradients and args.max_grad_norm:
-                accelerator.clip_grad_norm_(network.parameters(), args.max_grad_norm)
+            if accelerator.sync_gradients:
+                norm = clip_gradient(accelerator, network.parameters(), args.max_grad_norm)
+                log.require_finite_gradient(norm, progress.step + 1)
             optimizer.step()
             optimizer.zero_grad()
         progress.samples_seen += images_per_pass
@@ -221,5 +223,5 @@ def export(
 
 
 if __name__ == "__main__":
-    with one_line_errors():
+    with one_line_errors(TRAINING_MEMORY_HINT):
         main()

@@ -19,8 +19,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from hf_seg.errors import UserError, file_errors, one_line_errors
-from hf_seg.files import DISK_HINT
+from hf_seg.errors import DISK_HINT, UserError, file_errors, one_line_errors
 from hf_seg.labels import OPEN_EARTH_MAP
 from hf_seg.settings import Parser, check_bounds, setting
 

@@ -14,7 +14,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from hf_seg.arguments import PredictionSettings
+from hf_seg.arguments import PREDICTION_MEMORY_HINT, PredictionSettings
 from hf_seg.errors import one_line_errors
 from hf_seg.settings import Parser, filled
 from hf_seg.terminal import print_summary
@@ -101,5 +101,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    with one_line_errors():
+    with one_line_errors(PREDICTION_MEMORY_HINT):
         main()

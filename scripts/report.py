@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from hf_seg.arguments import PredictionSettings
+from hf_seg.arguments import PREDICTION_MEMORY_HINT, PredictionSettings
 from hf_seg.errors import UserError, one_line_errors
 from hf_seg.settings import Parser, filled
 from hf_seg.terminal import print_summary
@@ -146,5 +146,5 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    with one_line_errors():
+    with one_line_errors(PREDICTION_MEMORY_HINT):
         main()

@@ -27,8 +27,8 @@ from tqdm import tqdm
 
 from hf_seg import __version__
 from hf_seg.data.archives import ARCHIVES, Archive, Place
-from hf_seg.errors import UserError, file_errors
-from hf_seg.files import DISK_HINT, atomic_file, write_atomic
+from hf_seg.errors import DISK_HINT, UserError, file_errors
+from hf_seg.files import atomic_file, write_atomic
 
 HEADERS = {"User-Agent": f"hf_seg/{__version__}"}
 TIMEOUT_SECONDS = 60.0

@@ -162,6 +162,20 @@ def write_manifest(folder: Path, summary: dict[str, Any]) -> None:
     write_atomic(folder / "manifest.json", json.dumps({**summary, "files": files}, indent=1))
 
 
+def damaged_files(folder: Path) -> list[Path]:
+    """Return the Parquet files of a finished dataset whose bytes are not those that its manifest has a checksum of.
+
+    Raises:
+        UserError: the manifest is damaged itself.
+    """
+    manifest = _read_manifest(str(folder), None)
+    if not {"files", "label_set"} & manifest.keys():  # not finished, or made by others
+        return []
+    files = dict(manifest.get("files", {}))
+    found = sorted(folder.glob("[!.]*/[!.]*.parquet"))
+    return [path for path in found if sha256_of(path) != files.get(path.relative_to(folder).as_posix())]
+
+
 def load_pseudo_labels(
     path: str, columns: Sequence[str] = ("image_id", "pseudo_label"), *, label_set: LabelSet = OPEN_EARTH_MAP
 ) -> datasets.Dataset:
@@ -173,12 +187,15 @@ def load_pseudo_labels(
         label_set: classes of the training.
 
     Raises:
-        UserError: no such folder or repository, not a dataset of pseudo-labels, its manifest says other classes, or a
-            label is not in the dataset itself.
+        UserError: no such folder or repository, not a dataset of pseudo-labels, a file that is damaged, its manifest says
+            other classes, or a label is not in the dataset itself.
     """
     hub = None if Path(path).exists() else find_hub_dataset(path)
     if Path(path, "inputs.json").exists() and not Path(path, "manifest.json").exists():
         raise UserError(f"{path} is not finished; launch recipes/pseudo_label.py on it again")
+    if Path(path).is_dir() and (damaged := damaged_files(Path(path))):
+        hint = "launch recipes/pseudo_label.py on it again, which makes that file anew"
+        raise UserError(f"{damaged[0]} is damaged: its checksum is not the one in manifest.json; {hint}")
     try:
         loaded = _load(path, hub)
     except UserError:
@@ -228,7 +245,8 @@ def _read_manifest(path: str, hub: HubDataset | None) -> dict[str, Any]:
     file = Path(path, MANIFEST_FILE) if hub is None else hub.fetch(MANIFEST_FILE)
     if not file.is_file():
         return {}
+    hint = "" if hub else "; delete it and launch recipes/pseudo_label.py again"
     try:
         return dict(json.loads(file.read_text(encoding="utf-8")))
     except (OSError, ValueError, TypeError) as error:
-        raise UserError(f"{path}: {MANIFEST_FILE} is damaged ({one_line(error)})") from None
+        raise UserError(f"{path}: {MANIFEST_FILE} is damaged ({one_line(error)}){hint}") from None

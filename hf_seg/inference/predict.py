@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from hf_seg.arguments import PredictionSettings
-from hf_seg.errors import UserError
+from hf_seg.errors import UserError, memory_errors
 from hf_seg.inference.load import LoadedNetwork, common_label_set, normalized_weights, shared_bands
 from hf_seg.inference.sliding_window import sliding_window_probs
 from hf_seg.inference.tta import TTA_PRESETS, average_views
@@ -186,20 +186,20 @@ class Predictor:
     def _logits(self, network: nn.Module, pixel_values: Tensor) -> Tensor:
         start = time.perf_counter()
         dtype = PRECISIONS[self.mixed_precision]
-        try:
-            with torch.autocast(self.device.type, dtype) if dtype else contextlib.nullcontext():
-                output: Any = network(pixel_values.to(self.dtype))
-        except torch.OutOfMemoryError:
-            raise UserError(
-                f"{len(pixel_values)} windows of {pixel_values.shape[-1]} pixels do not fit into the memory of "
-                f"{self.device}; lower --batch_size"
-            ) from None
+        windows = f"{len(pixel_values)} windows of {pixel_values.shape[-1]} pixels"
+        autocast = torch.autocast(self.device.type, dtype) if dtype else contextlib.nullcontext()
+        with memory_errors(f"{windows} do not fit into the memory of {self.device}; lower --batch_size"), autocast:
+            output: Any = network(pixel_values.to(self.dtype))
         logits = output if isinstance(output, Tensor) else output.logits
         num_labels = self.label_set.num_labels
         if logits.ndim != 4 or logits.shape[:2] != (len(pixel_values), num_labels):
             raise UserError(
                 f"the network returns {tuple(logits.shape)} for {tuple(pixel_values.shape)}; expected logits of "
                 f"{num_labels} classes, ({len(pixel_values)}, {num_labels}, height, width)"
+            )
+        if not torch.isfinite(logits).all():
+            raise UserError(
+                "the network returns values that are not finite; its weights are damaged, or fp16 overflows"
             )
         if logits.shape[2:] != pixel_values.shape[2:]:
             size = pixel_values.shape[2:]

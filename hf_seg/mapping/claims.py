@@ -15,8 +15,7 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
-from hf_seg.errors import UserError, file_errors
-from hf_seg.files import DISK_HINT
+from hf_seg.errors import DISK_HINT, UserError, file_errors
 
 logger = logging.getLogger(__name__)
 

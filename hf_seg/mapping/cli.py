@@ -27,6 +27,7 @@ from hf_seg.terminal import print_summary
 logger = logging.getLogger(__name__)
 
 SUFFIXES = (".tif", ".tiff")
+MEMORY_HINT = "lower --batch_size or --window; the same command resumes from the last finished band"
 MODEL_HELP = "folder or Hub id of a trained network or an ensemble, or a file .onnx of scripts/export_model.py"
 
 
@@ -185,7 +186,7 @@ def _map_together(predictor: Any, pairs: Sequence[tuple[str, Path]], options: Ra
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Run the command line; a mistake is one line on stderr and exit code 2."""
-    with one_line_errors():
+    with one_line_errors(MEMORY_HINT):
         try:
             run(argv)
         except KeyboardInterrupt:

@@ -18,8 +18,8 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from hf_seg.errors import FileError, UserError, file_errors
-from hf_seg.files import DISK_HINT, atomic_file, flush, remove, write_atomic
+from hf_seg.errors import DISK_HINT, FileError, UserError, file_errors
+from hf_seg.files import atomic_file, flush, remove, write_atomic
 from hf_seg.inference.predict import Predictor
 from hf_seg.labels import BACKGROUND
 from hf_seg.mapping.band_mapper import ROWS_AT_ONCE, BandMapper

@@ -1,10 +1,11 @@
 """Atomic checkpoints, and the orderly stop of a run.
 
 A checkpoint is `<output_dir>/checkpoints/step_00001000/`: accelerate's state (weights, optimizer, scaler, every RNG)
-and `manifest.json` (progress, and the size of each file).
+and `manifest.json` (progress, size and sha256 of each file, and a checksum of all that).
 """
 
 import contextlib
+import hashlib
 import json
 import logging
 import signal
@@ -22,8 +23,8 @@ from torch.nn.parallel import DistributedDataParallel
 
 from hf_seg.arguments import RecipeArguments
 from hf_seg.data.dataloaders import seed_at
-from hf_seg.errors import UserError, file_errors
-from hf_seg.files import DISK_HINT, atomic_folder, remove, temporary_path
+from hf_seg.errors import DISK_HINT, UserError, file_errors
+from hf_seg.files import atomic_folder, remove, sha256_of, temporary_path
 from hf_seg.training.run_log import RunLog
 
 logger = logging.getLogger(__name__)
@@ -54,9 +55,7 @@ def save_checkpoint(accelerator: Accelerator, output_dir: Path, progress: Progre
             hook.remove()
             accelerator.wait_for_everyone()
             if is_main:
-                files = {str(f.relative_to(temporary)): f.stat().st_size for f in temporary.rglob("*") if f.is_file()}
-                manifest = {**asdict(progress), "num_processes": accelerator.num_processes, "files": files}
-                (temporary / "manifest.json").write_text(json.dumps(manifest, indent=1))
+                _write_manifest(temporary, {**asdict(progress), "num_processes": accelerator.num_processes})
         if is_main:
             complete = _complete_checkpoints(output_dir)
             newest = complete.index(place) + 1  # later ones are of a run that was resumed further back
@@ -66,13 +65,40 @@ def save_checkpoint(accelerator: Accelerator, output_dir: Path, progress: Progre
     return place
 
 
+def _write_manifest(folder: Path, content: dict[str, Any]) -> None:
+    files = {str(file.relative_to(folder)): file for file in sorted(folder.rglob("*")) if file.is_file()}
+    content["files"] = {name: file.stat().st_size for name, file in files.items()}
+    content["sha256"] = {name: sha256_of(file) for name, file in files.items()}
+    content["checksum"] = _checksum(content)
+    (folder / "manifest.json").write_text(json.dumps(content, indent=1))
+
+
+def _checksum(content: dict[str, Any]) -> str:
+    """Return a digest of a manifest without its own checksum."""
+    known = {key: value for key, value in content.items() if key != "checksum"}
+    return hashlib.sha256(json.dumps(known, sort_keys=True).encode()).hexdigest()
+
+
 def _is_complete(folder: Path) -> bool:
     """Tell whether every file of a checkpoint's manifest exists in full."""
     try:
         files = json.loads((folder / "manifest.json").read_text())["files"]
         return all((folder / name).stat().st_size == size for name, size in files.items())
-    except (OSError, ValueError, KeyError):
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return False
+
+
+def _damaged_file(folder: Path) -> str | None:
+    """Return the first file of a complete checkpoint whose bytes have changed; None if all are as they were written.
+
+    Checkpoints of older versions have no checksums.
+    """
+    manifest = json.loads((folder / "manifest.json").read_text())
+    if "checksum" not in manifest and "sha256" not in manifest:
+        return None
+    if manifest.get("checksum") != _checksum(manifest):
+        return "manifest.json"
+    return next((name for name, digest in manifest["sha256"].items() if sha256_of(folder / name) != digest), None)
 
 
 def _complete_checkpoints(output_dir: Path) -> list[Path]:
@@ -90,10 +116,11 @@ def find_checkpoint(output_dir: Path, choice: str | None) -> Path | None:
     """Return the checkpoint to resume from, or None to begin at the beginning.
 
     Args:
-        choice: None, "latest" (the newest complete one, if any) or a checkpoint folder.
+        choice: None, "latest" (the newest complete one without damage, if any) or a checkpoint folder.
 
     Raises:
-        UserError: the output folder contains a run that would be lost, or the folder named is no complete checkpoint.
+        UserError: the output folder contains a run that would be lost, or the folder named is no complete checkpoint
+            or a file of it is damaged.
     """
     existing = _complete_checkpoints(output_dir)
     if choice is None:
@@ -104,10 +131,19 @@ def find_checkpoint(output_dir: Path, choice: str | None) -> Path | None:
             )
         return None
     if choice == "latest":
-        return existing[-1] if existing else None
+        for folder in reversed(existing):
+            if (damaged := _damaged_file(folder)) is None:
+                return folder
+            logger.warning("%s is damaged (%s has other bytes than were written) and is skipped", folder, damaged)
+        return None
+    others = ", ".join(str(folder) for folder in existing if folder != Path(choice)) or "none"
     if not _is_complete(Path(choice)):
-        others = ", ".join(str(folder) for folder in existing) or "none"
         raise UserError(f"--resume_from_checkpoint {choice} is no complete checkpoint; complete ones: {others}")
+    if damaged := _damaged_file(Path(choice)):
+        raise UserError(
+            f"--resume_from_checkpoint {choice} is damaged: {damaged} has other bytes than were written; "
+            f"other checkpoints: {others}"
+        )
     return Path(choice)
 
 

@@ -1,8 +1,12 @@
-"""AdamW with a faster head, and a schedule that is a pure function of the optimizer step."""
+"""AdamW with a faster head, a schedule that is a pure function of the optimizer step, and the gradient's norm."""
+
+from collections.abc import Iterable
 
 import torch
+from accelerate import Accelerator
 from timm.optim import param_groups_weight_decay
 from timm.scheduler import PolyLRScheduler
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from hf_seg.arguments import OptimisationSettings
@@ -49,3 +53,12 @@ def build_schedule(optimizer: torch.optim.Optimizer, args: OptimisationSettings)
         warmup_prefix=True,
         t_in_epochs=False,
     )
+
+
+def clip_gradient(accelerator: Accelerator, parameters: Iterable[nn.Parameter], max_norm: float) -> Tensor:
+    """Clip the gradient's norm to `max_norm`, unless that is 0; return the norm that it had, a scalar."""
+    parameters = list(parameters)
+    if max_norm:
+        norm: Tensor = accelerator.clip_grad_norm_(parameters, max_norm)
+        return norm
+    return nn.utils.get_total_norm([each.grad for each in parameters if each.grad is not None])

@@ -37,7 +37,7 @@ class RunLog:
         run = Path(args.output_dir)
         self.accelerator, self.args, self.path = accelerator, args, run / "metrics.jsonl"
         self._score: dict[str, str] = {}
-        self._unchecked: deque[tuple[torch.Event, Tensor, int, list[str]]] = deque()  # losses on their way to the host
+        self._unchecked: deque[tuple[torch.Event, Tensor, str, str]] = deque()  # values on their way to the host
         self.restart_clock()
         if accelerator.is_main_process:
             kept = [line for line in read_metrics(self.path) if line["step"] <= step]
@@ -61,31 +61,45 @@ class RunLog:
         On CUDA the host does not wait for the loss: it is checked in a later step, at the latest before
         anything is logged, scored or saved (`check_losses`).
         """
-        if loss.device.type != "cuda":
-            self._require_finite(loss, step, image_ids)
+        self._check(loss, "the loss", f"step {step}, images {', '.join(image_ids)}")
+
+    def require_finite_gradient(self, norm: Tensor, step: int) -> None:
+        """Raise `UserError` where a loss is finite, but the norm of its gradient is not; checked as the loss is.
+
+        In fp16 that is no error: the scaler leaves such a step out.
+        """
+        if self.args.mixed_precision != "fp16":
+            self._check(norm, "the gradient's norm", f"step {step}")
+
+    def _check(self, value: Tensor, name: str, where: str) -> None:
+        if value.device.type != "cuda":
+            self._require_finite(value, name, where)
             return
-        copy = torch.empty((), dtype=loss.dtype, pin_memory=True)  # else the copy would wait
-        copy.copy_(loss.detach(), non_blocking=True)
-        copied = torch.Event(loss.device)
+        copy = torch.empty((), dtype=value.dtype, pin_memory=True)  # else the copy would wait
+        copy.copy_(value.detach(), non_blocking=True)
+        copied = torch.Event(value.device)
         copied.record()
-        self._unchecked.append((copied, copy, step, image_ids))
+        self._unchecked.append((copied, copy, name, where))
         while self._unchecked and self._unchecked[0][0].query():
             self._require_finite(*self._unchecked.popleft()[1:])
 
     def check_losses(self) -> None:
-        """Wait for the losses that were not checked yet; raises as `require_finite`."""
+        """Wait for the losses and norms that were not checked yet; raises as `require_finite`."""
         while self._unchecked:
-            copied, copy, step, image_ids = self._unchecked.popleft()
+            copied, copy, name, where = self._unchecked.popleft()
             copied.synchronize()
-            self._require_finite(copy, step, image_ids)
+            self._require_finite(copy, name, where)
 
-    def _require_finite(self, loss: Tensor, step: int, image_ids: list[str]) -> None:
-        if not math.isfinite(loss.item()):
-            self.bar.close()
-            raise UserError(
-                f"the loss is {loss.item()} at step {step}, images {', '.join(image_ids)}; "
-                "try a lower --learning_rate, --max_grad_norm 1, bf16 for fp16"
-            )
+    def _require_finite(self, value: Tensor, name: str, where: str) -> None:
+        if math.isfinite(value.item()):
+            return
+        self.bar.close()
+        saved = sorted(self.path.parent.glob("checkpoints/step_*[0-9]"))
+        after = f"{saved[-1]} is from before" if saved else "there is no checkpoint yet"
+        raise UserError(
+            f"{name} is {value.item()} at {where}; {after}; "
+            "try a lower --learning_rate, --max_grad_norm 1, bf16 for fp16"
+        )
 
     def end_step(self, step: int, learning_rate: float) -> dict[str, float] | None:
         """Advance the bar; every `logging_steps` steps, and after the last, write the means since, and return them."""
