@@ -139,8 +139,8 @@ def _describe(error: Exception, memory_hint: str) -> str | None:
         reason = " ".join(str(error).split())[:200] or type(error).__name__
         return f"out of memory ({reason}){memory_hint and f'; {memory_hint}'}"
     path = getattr(error, "filename", None)
-    if reason := _disk_reason(error):
-        return f"{path or 'a file'} cannot be read or written ({reason}); {DISK_HINT}"
+    if problem := _disk_reason(error):
+        return f"{path or 'a file'} cannot be read or written ({problem}); {DISK_HINT}"
     return None if path is None else f"{path} cannot be read or written ({system_reason(error)})"
 
 

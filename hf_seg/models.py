@@ -153,6 +153,7 @@ def build_model(
     if not from_scratch and timm_encoder:
         lost, unused_tensors = load_timm_weights(model.backbone._backbone, timm_encoder)
         _prove_loaded(name, model.backbone, lost=lost, unused=unused_tensors)
+        _require_finite(name, model.backbone)
     elif not from_scratch and adds_heads:
         new = {*tensors_of_backbone_alone(model.backbone), *unused}
         model.backbone = load_weights(type(model.backbone), name, encoder, may_be_new=new)

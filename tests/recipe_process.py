@@ -165,6 +165,12 @@ def _kill_in_export(number: str) -> None:
         _at_call(module, "export_model", number, _send(signal.SIGKILL), after=False)
 
 
+def _spoil_gradient(accelerator: Accelerator, *_: object) -> None:
+    """Leave one value of the gradient not a number; the loss is finite."""
+    weight = next(each for each in accelerator._models[0].parameters() if each.grad is not None)
+    weight.grad.view(-1)[0] = float("nan")
+
+
 def _is_last_rank() -> bool:
     return int(os.environ.get("RANK", "0")) == int(os.environ.get("WORLD_SIZE", "1")) - 1
 
@@ -184,6 +190,7 @@ _DISTURBANCES: dict[str, Callable[[str], None]] = {
     "kill_in_export": _kill_in_export,
     "terminate_after_step": lambda n: _at_call(torch.optim.AdamW, "step", n, _send(signal.SIGTERM), after=True),
     "interrupt_after_step": lambda n: _at_call(torch.optim.AdamW, "step", n, _send(signal.SIGINT), after=True),
+    "spoil_gradient": lambda n: _at_call(Accelerator, "backward", n, _spoil_gradient, after=True),
     "freeze_batch_norm": _freeze_batch_norm,
     "kill_before_rename": lambda name: _kill_at_rename(name, half=False),
     "kill_after_cutting": lambda name: _kill_at_rename(name, half=True),

@@ -127,6 +127,38 @@ def test_with_every_checkpoint_damaged_the_run_begins_anew(run: Run, how: str) -
     assert find_checkpoint(run.output_dir, "latest") is None
 
 
+def flip_bit(path: Path, bit: int) -> None:
+    content = bytearray(path.read_bytes())
+    content[bit // 8] ^= 1 << bit % 8
+    path.write_bytes(content)
+
+
+@pytest.mark.parametrize(
+    "name", ["model.safetensors", "optimizer.bin", "random_states_0.pkl", "step", "best_score", "sha256", "checksum"]
+)
+def test_a_flipped_bit_is_found_before_the_checkpoint_is_used(
+    run: Run, name: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    older, newer = run.save(1), run.save(2, best=0.25)
+    file = newer / name if (newer / name).exists() else newer / "manifest.json"
+    place = 0 if file.name == name else file.read_text().index(f'"{name}": ') + len(name) + 4
+    place = file.read_text().index('": "', place) + 4 if name == "sha256" else place + 2 * (name == "checksum")
+    flip_bit(file, 8 * (place if file.name != name else file.stat().st_size - 9))
+    with caplog.at_level(logging.WARNING, "hf_seg"):
+        assert find_checkpoint(run.output_dir, "latest") == older
+    assert f"{newer} is damaged ({file.name} has other bytes" in caplog.text or f"{newer} is incomplete" in caplog.text
+    with pytest.raises(UserError, match=rf"{newer} is (damaged|no complete checkpoint).*: {older}"):
+        find_checkpoint(run.output_dir, str(newer))
+
+
+def test_a_checkpoint_of_an_older_version_has_no_checksums_and_is_used(run: Run) -> None:
+    folder = run.save(1)
+    manifest = json.loads((folder / "manifest.json").read_text())
+    del manifest["sha256"], manifest["checksum"]
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+    assert find_checkpoint(run.output_dir, "latest") == find_checkpoint(run.output_dir, str(folder)) == folder
+
+
 def test_a_checkpoint_that_is_still_being_written_is_never_chosen(run: Run) -> None:
     complete = run.save(1)
     shutil.copytree(complete, complete.with_name(".partial.step_00000009"))

@@ -1,15 +1,19 @@
 """The command hf-seg."""
 
+import errno
 import json
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
+import torch
 
 from hf_seg import __version__, cli
-from hf_seg.errors import UserError
+from hf_seg.errors import UserError, one_line_errors
 
 PROJECT = Path(__file__).parents[1]
 
@@ -71,6 +75,60 @@ def test_a_mistake_is_one_line_and_exit_code_2_on_any_number_of_processes(proces
     done = hf_seg("stage2", "--nproc", processes, "--data_dir", "nowhere", "--report_to", "none")
     assert (done.returncode, done.stdout) == (2, ""), done.stderr
     assert done.stderr.startswith("error: nowhere") and done.stderr.count("\n") == 1
+
+
+def raised_by(action: Callable[[], object]) -> Exception:
+    with pytest.raises(Exception) as error:  # noqa: PT011 (of any kind)
+        action()
+    return error.value
+
+
+@pytest.mark.parametrize(
+    ("raised", "line"),
+    [
+        (
+            lambda: OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "runs/a"),
+            "runs/a cannot be read or written (No space left on device); free disk space or choose another place",
+        ),
+        (
+            lambda: RuntimeError("Error while serializing: I/O error: No space left on device (os error 28)"),
+            "a file cannot be read or written (No space left on device); free disk space or choose another place",
+        ),
+        (
+            lambda: raised_by(Path("/dev/null/file").read_bytes),
+            "/dev/null/file cannot be read or written (Not a directory)",
+        ),
+        (
+            lambda: raised_by(lambda: np.empty(1 << 50)),
+            "out of memory (Unable to allocate 8.00 PiB for an array with shape (1125899906842624,) and data type "
+            "float64); lower --size",
+        ),
+        (
+            lambda: raised_by(lambda: torch.empty(1 << 55)),
+            "DefaultCPUAllocator: can't allocate memory",
+        ),
+        (lambda: torch.OutOfMemoryError("CUDA out of memory."), "out of memory (CUDA out of memory.); lower --size"),
+        (
+            lambda: RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed."),
+            "out of memory (DataLoader worker (pid 7) is killed by signal: Killed.); lower --size",
+        ),
+    ],
+    ids=["full disk", "full disk in Rust", "no folder", "numpy", "torch", "GPU", "worker"],
+)
+def test_what_the_machine_lacks_is_one_line(
+    raised: Callable[[], Exception], line: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as end, one_line_errors("lower --size"):
+        raise raised()
+    printed = capsys.readouterr().err
+    assert end.value.code == 2 and printed.startswith("error: ") and printed.count("\n") == 1
+    assert line in printed
+
+
+@pytest.mark.parametrize("mistake", [RuntimeError("shapes differ"), OSError("no such thing"), KeyError("a")])
+def test_a_mistake_of_the_program_keeps_its_traceback(mistake: Exception) -> None:
+    with pytest.raises(type(mistake)), one_line_errors():
+        raise mistake
 
 
 def test_json_is_all_that_standard_output_has(oem_sar: Path, tmp_path: Path) -> None:

@@ -388,6 +388,15 @@ def test_weights_without_the_counters_of_batch_norm_are_complete(tmp_path: Path)
     assert all(torch.equal(state[key], tensors[key]) for key in state if "num_batches_tracked" not in key)
 
 
+def test_weights_that_are_no_numbers_are_named(tmp_path: Path) -> None:
+    tensors = save_timm_encoder(tmp_path)
+    name = next(key for key in tensors if key.endswith("running_var"))
+    tensors[name][0] = float("nan")
+    edit_weights(tmp_path, tensors)
+    with pytest.raises(UserError, match=rf"{tmp_path}: _backbone.{name} has values that are not finite; it is damaged"):
+        build_model(str(tmp_path), crop_size=64)
+
+
 def test_normalisation_is_that_of_the_encoder_and_survives_saving(tmp_path: Path) -> None:
     encoder, export = tmp_path / "encoder", tmp_path / "export"
     save_timm_encoder(encoder)

@@ -224,14 +224,32 @@ def test_networks_and_settings_that_cannot_be_are_named() -> None:
         Predictor(members, device=CPU, mixed_precision="fp16")
 
 
-def test_a_batch_that_does_not_fit_is_named() -> None:
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_network_that_returns_no_numbers_maps_nothing(value: float) -> None:
+    network = nn.Conv2d(3, 9, 1)
+    with torch.no_grad():
+        network.weight[4, 0] = value
+    with pytest.raises(UserError, match="the network returns values that are not finite; its weights are damaged"):
+        list(Predictor([use_network(network, crop_size=32)], device=CPU).window_probs(0, windows(1)))
+
+
+@pytest.mark.parametrize(
+    "failure",
+    [
+        torch.OutOfMemoryError("tried to allocate 20 GiB"),
+        RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes"),
+        MemoryError(),
+    ],
+    ids=["GPU", "CPU", "numpy"],
+)
+def test_a_batch_that_does_not_fit_is_named(failure: Exception) -> None:
     class Huge(nn.Module):
         def forward(self, images: Tensor) -> Tensor:
-            raise torch.OutOfMemoryError("tried to allocate 20 GiB")
+            raise failure
 
-    with pytest.raises(UserError) as error:
+    with pytest.raises(UserError) as raised:
         list(Predictor([use_network(Huge(), crop_size=32)], device=CPU).window_probs(0, windows(1)))
-    assert str(error.value) == "1 windows of 32 pixels do not fit into the memory of cpu; lower --batch_size"
+    assert str(raised.value) == "1 windows of 32 pixels do not fit into the memory of cpu; lower --batch_size"
 
 
 def test_lower_precision_changes_little(toy: Path) -> None:

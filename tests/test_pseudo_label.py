@@ -214,6 +214,19 @@ def test_two_processes_give_the_bytes_of_one_and_mend_a_damaged_shard(
     assert result_of(tmp_path / "labels") == result_of(finished)
 
 
+def test_a_shard_with_a_flipped_bit_is_labelled_anew(
+    finished: Path, tiles: Path, stage1: list[Path], tmp_path: Path
+) -> None:
+    argv = settings(tiles, stage1[:1], copy_of(finished, tmp_path / "labels"))
+    shard = tmp_path / "labels" / "data" / SECOND
+    content = bytearray(shard.read_bytes())
+    content[1000] ^= 1
+    shard.write_bytes(content)
+    again = launch(*argv, log=tmp_path / "again")
+    assert again.exit_codes == [0] and "2 of them complete and kept" in again.output, again.output
+    assert result_of(tmp_path / "labels") == result_of(finished)
+
+
 def test_several_networks_are_averaged_and_agreement_ignores_where_they_disagree(
     tiles: Path, stage1: list[Path], tmp_path: Path
 ) -> None:

@@ -14,6 +14,7 @@ from PIL import Image
 from hf_seg.data.pseudo_label_dataset import (
     LabelledTile,
     check_inputs,
+    damaged_files,
     is_complete,
     load_pseudo_labels,
     plan_shards,
@@ -186,6 +187,25 @@ def test_the_manifest_lists_every_shared_file(tmp_path: Path) -> None:
     assert manifest["n_tiles"] == 1
     assert {*manifest["files"]} == {"data/train.parquet", "recipe.yaml"}
     assert manifest["files"]["data/train.parquet"] == sha256_of(tmp_path / "data" / "train.parquet")
+
+
+@pytest.mark.parametrize("name", ["data/train.parquet", "manifest.json"])
+def test_labels_with_a_flipped_bit_are_not_learned(name: str, tmp_path: Path) -> None:
+    write_shard(tmp_path / "data" / "train.parquet", [random_tile(0)])
+    write_manifest(tmp_path, {"label_set": {"names": [*OPEN_EARTH_MAP.names]}})
+    assert damaged_files(tmp_path) == []
+    content = bytearray((tmp_path / name).read_bytes())
+    content[content.index(b"train.parquet") if name == "manifest.json" else len(content) // 2] ^= 1
+    (tmp_path / name).write_bytes(content)
+    assert damaged_files(tmp_path) == [tmp_path / "data" / "train.parquet"]
+    with pytest.raises(UserError, match=r"train\.parquet is damaged: its checksum is not the one in manifest\.json"):
+        load_pseudo_labels(str(tmp_path))
+
+
+def test_a_damaged_manifest_is_named(tmp_path: Path) -> None:
+    (tmp_path / "manifest.json").write_text('{"files": ')
+    with pytest.raises(UserError, match=r"manifest\.json is damaged \(.*\); delete it and launch"):
+        load_pseudo_labels(str(tmp_path))
 
 
 def test_a_shard_that_cannot_be_written_is_a_file_error(tmp_path: Path) -> None:

@@ -324,6 +324,19 @@ def test_divergence_names_the_images(oem_sar: Path, tmp_path: Path) -> None:
     assert result.output.count("TrainArea_") == 2
 
 
+@pytest.mark.parametrize("max_grad_norm", [0, 1])
+def test_a_gradient_that_is_no_number_stops_the_run(max_grad_norm: int, oem_sar: Path, tmp_path: Path) -> None:
+    settings = {"max_grad_norm": max_grad_norm, "checkpointing_steps": 1, "eval_steps": 0}
+    argv = command_line(oem_sar, tmp_path / "run", **settings)
+    result = run_recipe("stage2", *argv, log=tmp_path / "log", disturb="spoil_gradient:3")
+    saved = tmp_path / "run" / "checkpoints" / "step_00000002"
+    assert result.exit_codes == [2], result.output
+    assert f"error: the gradient's norm is nan at step 3; {saved} is from before; try a lower" in result.output
+    weights = load_file(saved / "model.safetensors")
+    assert all(bool(tensor.isfinite().all()) for tensor in weights.values())
+    assert not (saved.parent / "step_00000003").exists()
+
+
 def test_a_second_run_does_not_overwrite_the_first(finished_run: Path, oem_sar: Path, tmp_path: Path) -> None:
     before = (finished_run / "model.safetensors").read_bytes()
     result = run_recipe("stage2", *command_line(oem_sar, finished_run), log=tmp_path / "log")

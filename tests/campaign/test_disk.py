@@ -46,7 +46,8 @@ class Command(NamedTuple):
 
 COMMANDS = {
     "synth": Command(
-        "hf-seg synth --output {out}/d --source 2 --train 2 --val 1 --size 64 --num_workers 1", ("d/scene.tif",)
+        "hf-seg synth --output {out}/d --source 2 --train 2 --val 1 --size 64 --num_workers 1",
+        ("d/dfc25_track1/dataset.json",),
     ),
     "data check": Command("hf-seg data check {oem_sar} --output {out}/check.json", ("check.json",)),
     "make_fold": Command(
