@@ -31,7 +31,7 @@ from transformers import (
 )
 
 from hf_seg.encoders import fit_encoder, is_encoder, published_normalization, tensors_of_backbone_alone
-from hf_seg.errors import UserError
+from hf_seg.errors import UserError, is_out_of_memory
 from hf_seg.hub_client import limit_waiting, one_line
 from hf_seg.label_sets import config_of
 from hf_seg.labels import IGNORE_INDEX, OPEN_EARTH_MAP, LabelSet
@@ -238,6 +238,8 @@ def load_weights(cls: Any, name: str, config: PretrainedConfig, may_be_new: Coll
             output_loading_info=True,
         )
     except Exception as error:  # of a damaged file, a shard in another format, the network: of many kinds
+        if is_out_of_memory(error):
+            raise
         reason = one_line(error).partition(" This file can still be loaded")[0]  # by unpickling it
         raise UserError(f"{name}: no complete weights in safetensors format ({reason})") from None
     random = {*report["missing_keys"], *(key for key, *_ in report["mismatched_keys"])}

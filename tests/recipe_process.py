@@ -171,6 +171,12 @@ def _spoil_gradient(accelerator: Accelerator, *_: object) -> None:
     weight.grad.view(-1)[0] = float("nan")
 
 
+def _spoil_weights(accelerator: Accelerator, *_: object) -> None:
+    """Leave a weight not a number once a checkpoint is written."""
+    with torch.no_grad():
+        next(accelerator._models[0].parameters()).view(-1)[0] = float("nan")
+
+
 def _is_last_rank() -> bool:
     return int(os.environ.get("RANK", "0")) == int(os.environ.get("WORLD_SIZE", "1")) - 1
 
@@ -191,6 +197,7 @@ _DISTURBANCES: dict[str, Callable[[str], None]] = {
     "terminate_after_step": lambda n: _at_call(torch.optim.AdamW, "step", n, _send(signal.SIGTERM), after=True),
     "interrupt_after_step": lambda n: _at_call(torch.optim.AdamW, "step", n, _send(signal.SIGINT), after=True),
     "spoil_gradient": lambda n: _at_call(Accelerator, "backward", n, _spoil_gradient, after=True),
+    "spoil_weights": lambda n: _at_call(Accelerator, "save_state", n, _spoil_weights, after=True),
     "freeze_batch_norm": _freeze_batch_norm,
     "kill_before_rename": lambda name: _kill_at_rename(name, half=False),
     "kill_after_cutting": lambda name: _kill_at_rename(name, half=True),

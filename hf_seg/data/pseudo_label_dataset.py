@@ -19,7 +19,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from hf_seg.data.hub_dataset import HubDataset, find_hub_dataset, is_shard
-from hf_seg.errors import UserError, file_errors
+from hf_seg.errors import UserError, file_errors, is_out_of_memory
 from hf_seg.files import atomic_file, sha256_of, write_atomic
 from hf_seg.hub_client import one_line
 from hf_seg.label_sets import hex_colors, require_same_classes
@@ -201,6 +201,8 @@ def load_pseudo_labels(
     except UserError:
         raise
     except Exception as error:  # datasets raises many kinds; each is about this path
+        if is_out_of_memory(error):
+            raise
         raise UserError(f"{path}: pseudo-labels cannot be loaded ({one_line(error)})") from None
     found = [column for column in columns if column in loaded.column_names]
     if missing := set(columns) - {*found, "confidence"}:

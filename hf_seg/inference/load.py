@@ -271,7 +271,7 @@ def _read_config(folder: Path, name: str) -> Any:
 
     try:
         config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, AttributeError, KeyError, TypeError) as error:
         raise UserError(f"{name}: config.json cannot be read ({str(error).splitlines()[0]})") from None
     if config.model_type not in ("segformer", "upernet"):
         raise UserError(f"{name} is a {config.model_type}, no segmentation model of this project")

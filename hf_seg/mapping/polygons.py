@@ -48,8 +48,8 @@ def write_polygons(class_map: Path, output: Path, label_set: LabelSet) -> None:
                 _write(output, LAYER, {"class_id": ids, "class_name": names[ids]}, shapes, crs)
         if output.suffix == ".gpkg":
             _write(output, STYLES, _style_row(label_set), None, None)
-    except pyogrio.errors.DataSourceError as error:
-        raise OSError(str(error)) from None
+    except (pyogrio.errors.DataSourceError, pyogrio.errors.DataLayerError) as error:
+        raise OSError(" ".join(str(error).split())[:200]) from None
 
 
 def _write(path: Path, layer: str, fields: dict[str, np.ndarray], shapes: np.ndarray | None, crs: str | None) -> None:

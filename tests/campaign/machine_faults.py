@@ -1,4 +1,4 @@
-"""Runs a command of the project in a process whose writes fail on purpose, and on a disk that is too small.
+"""Runs a command of the project where writes fail on purpose, the disk is too small, or memory is short.
 
 The calls that are watched are those of Python: `open` for writing, `os.replace`, `os.rename`, `os.mkdir`, `os.fsync`.
 What C and Rust libraries write by themselves fails on a small disk: a tmpfs of a given size.
@@ -8,6 +8,7 @@ import builtins
 import errno
 import io
 import os
+import resource
 import subprocess
 import threading
 from collections.abc import Callable, Iterator, Sequence
@@ -47,12 +48,27 @@ class Outcome:
         return lines[0].removeprefix("error: ")
 
 
-def run(words: Sequence[str], root: Path, *, fault: Fault | None = None, timeout: float = 240) -> Outcome:
-    """Run `hf-seg ...` or `python FILE ...`; its caches and temporary files are below `root`, where writes may fail."""
+def run(
+    words: Sequence[str],
+    root: Path,
+    *,
+    fault: Fault | None = None,
+    memory_mib: float | None = None,
+    disturb: str = "",
+    timeout: float = 240,
+) -> Outcome:
+    """Run `hf-seg ...` or `python FILE ...`; its caches and temporary files are below `root`, where writes may fail.
+
+    Args:
+        memory_mib: address space that the process may add to what it has once all is imported.
+        disturb: see `recipe_process`.
+    """
     logs = [root.parent / f"{root.name}.{name}" for name in ("stdout", "stderr", "writes")]
     for path in logs:
         path.write_text("")
-    process = fork_server.context.Process(target=_run, args=([*words], str(root), fault, [*map(str, logs)]))
+    process = fork_server.context.Process(
+        target=_run, args=([*words], str(root), fault, memory_mib, disturb, [*map(str, logs)])
+    )
     process.start()
     process.join(timeout)
     if process.is_alive():
@@ -62,7 +78,9 @@ def run(words: Sequence[str], root: Path, *, fault: Fault | None = None, timeout
     return Outcome(process.exitcode or 0, stdout + stderr, writes.splitlines())
 
 
-def _run(words: list[str], root: str, fault: Fault | None, logs: list[str]) -> None:
+def _run(
+    words: list[str], root: str, fault: Fault | None, memory_mib: float | None, disturb: str, logs: list[str]
+) -> None:
     import tempfile
 
     import datasets
@@ -71,7 +89,20 @@ def _run(words: list[str], root: str, fault: Fault | None, logs: list[str]) -> N
     tempfile.tempdir = str(Path(root) / "tmp")
     os.makedirs(tempfile.tempdir, exist_ok=True)
     watch_writes(root, os.open(logs[2], os.O_WRONLY | os.O_APPEND), fault)
+    if disturb:
+        import recipe_process
+
+        event, _, argument = disturb.partition(":")
+        recipe_process._DISTURBANCES[event](argument)
+    if memory_mib is not None:
+        limit = int((used_mib() + memory_mib) * 2**20)
+        resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
     fork_server._run(words, os.getcwd(), dict(os.environ), logs[:2])
+
+
+def used_mib() -> float:
+    """Return the address space of this process."""
+    return int(Path("/proc/self/statm").read_text().split()[0]) * os.sysconf("SC_PAGE_SIZE") / 2**20
 
 
 def watch_writes(root: str, log: int, fault: Fault | None) -> None:
