@@ -36,6 +36,15 @@ def test_uint8_is_unchanged_and_rows_do_not_depend_on_the_order_of_reads(tmp_pat
             assert np.array_equal(pixels, image[None, top:bottom]) and valid.all() and valid.shape == (bottom - top, 40)
 
 
+def test_values_near_the_end_of_float32_are_the_brightest(tmp_path: Path) -> None:
+    image = np.full((1, 4, 8), 0.5, np.float32)
+    image[0, 0, :2] = 3e38, -3e38
+    write_tiff(tmp_path / "a.tif", image)
+    with np.errstate(over="raise"):
+        pixels, valid = read(tmp_path / "a.tif", stretch=(0, 1), zero_collar=False)
+    assert pixels[0, 0, :3].tolist() == [255, 1, 128] and valid.all()
+
+
 def test_zeros_inside_the_swath_are_data_and_the_search_for_the_collar_is_optional(tmp_path: Path) -> None:
     image = np.full((30, 30), 9, np.uint8)
     image[:, :5] = 0

@@ -224,6 +224,22 @@ def test_networks_and_settings_that_cannot_be_are_named() -> None:
         Predictor(members, device=CPU, mixed_precision="fp16")
 
 
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"dtype": "floqt32"}, "config.json cannot be read"),
+        ({"hidden_act": "Gelu"}, "config.json describes no network that can be built \\(KeyError 'Gelu'\\)"),
+        ({"num_attention_heads": [0, 2, 2, 4]}, "config.json describes no network that can be built"),
+    ],
+)
+def test_a_damaged_config_is_named(change: dict[str, Any], message: str, toy: Path, tmp_path: Path) -> None:
+    shutil.copytree(toy, tmp_path / "copy")
+    file = tmp_path / "copy" / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | change))
+    with pytest.raises(UserError, match=message):
+        load_networks(tmp_path / "copy")[0].network()
+
+
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_a_network_that_returns_no_numbers_maps_nothing(value: float) -> None:
     network = nn.Conv2d(3, 9, 1)

@@ -143,7 +143,8 @@ class Scene(contextlib.AbstractContextManager["Scene"]):
         """Return float32 amplitudes; raw values are finite."""
         indices = np.array(self.bands) - 1
         scales, offsets = np.array([self.dataset.scales, self.dataset.offsets], np.float32)[:, indices, None, None]
-        values = raw.astype(np.float32) * scales + offsets
+        with np.errstate(over="ignore"):
+            values = raw.astype(np.float32) * scales + offsets
         if self.units == "power":
             values = np.sqrt(np.maximum(values, 0))  # noise subtraction may leave values below 0
         elif self.units == "db":
@@ -158,7 +159,8 @@ class Scene(contextlib.AbstractContextManager["Scene"]):
             return np.where(valid, raw, np.uint8(0))
         low, high = self.stretch
         values = self._to_linear(np.where(valid, raw, raw.dtype.type(0)))
-        values = np.clip((values - low) * (255 / (high - low)), 1, 255)
+        with np.errstate(over="ignore"):  # a value near the end of float32 is 255
+            values = np.clip((values - low) * (255 / (high - low)), 1, 255)
         return np.where(valid, np.rint(values), 0).astype(np.uint8)
 
     def _find_stretch(self) -> tuple[float, float]:

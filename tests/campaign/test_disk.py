@@ -47,7 +47,7 @@ class Command(NamedTuple):
 
 COMMANDS = {
     "synth": Command(
-        "hf-seg synth --output {out}/d --source 2 --train 2 --val 1 --size 64 --num_workers 1",
+        "hf-seg synth --output {out}/d --source 2 --train 1 --val 1 --test 1 --size 64 --num_workers 1",
         ("d/dfc25_track1/dataset.json",),
     ),
     "data check": Command("hf-seg data check {oem_sar} --output {out}/check.json", ("check.json",)),
