@@ -111,7 +111,7 @@ def one_line_errors(memory_hint: str = "") -> Iterator[None]:
     Args:
         memory_hint: which settings of this program to lower where memory is short.
     """
-    threading.excepthook = _hide_disk_errors
+    threading.excepthook = _hide_os_errors
     try:
         yield
     except Exception as error:
@@ -147,7 +147,7 @@ def _describe(error: Exception, memory_hint: str) -> str | None:
     return None if path is None else f"{path} cannot be read or written ({system_reason(error)})"
 
 
-def _hide_disk_errors(found: threading.ExceptHookArgs) -> None:
-    """Print what ended a thread, except a disk's error: the tracker's thread hands that on to the main one."""
-    if not isinstance(found.exc_value, OSError) or found.exc_value.errno not in _DISK_CODES:
+def _hide_os_errors(found: threading.ExceptHookArgs) -> None:
+    """Print what ended a thread, except an `OSError`: the tracker's thread hands that on to the main one."""
+    if not isinstance(found.exc_value, OSError):
         threading.__excepthook__(found)

@@ -9,6 +9,7 @@ import errno
 import io
 import os
 import resource
+import shutil
 import subprocess
 import threading
 from collections.abc import Callable, Iterator, Sequence
@@ -24,11 +25,15 @@ BOTH_SIDES = ("replace", "rename")  # of these the target counts
 
 @dataclass(frozen=True)
 class Fault:
-    """The write that fails, counted from 1; as on a full disk all later ones fail too, unless `once`."""
+    """The write that fails, counted from 1; as on a full disk all later ones fail too, unless `once`.
+
+    With `vanish` it does not fail, but that folder is deleted just before it.
+    """
 
     number: int
     code: int = errno.ENOSPC
     once: bool = False
+    vanish: Path | None = None
 
 
 @dataclass
@@ -119,6 +124,10 @@ def watch_writes(root: str, log: int, fault: Fault | None) -> None:
             count += 1
             os.write(log, f"{call} {os.path.relpath(place, root)}\n".encode())
             fails = fault and (count == fault.number if fault.once else count >= fault.number)
+        if fault and fault.vanish:
+            if count == fault.number:
+                shutil.rmtree(fault.vanish)
+            return
         if fault and fails:
             raise OSError(fault.code, os.strerror(fault.code), place)
 
@@ -139,12 +148,16 @@ def watch_writes(root: str, log: int, fault: Fault | None) -> None:
 
 
 @contextmanager
-def small_disk(folder: Path, mib: float) -> Iterator[Callable[[float], None]]:
-    """Mount a file system of a given size; yields what changes its size. `OSError` where that is not allowed."""
+def small_disk(folder: Path, mib: float) -> Iterator[Callable[..., None]]:
+    """Mount a file system of a given size; yields what changes its size, and makes it read-only or not.
+
+    Raises:
+        OSError: that is not allowed here.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     _mount("-t", "tmpfs", "-o", f"size={round(mib * 1024)}k", "tmpfs", str(folder))
     try:
-        yield lambda size: _mount("-o", f"remount,size={round(size * 1024)}k", str(folder))
+        yield lambda size, mode="rw": _mount("-o", f"remount,{mode},size={round(size * 1024)}k", str(folder))
     finally:
         subprocess.run(["umount", "-l", str(folder)], check=True)
 

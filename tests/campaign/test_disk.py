@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from conftest import Results
 
 PROJECT = Path(__file__).parents[2]
-CALLS, SIZES = 10, 5  # writes that fail, and disks that are too small, of each command
+CALLS, SIZES, VANISHED = 10, 5, 3  # of each command: writes that fail, disks too small, folders that vanish
 COUNTED = "random_states_0.pkl"  # accelerate counts in it the micro-batches of this process, which nothing depends on
 TOY = (
     "--model_name_or_path toy-segformer --from_scratch true --crop_size 32 --max_train_steps 4 --eval_steps 2 "
@@ -56,7 +56,7 @@ COMMANDS = {
         ("fold/dataset.json",),
     ),
     "calibrate_raa": Command(
-        "python scripts/calibrate_raa.py {oem} {oem_sar} --output {out}/raa", ("raa/raa.json", "raa/spectra.png")
+        "python scripts/calibrate_raa.py {large} {large} --output {out}/raa", ("raa/raa.json", "raa/spectra.png")
     ),
     "convert_pretrained": Command(
         "python scripts/convert_pretrained.py --output {out}/lite0", ("lite0/model.safetensors",), samples=6
@@ -131,6 +131,11 @@ def sources(oem: Path, oem_sar: Path, tmp_path_factory: pytest.TempPathFactory) 
     pixels = np.random.default_rng(0).integers(1, 256, (1, 1400, 160), dtype=np.uint8)
     place = {"crs": "EPSG:32633", "transform": rasterio.Affine(1, 0, 4e5, 0, -1, 5e6)}
     with rasterio.open(found["scene"], "w", "GTiff", 160, 1400, 1, dtype="uint8", **place) as file:
+        file.write(pixels)
+    found["large"] = folder / "large"
+    found["large"].mkdir()
+    pixels = np.random.default_rng(1).integers(1, 256, (3, 256, 256), dtype=np.uint8)
+    with rasterio.open(found["large"] / "a.tif", "w", "GTiff", 256, 256, 3, dtype="uint8") as file:
         file.write(pixels)
     work = folder / "work"
     for name, words in (
@@ -288,15 +293,21 @@ def test_a_failing_write_is_one_line_and_the_same_command_completes(
         print(name, fault, case.writes[fault.number - 1])
         failed += fail_and_repeat(case, functools.partial(case.run, fault), lambda: None)
     small = fill_disks(name, sources, tmp_path / "disk")
+    disks = SIZES if small is not None else 0
+    failed += small or 0
+    went_on = len(faults) + disks - failed
+    add(results, name, count, len(faults), disks, one_line=failed, went_on=went_on, same_bits="yes")
+
+
+def add(
+    results: "Results", name: str, writes: int, failed: int, disks: int, *, one_line: int, went_on: int, same_bits: str
+) -> None:
+    """Add a row of a test in which nothing was lost."""
     results.add(
         command=name,
-        writes=count,
-        **{"made to fail": len(faults), "disks too small": SIZES if small is not None else "not mounted"},
-        **{
-            "one line": failed + (small or 0),
-            "went on": len(faults) + SIZES * (small is not None) - failed - (small or 0),
-        },
-        **{"lost or half written": 0, "same bits afterwards": "yes"},
+        writes=writes,
+        **{"faults": failed, "disks too small": disks, "one line": one_line, "went on": went_on},
+        **{"lost or half written": 0, "same bits when run again": same_bits},
     )
 
 
@@ -318,3 +329,55 @@ def fill_disks(name: str, sources: Sources, root: Path) -> int | None:
     except OSError as error:
         print(f"no small disk: {error}")
         return None
+
+
+@pytest.mark.timeout(600)
+def test_a_read_only_disk_is_one_line_of_every_command(
+    sources: Sources, results: "Results", random: Random, tmp_path: Path
+) -> None:
+    try:
+        with small_disk(tmp_path / "disk", 64) as resize:
+            for folder in ("out", "tmp"):
+                (tmp_path / "disk" / folder).mkdir()
+            resize(64, "ro")
+            for name, command in COMMANDS.items():
+                outcome = run(command.words.format(out=tmp_path / "disk" / "out", **sources).split(), tmp_path / "disk")
+                print(name, outcome.output)
+                assert "Read-only file system" in outcome.one_line()
+            resize(64)
+    except OSError as error:
+        pytest.skip(f"no file system can be mounted: {error}")
+    many = len(COMMANDS)
+    add(results, "all, on a read-only disk", many, many, 0, one_line=many, went_on=0, same_bits="not run again")
+
+
+@pytest.mark.timeout(1200)
+@pytest.mark.parametrize("name", ["stage1", "stage2", "pseudo-label", "ensemble", "predict", "evaluate", "synth"])
+@pytest.mark.parametrize("what", ["out", "data"])
+def test_a_folder_that_vanishes_is_one_line_or_does_not_matter(
+    name: str, what: str, sources: Sources, results: "Results", random: Random, tmp_path: Path
+) -> None:
+    if (name, what) == ("synth", "data"):
+        pytest.skip("reads no data")
+    work, vanishing = tmp_path / "work", tmp_path / "vanishing"
+    found, failed = Sources(sources), 0
+    writes = prepare(name, sources, work).writes
+    for number in sorted(random.sample(range(len(writes) // 4, len(writes)), min(VANISHED, len(writes)))):
+        empty(work)
+        if what == "data":
+            shutil.rmtree(vanishing, ignore_errors=True)
+            vanishing.mkdir()
+            found["oem_sar"] = shutil.copytree(sources["oem_sar"], vanishing / "dfc25_track1")
+            found["oem"] = shutil.copytree(sources["oem"], vanishing / "OpenEarthMap_wo_xBD")
+            found["scene"] = shutil.copy(sources["scene"], vanishing)
+        words = COMMANDS[name].words.format(out=work / "out", **found).split()
+        outcome = run(words, work, fault=Fault(number, once=True, vanish=work / "out" if what == "out" else vanishing))
+        print(name, what, number, outcome.output)
+        if outcome.exit_code:
+            outcome.one_line()
+            failed += 1
+        else:
+            assert "Traceback" not in outcome.output, outcome.output
+    described = "output folder deleted" if what == "out" else "data deleted"
+    how = {"one_line": failed, "went_on": VANISHED - failed, "same_bits": "not run again"}
+    add(results, f"{name}, {described}", len(writes), VANISHED, 0, **how)
