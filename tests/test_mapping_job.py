@@ -21,8 +21,10 @@ from torch import nn
 from hf_seg.errors import UserError
 from hf_seg.inference.load import use_network
 from hf_seg.inference.predict import Predictor
+from hf_seg.labels import OPEN_EARTH_MAP
 from hf_seg.mapping.job import MapJob
 from hf_seg.mapping.options import RasterOptions
+from hf_seg.mapping.polygons import write_polygons
 
 
 def fork(function: Callable[[], None]) -> int | None:
@@ -31,6 +33,21 @@ def fork(function: Callable[[], None]) -> int | None:
     child.start()
     child.join(60)
     return child.exitcode
+
+
+@pytest.mark.parametrize("suffix", [".gpkg", ".geojson"])
+def test_polygons_that_do_not_fit_on_the_disk_are_an_error_of_the_disk(suffix: str, tmp_path: Path) -> None:
+    pytest.importorskip("pyogrio")
+    write_tiff(tmp_path / "map.tif", speckled(64, 64) % 8 + 1)
+
+    def run() -> None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (4000, 4000))
+        try:
+            write_polygons(tmp_path / "map.tif", tmp_path / f"a{suffix}", OPEN_EARTH_MAP)
+        except OSError:
+            os._exit(7)
+
+    assert fork(run) == 7
 
 
 def kill_at_call(owner: Any, name: str, number: int) -> None:

@@ -62,6 +62,7 @@ class Predictor:
         batch_size: int = 4,
         mixed_precision: str = "no",
         dtype: torch.dtype = torch.float32,
+        batch_setting: str = "--batch_size",
     ) -> None:
         if tta not in TTA_PRESETS:
             raise UserError(f"unknown tta {tta!r}; choose one of {', '.join(TTA_PRESETS)}")
@@ -69,7 +70,7 @@ class Predictor:
             raise UserError(f"mixed_precision is {mixed_precision!r}; it must be no or bf16, or fp16 on an accelerator")
         self.networks = list(networks)
         self.device, self.tta, self.mixed_precision, self.dtype = device, tta, mixed_precision, dtype
-        self.stride, self.batch_size = stride, batch_size
+        self.stride, self.batch_size, self.batch_setting = stride, batch_size, batch_setting
         self.weights = normalized_weights(self.networks)
         self.bands = shared_bands(self.networks)
         self.label_set = common_label_set(self.networks)
@@ -188,7 +189,10 @@ class Predictor:
         dtype = PRECISIONS[self.mixed_precision]
         windows = f"{len(pixel_values)} windows of {pixel_values.shape[-1]} pixels"
         autocast = torch.autocast(self.device.type, dtype) if dtype else contextlib.nullcontext()
-        with memory_errors(f"{windows} do not fit into the memory of {self.device}; lower --batch_size"), autocast:
+        with (
+            memory_errors(f"{windows} do not fit into the memory of {self.device}; lower {self.batch_setting}"),
+            autocast,
+        ):
             output: Any = network(pixel_values.to(self.dtype))
         logits = output if isinstance(output, Tensor) else output.logits
         num_labels = self.label_set.num_labels

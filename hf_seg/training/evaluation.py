@@ -43,6 +43,7 @@ def trained_predictor(network: nn.Module, accelerator: Accelerator, args: Recipe
         stride=args.eval_stride,
         batch_size=args.eval_batch_size,
         mixed_precision=accelerator.mixed_precision,
+        batch_setting="--eval_batch_size",
     )
 
 
