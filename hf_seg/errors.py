@@ -13,7 +13,8 @@ DISK_HINT = "free disk space or choose another place"
 _SECONDS_TO_END = 3.0  # a launcher looks every 0.1 s whether a process has failed
 _DISK_CODES = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS, errno.ESTALE)
 _TORCH_WRITER = ("PytorchStreamWriter failed", "unexpected pos")  # torch.save does not say why it cannot write
-_OUT_OF_MEMORY = (  # in messages of torch, CUDA, oneDNN, GDAL, C++, the dynamic linker, threads, a loader's worker
+# in messages of torch, CUDA, oneDNN, GDAL, OpenCV, C++, the dynamic linker, Python's threads, a loader's worker
+_OUT_OF_MEMORY = (
     "can't allocate memory",
     "not enough memory",
     "out of memory",
@@ -21,6 +22,7 @@ _OUT_OF_MEMORY = (  # in messages of torch, CUDA, oneDNN, GDAL, C++, the dynamic
     "ALLOC_FAILED",
     "could not create a primitive",
     "failed to map segment",
+    "Insufficient memory",
     "bad_alloc",
     "bad allocation",
     os.strerror(errno.ENOMEM),
@@ -86,8 +88,7 @@ def is_out_of_memory(error: BaseException) -> bool:
         return False
     if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":  # that of torch
         return True
-    of_the_machine = isinstance(error, OSError | RuntimeError | ImportError)
-    return of_the_machine and any(phrase in str(error) for phrase in _OUT_OF_MEMORY)
+    return any(phrase in str(error) for phrase in _OUT_OF_MEMORY)
 
 
 @contextmanager

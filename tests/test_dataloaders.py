@@ -18,7 +18,7 @@ from hf_seg.data.open_earth_map import load_open_earth_map_sar
 from hf_seg.data.rare_classes import RareClassSampling, class_pixels
 from hf_seg.data.samples import LabelledImages, UnlabelledImages
 from hf_seg.data.transforms import optical_transform, sar_transform
-from hf_seg.errors import DatasetError
+from hf_seg.errors import DatasetError, UserError
 from hf_seg.labels import IGNORE_INDEX
 from hf_seg.normalization import to_pixel_values
 
@@ -458,3 +458,20 @@ def test_the_stream_of_a_real_folder_has_no_class_0(realdata: Path) -> None:
     values = set(batch["labels"].unique().tolist())
     assert values <= {*range(1, 9), IGNORE_INDEX}
     assert len(values) > 1
+
+
+class Greedy:
+    """A transform that asks for 8 PiB."""
+
+    def set_random_state(self, *_: object) -> None: ...
+
+    def __call__(self, **_: object) -> None:
+        np.empty(1 << 50)
+
+
+def test_an_image_that_does_not_fit_into_a_workers_memory_is_one_line(rows: datasets.Dataset) -> None:
+    stream = AugmentedStream(LabelledImages(rows, "sar"), Greedy(), seed=3)
+    message = "do not fit into memory while they are augmented; lower --dataloader_num_workers"
+    with pytest.raises(UserError, match=message) as error:
+        batches(stream, num_workers=1)
+    assert "\n" not in str(error.value)

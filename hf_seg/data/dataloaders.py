@@ -17,7 +17,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 
 from hf_seg.data.rare_classes import RareClassSampling
 from hf_seg.data.samples import LabelledImages, Sample, UnlabelledImages
-from hf_seg.errors import UserError
+from hf_seg.errors import UserError, memory_errors
 from hf_seg.normalization import IMAGENET, Normalization
 
 
@@ -80,8 +80,10 @@ class AugmentedStream(Dataset[dict[str, Any]]):
 
         Raised in a worker process, the error would reach the main process with a traceback in its message.
         """
+        hint = "lower --dataloader_num_workers, --cache_gib or --crop_size"
         try:
-            return self._batch(positions)
+            with memory_errors(f"images do not fit into memory while they are augmented; {hint}"):
+                return self._batch(positions)
         except UserError as error:
             return error
 

@@ -41,6 +41,7 @@ class Predictor:
         batch_size: windows of an image per forward pass.
         mixed_precision: "no", "bf16" or "fp16" (accelerators only).
         dtype: of the networks' weights.
+        batch_setting: the setting that an error names where a batch does not fit into memory.
 
     Attributes:
         weights: of the networks, with a sum of 1.

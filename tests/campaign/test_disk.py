@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from conftest import Results
 
 PROJECT = Path(__file__).parents[2]
-CALLS, SIZES, VANISHED = 10, 5, 3  # of each command: writes that fail, disks too small, folders that vanish
+CALLS, SIZES, VANISHED = 8, 3, 2  # of each command: writes that fail, disks too small, folders that vanish
 COUNTED = "random_states_0.pkl"  # accelerate counts in it the micro-batches of this process, which nothing depends on
 TOY = (
     "--model_name_or_path toy-segformer --from_scratch true --crop_size 32 --max_train_steps 4 --eval_steps 2 "
