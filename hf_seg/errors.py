@@ -28,7 +28,7 @@ _OUT_OF_MEMORY = (
     os.strerror(errno.ENOMEM),
     "can't start new thread",
     "out of shared memory",
-    "DataLoader worker (pid",
+    "is killed by signal: Killed",
 )
 
 
@@ -149,6 +149,7 @@ def _describe(error: Exception, memory_hint: str) -> str | None:
 
 
 def _hide_os_errors(found: threading.ExceptHookArgs) -> None:
-    """Print what ended a thread, except an `OSError`: the tracker's thread hands that on to the main one."""
-    if not isinstance(found.exc_value, OSError):
+    """Print what ended a thread, except an `OSError` of the tracker's: it hands that on to the main thread."""
+    is_tracker = type(found.thread).__module__.startswith("tensorboard.")
+    if not (is_tracker and isinstance(found.exc_value, OSError)):
         threading.__excepthook__(found)
