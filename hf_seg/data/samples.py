@@ -14,7 +14,7 @@ from hf_seg.bands import Bands
 from hf_seg.data.band_images import read_bands
 from hf_seg.data.nodata import outside_swath
 from hf_seg.data.tile_files import decode_tile
-from hf_seg.errors import DatasetError
+from hf_seg.errors import DatasetError, is_out_of_memory
 from hf_seg.labels import BACKGROUND, IGNORE_INDEX, OPEN_EARTH_MAP, LabelSet
 
 
@@ -97,6 +97,8 @@ def _read_errors(image_id: str) -> Iterator[None]:
     try:
         yield
     except (OSError, SyntaxError, RasterioError) as error:
+        if is_out_of_memory(error):
+            raise
         raise DatasetError(f"{image_id}: cannot be read any more ({error}); was it moved or replaced?") from error
 
 
