@@ -50,7 +50,12 @@ def atomic_folder(folder: Path) -> Iterator[Path]:
         remove(replaced)  # left by a run that was killed
         if folder.exists():
             os.replace(folder, replaced)
-        os.replace(temporary, folder)
+        try:
+            os.replace(temporary, folder)
+        except OSError:
+            if replaced.exists():
+                os.replace(replaced, folder)
+            raise
         flush(folder.parent)
         remove(replaced)
 

@@ -1,5 +1,6 @@
 """Checkpoints are atomic, the right one is found, and a signal is asked for between steps."""
 
+import errno
 import json
 import logging
 import os
@@ -16,7 +17,8 @@ from accelerate import Accelerator
 from accelerate.utils import set_seed
 from torch import Tensor, nn
 
-from hf_seg.errors import UserError
+from hf_seg.errors import FileError, UserError
+from hf_seg.files import atomic_folder
 from hf_seg.training.checkpoints import Progress, StopSignal, find_checkpoint, load_checkpoint, save_checkpoint
 
 
@@ -149,6 +151,26 @@ def test_a_flipped_bit_is_found_before_the_checkpoint_is_used(
     assert f"{newer} is damaged ({file.name} has other bytes" in caplog.text or f"{newer} is incomplete" in caplog.text
     with pytest.raises(UserError, match=rf"{newer} is (damaged|no complete checkpoint).*: {older}"):
         find_checkpoint(run.output_dir, str(newer))
+
+
+def test_a_folder_that_cannot_be_replaced_keeps_what_it_had(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder, replace = tmp_path / "audit", os.replace
+    with atomic_folder(folder) as temporary:
+        (temporary / "old").touch()
+
+    def fail(source: Path, target: Path) -> None:
+        if Path(source).name == ".partial.audit":
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        replace(source, target)
+
+    monkeypatch.setattr(os, "replace", fail)
+    with (
+        pytest.raises(FileError, match=r"audit cannot be written \(Input/output error\)"),
+        atomic_folder(folder) as new,
+    ):
+        (new / "new").touch()
+    assert [path.name for path in tmp_path.iterdir()] == ["audit"]
+    assert [path.name for path in folder.iterdir()] == ["old"]
 
 
 def test_a_checkpoint_of_an_older_version_has_no_checksums_and_is_used(run: Run) -> None:
