@@ -12,8 +12,8 @@ running mean, and dropped. The tiles are shared among the processes, and the res
 its output.
 """
 
-from hf_seg.arguments import PREDICTION_MEMORY_HINT, EnsembleArguments, write_recipe
-from hf_seg.settings import answer_help, parse_arguments
+from hf_seg.arguments import PREDICTION_MEMORY_HINT, EnsembleArguments, portable_settings, write_recipe
+from hf_seg.settings import LOCAL_PATHS_FILE, answer_help, parse_arguments
 
 if __name__ == "__main__":
     answer_help(EnsembleArguments)  # before the slow imports
@@ -31,7 +31,7 @@ from hf_seg.data.provenance import find_label_set, read_provenance
 from hf_seg.data.samples import LabelledImages
 from hf_seg.errors import DatasetError, UserError, one_line_errors
 from hf_seg.files import remove, write_atomic
-from hf_seg.hub.export import TRAINING_DATA_FILE, write_training_data
+from hf_seg.hub.export import TRAINING_DATA_FILE, read_record, write_training_data
 from hf_seg.hub.push import publish
 from hf_seg.inference.load import ENSEMBLE_FILE, load_networks
 from hf_seg.inference.predict import Predictor
@@ -40,6 +40,8 @@ from hf_seg.terminal import print_summary
 from hf_seg.training.evaluation import draw_results, evaluate
 from hf_seg.training.hub_data import pin_datasets
 from hf_seg.training.run import start_accelerator
+
+WRITTEN = {"README.md", "recipe.yaml", LOCAL_PATHS_FILE, "eval_results.json", TRAINING_DATA_FILE, "figures"}
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -52,7 +54,7 @@ def main(argv: list[str] | None = None) -> None:
     with accelerator.main_process_first():  # the first process fetches and indexes, the others find it done
         ensemble = EnsembleForSemanticSegmentation.from_members(args.model, args.weights)
         images = load_images(args, ensemble.members[0].bands) if args.eval else None
-    check_output(output_dir, ensemble)
+    check_output(output_dir, ensemble, args)
     accelerator.print(
         f"{len(ensemble.members)} network(s), {0 if images is None else len(images)} tiles to score, "
         f"tta: {args.tta}, {accelerator.num_processes} process(es), {accelerator.device}"
@@ -94,7 +96,7 @@ def load_images(args: EnsembleArguments, bands: Bands | None) -> LabelledImages:
         raise DatasetError(f"{error}; or export without scores: --eval false") from None
 
 
-def check_output(folder: Path, ensemble: EnsembleForSemanticSegmentation) -> None:
+def check_output(folder: Path, ensemble: EnsembleForSemanticSegmentation, args: EnsembleArguments) -> None:
     """Make sure that the output folder is free, or contains an ensemble of these networks.
 
     Raises:
@@ -111,9 +113,12 @@ def check_output(folder: Path, ensemble: EnsembleForSemanticSegmentation) -> Non
                 f"{folder} contains an ensemble of other networks ({', '.join(before)}; now {', '.join(now)}); {hint}"
             )
         return
-    # an export that was killed may have left members, but nothing else
-    if others := sorted(path.name for path in folder.glob("[!.]*") if not path.name.startswith("member_")):
-        raise UserError(f"{folder} already contains something else, e.g. {others[0]}; {hint}")
+    # an export that was stopped may have left members and, of an ensemble that it was to replace, all but its list
+    others = {path.name for path in folder.glob("[!.]*") if not path.name.startswith("member_")}
+    if others <= WRITTEN and read_record(folder / "recipe.yaml").get("model") == portable_settings(args)["model"]:
+        return
+    if others:
+        raise UserError(f"{folder} already contains something else, e.g. {min(others)}; {hint}")
 
 
 def score(

@@ -1,6 +1,7 @@
 """The ensemble's recipe as a user runs it: one pass scores all, the scores are those of the folder that it leaves."""
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -160,6 +161,19 @@ def test_other_members_do_not_replace_an_ensemble(
     assert result.exit_codes == [2]
     assert "contains an ensemble of other networks" in result.output and "choose another --output_dir" in result.output
     assert (finished[0] / "ensemble.json").read_bytes() == before
+
+
+def test_an_export_that_was_stopped_while_it_replaced_an_ensemble_is_repeated(
+    finished: tuple[Path, str], members: list[str], oem_sar: Path, tmp_path: Path
+) -> None:
+    folder = tmp_path / "ensemble"
+    shutil.copytree(finished[0], folder)
+    (folder / "ensemble.json").unlink()
+    result = run(members[::-1], folder, oem_sar)
+    assert result.exit_codes == [2] and "already contains something else, e.g. README.md" in result.output
+    result = run(members, folder, oem_sar, "--weights", "1", "3")
+    assert result.exit_codes == [0], result.output
+    assert (folder / "ensemble.json").read_bytes() == (finished[0] / "ensemble.json").read_bytes()
 
 
 def test_another_run_is_not_written_over(members: list[str], oem_sar: Path, tmp_path: Path) -> None:

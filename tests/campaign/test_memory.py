@@ -58,7 +58,7 @@ def test_short_memory_is_one_line_and_the_same_command_completes(
         case.require_same_result()
     results.add(
         command=name,
-        **{"memory beside imports, MiB": least, "limits below it": LIMITS, "one line": refused},
+        **{"enough beside imports, MiB": least, "lower limits": LIMITS, "one line": refused},
         **{"ended by a library": crashed, "went on": LIMITS - refused - crashed},
         **{"lost": 0, "same bits when run again": "yes"},
     )
