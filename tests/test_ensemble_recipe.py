@@ -171,7 +171,7 @@ def test_an_export_that_was_stopped_while_it_replaced_an_ensemble_is_repeated(
     (folder / "ensemble.json").unlink()
     result = run(members[::-1], folder, oem_sar)
     assert result.exit_codes == [2] and "already contains something else, e.g. README.md" in result.output
-    result = run(members, folder, oem_sar, "--weights", "1", "3")
+    result = run(members, folder, oem_sar, "--weights", "3", "1", "--batch_size", "3")
     assert result.exit_codes == [0], result.output
     assert (folder / "ensemble.json").read_bytes() == (finished[0] / "ensemble.json").read_bytes()
 

@@ -27,7 +27,8 @@ if TYPE_CHECKING:
     from conftest import Results
 
 PROJECT = Path(__file__).parents[2]
-CALLS, SIZES, VANISHED = 8, 3, 2  # of each command: writes that fail, disks too small, folders that vanish
+# of each command: writes that fail, disks too small, folders that vanish, writes over an earlier result that fail
+CALLS, SIZES, VANISHED, OVER = 8, 3, 2, 4
 COUNTED = "random_states_0.pkl"  # accelerate counts in it the micro-batches of this process, which nothing depends on
 TOY = (
     "--model_name_or_path toy-segformer --from_scratch true --crop_size 32 --max_train_steps 4 --eval_steps 2 "
@@ -381,3 +382,29 @@ def test_a_folder_that_vanishes_is_one_line_or_does_not_matter(
     described = "output folder deleted" if what == "out" else "data deleted"
     how = {"one_line": failed, "went_on": VANISHED - failed, "same_bits": "not run again"}
     add(results, f"{name}, {described}", len(writes), VANISHED, 0, **how)
+
+
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize("name", ["audit", "evaluate", "report", "predict", "ensemble"])
+def test_what_was_there_before_is_kept_or_made_again(
+    name: str, sources: Sources, results: "Results", random: Random, tmp_path: Path
+) -> None:
+    command = COMMANDS[name]
+    words = command.words + " --overwrite" * (name == "predict")
+    case = prepare(name, sources, tmp_path / "work", Command(words, command.files))
+    writes = case.run().writes  # over what is there
+    numbers = sorted(random.sample(range(1, len(writes) + 1), OVER))
+    failed = 0
+    for number in numbers:
+        outcome = case.run(Fault(number, errno.EIO, once=True))
+        print(name, number, writes[number - 1], outcome.output)
+        if outcome.exit_code:
+            outcome.one_line()
+            failed += 1
+        if name != "ensemble":  # which deletes the scores and figures of the one before at its start
+            case.require_same_result()
+        again = case.run()
+        assert again.exit_code == 0, again.output
+        case.require_same_result()
+    how = {"one_line": failed, "went_on": OVER - failed, "same_bits": "yes"}
+    add(results, f"{name}, over an earlier result", len(writes), OVER, 0, **how)
