@@ -52,11 +52,12 @@ def atomic_folder(folder: Path) -> Iterator[Path]:
             os.replace(folder, replaced)
         try:
             os.replace(temporary, folder)
+            flush(folder.parent)
         except OSError:
+            remove(folder)
             if replaced.exists():
                 os.replace(replaced, folder)
             raise
-        flush(folder.parent)
         remove(replaced)
 
 

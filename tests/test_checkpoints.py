@@ -153,17 +153,21 @@ def test_a_flipped_bit_is_found_before_the_checkpoint_is_used(
         find_checkpoint(run.output_dir, str(newer))
 
 
-def test_a_folder_that_cannot_be_replaced_keeps_what_it_had(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    folder, replace = tmp_path / "audit", os.replace
+@pytest.mark.parametrize("call", ["replace", "fsync"])
+def test_a_folder_that_cannot_be_replaced_keeps_what_it_had(
+    call: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder, function = tmp_path / "audit", getattr(os, call)
     with atomic_folder(folder) as temporary:
         (temporary / "old").touch()
 
-    def fail(source: Path, target: Path) -> None:
-        if Path(source).name == ".partial.audit":
+    def fail(source: Any, *target: Path) -> None:
+        path = os.readlink(f"/proc/self/fd/{source}") if call == "fsync" else source
+        if Path(path) in (tmp_path / ".partial.audit", tmp_path):
             raise OSError(errno.EIO, os.strerror(errno.EIO))
-        replace(source, target)
+        function(source, *target)
 
-    monkeypatch.setattr(os, "replace", fail)
+    monkeypatch.setattr(os, call, fail)
     with (
         pytest.raises(FileError, match=r"audit cannot be written \(Input/output error\)"),
         atomic_folder(folder) as new,
