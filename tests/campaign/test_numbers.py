@@ -168,6 +168,7 @@ def flip(path: Path, random: Random) -> None:
     content = bytearray(path.read_bytes())
     bit = random.randrange(8 * len(content))
     content[bit // 8] ^= 1 << bit % 8
+    path.unlink()  # what has mapped the file into memory keeps it
     path.write_bytes(content)
 
 
@@ -178,6 +179,7 @@ def flipped(folder: Path, random: Random, name: str = "*") -> Any:
     before = path.read_bytes()
     flip(path, random)
     yield path
+    path.unlink()
     path.write_bytes(before)
 
 
