@@ -202,12 +202,6 @@ def test_labels_with_a_flipped_bit_are_not_learned(name: str, tmp_path: Path) ->
         load_pseudo_labels(str(tmp_path))
 
 
-def test_a_damaged_manifest_is_named(tmp_path: Path) -> None:
-    (tmp_path / "manifest.json").write_text('{"files": ')
-    with pytest.raises(UserError, match=r"manifest\.json is damaged \(.*\); delete it and launch"):
-        load_pseudo_labels(str(tmp_path))
-
-
 def test_a_shard_that_cannot_be_written_is_a_file_error(tmp_path: Path) -> None:
     (tmp_path / "data").touch()
     with pytest.raises(FileError, match=r"a\.parquet cannot be written"):

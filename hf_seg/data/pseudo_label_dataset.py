@@ -187,8 +187,8 @@ def load_pseudo_labels(
         label_set: classes of the training.
 
     Raises:
-        UserError: no such folder or repository, not a dataset of pseudo-labels, a file that is damaged, its manifest says
-            other classes, or a label is not in the dataset itself.
+        UserError: no such folder or repository, not a dataset of pseudo-labels, a damaged file, its manifest says other
+            classes, or a label is not in the dataset itself.
     """
     hub = None if Path(path).exists() else find_hub_dataset(path)
     if Path(path, "inputs.json").exists() and not Path(path, "manifest.json").exists():
