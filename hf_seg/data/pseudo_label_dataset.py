@@ -171,7 +171,9 @@ def damaged_files(folder: Path) -> list[Path]:
     manifest = _read_manifest(str(folder), None)
     if not {"files", "label_set"} & manifest.keys():  # not finished, or made by others
         return []
-    files = dict(manifest.get("files", {}))
+    files = manifest.get("files")
+    if not isinstance(files, dict):
+        raise UserError(f"{folder}: {MANIFEST_FILE} is damaged (it has no checksums)")
     found = sorted(folder.glob("[!.]*/[!.]*.parquet"))
     return [path for path in found if sha256_of(path) != files.get(path.relative_to(folder).as_posix())]
 
