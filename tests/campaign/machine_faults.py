@@ -102,7 +102,7 @@ def _run(
     if memory_mib is not None:
         limit = int((used_mib() + memory_mib) * 2**20)
         resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
-    fork_server._run(words, os.getcwd(), dict(os.environ), logs[:2])
+    fork_server._run(words, os.getcwd(), dict(os.environ), logs[:2], None)
 
 
 def used_mib() -> float:
