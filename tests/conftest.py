@@ -19,13 +19,23 @@ import numpy as np
 import pytest
 import rasterio
 import torch
+from campaign_results import SEED, random, results  # noqa: F401 (fixtures)
 
 torch.set_num_threads(1)
+CAMPAIGN = Path(__file__).parent / "campaign"
 
 
+def pytest_report_header() -> str:
+    """Print the seed that repeats the campaign."""
+    return f"campaign seed: {SEED} (CAMPAIGN_SEED={SEED} repeats it)"
+
+
+@pytest.hookimpl(tryfirst=True)  # before markers are selected
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Leave out GPU tests where there is no GPU."""
+    """Mark the campaign as slow, and leave out GPU tests where there is no GPU."""
     for item in items:
+        if CAMPAIGN in item.path.parents:
+            item.add_marker(pytest.mark.slow)
         if item.get_closest_marker("gpu") and not torch.cuda.is_available():
             item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
 

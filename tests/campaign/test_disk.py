@@ -24,7 +24,7 @@ from PIL import Image
 from safetensors import safe_open
 
 if TYPE_CHECKING:
-    from conftest import Results
+    from campaign_results import Results
 
 PROJECT = Path(__file__).parents[2]
 # of each command: writes that fail, disks too small, folders that vanish, writes over an earlier result that fail

@@ -23,7 +23,7 @@ import huggingface_hub
 import numpy as np
 import pytest
 import rasterio
-from conftest import SEED, Results
+from campaign_results import SEED, Results
 from fork_server import run_command
 from hub_client_setup import talk_to
 from hub_folders import make_ensemble, make_pseudo_labels, make_stage2

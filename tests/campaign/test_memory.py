@@ -10,7 +10,7 @@ from machine_faults import run
 from test_disk import COMMANDS, Command, Sources, empty, prepare, require_whole, sources
 
 if TYPE_CHECKING:
-    from conftest import Results
+    from campaign_results import Results
 
 __all__ = ["sources"]  # the fixture
 CRASHES = (-signal.SIGSEGV, -signal.SIGABRT, 127)  # libraries in C that do not check what they allocate

@@ -21,7 +21,7 @@ from hf_seg.inference.load import load_networks
 from hf_seg.training.checkpoints import find_checkpoint
 
 if TYPE_CHECKING:
-    from conftest import Results
+    from campaign_results import Results
 
 __all__ = ["sources"]  # the fixture
 FLIPS = 100  # of each kind of folder

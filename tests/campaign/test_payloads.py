@@ -19,7 +19,7 @@ import pyarrow.parquet as pq
 import pytest
 import rasterio
 import torch
-from conftest import Results
+from campaign_results import Results
 from fork_server import run_command
 from hub_folders import make_ensemble, make_pseudo_labels, make_stage2
 from payload_setup import answer_yes

@@ -1,4 +1,4 @@
-"""What the campaign shares: its marker, the seed of each file, and the figures for docs/reliability.md."""
+"""What the campaign shares: the seed of each file, and the figures for docs/reliability.md."""
 
 import json
 import os
@@ -10,21 +10,8 @@ from random import Random
 
 import pytest
 
-FOLDER = Path(__file__).parent
-RESULTS = FOLDER.parents[1] / "runs" / "campaign"
+RESULTS = Path(__file__).parents[1] / "runs" / "campaign"
 SEED = int(os.environ.get("CAMPAIGN_SEED", "0"))
-
-
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Keep the campaign out of the default suite."""
-    for item in items:
-        if FOLDER in item.path.parents:
-            item.add_marker(pytest.mark.slow)
-
-
-def pytest_report_header() -> str:
-    """Print the seed that repeats this campaign."""
-    return f"campaign seed: {SEED} (CAMPAIGN_SEED={SEED} repeats it)"
 
 
 @dataclass
