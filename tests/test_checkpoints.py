@@ -127,6 +127,16 @@ def test_with_every_checkpoint_damaged_the_run_begins_anew(run: Run, how: str) -
     assert find_checkpoint(run.output_dir, "latest") is None
 
 
+@pytest.mark.parametrize("content", ["[]", '{"files": []}', '{"files": {}}', "[" * 100_000])
+def test_a_manifest_without_what_a_resumed_run_needs_is_incomplete(tmp_path: Path, content: str) -> None:
+    place = tmp_path / "checkpoints/step_00000001"
+    place.mkdir(parents=True)
+    (place / "manifest.json").write_text(content)
+    assert find_checkpoint(tmp_path, "latest") is None
+    with pytest.raises(UserError, match="is no complete checkpoint"):
+        find_checkpoint(tmp_path, str(place))
+
+
 def test_a_checkpoint_that_is_still_being_written_is_never_chosen(run: Run) -> None:
     complete = run.save(1)
     shutil.copytree(complete, complete.with_name(".partial.step_00000009"))

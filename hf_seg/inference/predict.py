@@ -27,6 +27,7 @@ from hf_seg.normalization import to_pixel_values
 
 logger = logging.getLogger(__name__)
 
+SMALL_WINDOW = 32  # pixels; every network of this project takes it
 PRECISIONS = {"no": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -193,6 +194,13 @@ class Predictor:
             raise UserError(
                 f"{len(pixel_values)} windows of {pixel_values.shape[-1]} pixels do not fit into the memory of "
                 f"{self.device}; lower --batch_size"
+            ) from None
+        except RuntimeError:
+            height, width = pixel_values.shape[-2:]
+            if min(height, width) >= SMALL_WINDOW:
+                raise
+            raise UserError(
+                f"a window of {height} x {width} pixels is too small for the network; choose a larger --window"
             ) from None
         logits = output if isinstance(output, Tensor) else output.logits
         num_labels = self.label_set.num_labels
