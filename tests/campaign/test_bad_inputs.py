@@ -63,7 +63,7 @@ def _measured(command: str, work: str, env: dict[str, str], outputs: list[str]) 
     before, mib = _usage(), 1024
     resource.setrlimit(resource.RLIMIT_AS, (SPACE, SPACE))
     try:
-        _run(shlex.split(command), work, env, outputs[:2])
+        _run(shlex.split(command), work, env, outputs[:2], None)
     finally:
         for child in multiprocessing.active_children():
             child.join(1)
