@@ -354,6 +354,13 @@ def test_endless_name_in_a_split_list_is_no_crash(tmp_path: Path, line: str):
         assert f"e.g. {'9' * 255})" in scan.describe_missing("train")
 
 
+def test_file_name_that_is_not_utf8_is_an_error_that_names_it(tmp_path: Path):
+    root = make_sar(tmp_path)
+    (root / "train/sar_images" / os.fsdecode(b"Tile_\xff.tif")).touch()
+    with pytest.raises(DatasetError, match=r"Tile_.*its name has letters that cannot be printed; rename it"):
+        scan_open_earth_map_sar(root)
+
+
 def test_control_letters_in_a_split_list_stay_out_of_the_message(tmp_path: Path):
     root = make_oem(tmp_path)
     (root / "train.txt").write_text("a\x1eb\nal_qurnah_2.tif\n")

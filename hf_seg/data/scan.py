@@ -146,6 +146,8 @@ def _list_tiles(paths: Iterable[Path]) -> dict[str, str]:
     for path in paths:
         if path.suffix.lower() not in (".tif", ".tiff") or path.name.startswith(".") or not path.is_file():
             continue
+        if not path.name.isprintable():  # nor is what stands for bytes that are no UTF-8
+            raise DatasetError(f"{str(path)!r}: its name has letters that cannot be printed; rename it")
         if (first := tiles.setdefault(path.stem, str(path))) != str(path):
             raise DatasetError(f"{path} and {first} have the same image_id, {path.stem!r}: remove one.")
     return tiles

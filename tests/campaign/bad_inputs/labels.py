@@ -133,7 +133,7 @@ LABELS = (
         LEARN,
         "sea",
     ),
-    Case("pseudo-labels", "rows of other tiles", _rows(image_id=["x"], pseudo_label=[b"x"]), LEARN, "TrainArea_001"),
+    Case("pseudo-labels", "rows of other tiles", _rows(image_id=["x"], pseudo_label=[b"x"]), LEARN, "labels"),
     Case("pseudo-labels", "no image_id", _rows(tile=["x"], pseudo_label=[b"x"]), LEARN, "image_id"),
     Case(
         "pseudo-labels",
@@ -171,13 +171,13 @@ LABELS = (
         LEARN,
         "TrainArea_001",
     ),
-    Case("pseudo-labels", "a label that is null", _with_image(pseudo_label=None), LEARN, "TrainArea_001"),
+    Case("pseudo-labels", "a label that is null", _with_image(pseudo_label=None), LEARN, "labels"),
     Case(
         "pseudo-labels",
         "no confidence, but --confidence_weights",
         _rows(image_id=[f"TrainArea_00{n}" for n in range(1, 7)], pseudo_label=[{"bytes": b"x", "path": None}] * 6),
         LEARN + " --confidence_weights true",
-        "confidence",
+        "labels",
     ),
     Case(
         "pseudo-labels", "a folder of text", both(folder("labels"), write("labels/a.txt", "hello\n")), LEARN, "labels"

@@ -79,7 +79,7 @@ TILES = (
     _tile("two files of one name, .tif and .TIFF", tiff(TILE.replace(".tif", ".TIFF"), noise(*SIZE))),
     _tile("missing, its label is there", remove(TILE), "no file in train/sar_images", CHECK, code=0),
     _tile("a name that is no UTF-8", LATIN, "Tile_"),
-    _tile("a name that is no UTF-8, in a check", LATIN, "Tile_", CHECK, code=1),
+    _tile("a name that is no UTF-8, in a check", LATIN, "Tile_", CHECK),
     _tile("optical with one band", tiff(OPTICAL, noise(*SIZE)), NAME, PSEUDO + " --column optical"),
     _tile("optical of another size than SAR", tiff(OPTICAL, noise(3, 50, 50)), NAME, PSEUDO),
     _tile("16 bits, at validation", tiff(VAL, noise(*SIZE, dtype=np.uint16)), "ValArea_001", EVALUATE),
