@@ -62,8 +62,12 @@ class ModelSettings(Settings):
     model_name_or_path: str = setting("nvidia/mit-b5", "encoder or whole model: Hub id, folder or preset", path=True)
     from_scratch: bool = setting(False, "random weights at the size of the named encoder or preset; no download")
     crop_size: int = setting(896, "training crop and inference window in pixels; a multiple of 32", low=32)
-    head_width: int | None = setting(None, "channels of UperNet's decoder; default: 512, or 64 for a toy", low=8)
-    lora_rank: int = setting(0, "rank of LoRA adapters on the encoder, which is frozen; 0: all is trained", low=0)
+    head_width: int | None = setting(
+        None, "channels of UperNet's decoder; default: 512, or 64 for a toy", low=8, high=2**14
+    )
+    lora_rank: int = setting(
+        0, "rank of LoRA adapters on the encoder, which is frozen; 0: all is trained", low=0, high=2**14
+    )
     lora_alpha: float = setting(16.0, "the adapters' output is scaled by this over lora_rank", above=0)
     lora_targets: list[str] = setting(
         ["all-linear"], "layers with adapters: all-linear, or ends of names of linear and convolutional ones"
@@ -73,6 +77,7 @@ class ModelSettings(Settings):
     def __post_init__(self) -> None:
         super().__post_init__()
         self.require("crop_size", self.crop_size % 32 == 0, "a multiple of 32")
+        self.require("crop_size", self.crop_size <= 2**14, f"at most {2**14}")
 
 
 @dataclass(kw_only=True)
@@ -96,9 +101,9 @@ class AugmentationSettings(Settings):
 class OptimisationSettings(Settings):
     """Optimisation."""
 
-    max_train_steps: int = setting(160_000, "optimizer steps", low=1, free=True)
-    per_device_train_batch_size: int = setting(8, "images per process and micro-batch", low=1)
-    gradient_accumulation_steps: int = setting(1, "micro-batches per optimizer step", low=1)
+    max_train_steps: int = setting(160_000, "optimizer steps", low=1, high=10**9, free=True)
+    per_device_train_batch_size: int = setting(8, "images per process and micro-batch", low=1, high=2**14)
+    gradient_accumulation_steps: int = setting(1, "micro-batches per optimizer step", low=1, high=2**14)
     learning_rate: float = setting(6e-5, "peak rate of the encoder (AdamW)", above=0, high=1e6)
     head_lr_multiplier: float = setting(10.0, "rate of the heads over that of the encoder", above=0, high=1e6)
     weight_decay: float = setting(0.01, "none on norms and biases", low=0)
@@ -129,7 +134,9 @@ class RunSettings(Settings):
     report_to: Literal["tensorboard", "wandb", "trackio", "none"] = setting(
         "tensorboard", "tracker; metrics.jsonl is written in any case", free=True
     )
-    dataloader_num_workers: int = setting(4, "processes per training process that read and augment", low=0, free=True)
+    dataloader_num_workers: int = setting(
+        4, "processes per training process that read and augment", low=0, high=256, free=True
+    )
     cache_gib: float = setting(0.0, "memory for decoded training tiles, in GiB per process; 0: none", low=0, free=True)
 
 
@@ -176,7 +183,7 @@ class Stage1Arguments(RecipeArguments):
         "data/OpenEarthMap_wo_xBD", "root of OpenEarthMap, or a dataset on the Hub", free=True, path=True
     )
     output_dir: str = setting("runs/stage1", "takes checkpoints, figures, teacher and student", free=True, path=True)
-    max_train_steps: int = setting(80_000, "optimizer steps", low=1, free=True)
+    max_train_steps: int = setting(80_000, "optimizer steps", low=1, high=10**9, free=True)
     method: Literal["dacs", "source_only"] = setting("dacs", "self-training, or the source loss alone")
     select_best_by: Literal["source", "weight", "target"] = setting(
         "source",

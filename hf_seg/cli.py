@@ -24,9 +24,11 @@ from types import ModuleType
 from typing import NamedTuple
 
 from hf_seg import __version__
-from hf_seg.errors import UserError, one_line_errors
+from hf_seg.errors import UserError, one_line_errors, shown
 from hf_seg.settings import is_completing, nearest, packaged_folder
 from hf_seg.terminal import JSON_DESCRIPTOR, send_json_to_stdout
+
+MOST_DIGITS = 4  # of the number of processes of one machine
 
 
 class Command(NamedTuple):
@@ -128,8 +130,11 @@ def take_processes(words: Sequence[str]) -> tuple[int | None, list[str]]:
         flag, equals, value = word.partition("=")
         if flag == "--nproc":
             value = value if equals else "".join(words[index + 1 : index + 2])
-            if not value.isdigit() or int(value) < 1:
-                raise UserError(f"--nproc must be a number of processes, at least 1; it is {value!r}")
+            is_number = value.isascii() and value.isdigit()
+            if not is_number or not value.strip("0"):
+                raise UserError(f"--nproc must be a number of processes, at least 1; it is {shown(value)}")
+            if len(value) > MOST_DIGITS:
+                raise UserError(f"--nproc must be a number of at most {MOST_DIGITS} digits; it is {shown(value)}")
             del kept[index : index + (1 if equals else 2)]
             return int(value), kept
     return None, kept

@@ -2,6 +2,7 @@
 
 import errno
 import os
+import reprlib
 import sys
 import threading
 import time
@@ -30,6 +31,7 @@ _OUT_OF_MEMORY = (
     "out of shared memory",
     "is killed by signal: Killed",
 )
+_SHOWN = 200  # characters of a value in a message
 
 
 class UserError(ValueError):
@@ -42,6 +44,37 @@ class DatasetError(UserError):
 
 class FileError(UserError):
     """A file or folder of the user's that cannot be read or written; the message names it and the reason."""
+
+
+class _Short(reprlib.Repr):
+    """Values in few words, also those that are lists of lists of lists by YAML's aliases."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.maxlevel, self.maxstring, self.maxother = 3, _SHOWN, _SHOWN
+
+    def repr_int(self, x: int, level: int) -> str:
+        try:
+            return super().repr_int(x, level)
+        except ValueError:  # Python writes at most 4300 digits
+            return f"a number of {x.bit_length()} bits"
+
+
+def shown(value: object) -> str:
+    """Return a value of a user's file or command line for a message: its `repr`, cut off where it is long."""
+    text = _Short().repr(value)
+    return text if len(text) <= _SHOWN else f"{text[:_SHOWN]}..."
+
+
+def print_error(error: object) -> None:
+    """Print what is wrong as one line on stderr, which no progress bar writes over; file names may have line breaks."""
+    line = f"error: {' '.join(str(error).splitlines())}"
+    tqdm = sys.modules.get("tqdm")
+    if tqdm is None:
+        print(line, file=sys.stderr)
+    else:
+        tqdm.tqdm.write(line, file=sys.stderr)
+    sys.stderr.flush()
 
 
 @contextmanager
@@ -106,6 +139,8 @@ def memory_errors(message: str) -> Iterator[None]:
 def one_line_errors(memory_hint: str = "") -> Iterator[None]:
     """End the program with `error: ...` on stderr and exit code 2 on a `UserError`, a disk's error or lack of memory.
 
+    So does what the operating system refuses about a file, e.g. since its name is too long.
+
     Of several processes the first reports what all have found, or wait for: when it ends, their launcher ends the
     others, which therefore do not report at once.
 
@@ -121,18 +156,8 @@ def one_line_errors(memory_hint: str = "") -> Iterator[None]:
         message = _describe(error, memory_hint)
         if message is None:
             raise
-        _print_below_bars(f"error: {message}")
+        print_error(message)
         raise SystemExit(2) from None
-
-
-def _print_below_bars(line: str) -> None:
-    """Print a line on stderr that no progress bar writes over."""
-    tqdm = sys.modules.get("tqdm")
-    if tqdm is None:
-        print(line, file=sys.stderr)
-    else:
-        tqdm.tqdm.write(line, file=sys.stderr)
-    sys.stderr.flush()
 
 
 def _describe(error: Exception, memory_hint: str) -> str | None:

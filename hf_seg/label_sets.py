@@ -18,11 +18,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeGuard
 
-import yaml
-
-from hf_seg.errors import UserError, file_errors
+from hf_seg.errors import UserError, file_errors, shown
 from hf_seg.labels import BACKGROUND, BACKGROUND_NAME, IGNORE_INDEX, OPEN_EARTH_MAP, LabelSet
-from hf_seg.settings import StrictLoader, nearest
+from hf_seg.settings import nearest, read_yaml
 
 BUILT_IN = {"OpenEarthMap": OPEN_EARTH_MAP}
 LABEL_SET_KEYS = ("classes", "background", "ignore", "unmapped")
@@ -40,13 +38,10 @@ def read_label_set(name: str | Path) -> LabelSet:
     """
     if str(name) in BUILT_IN:
         return BUILT_IN[str(name)]
-    try:
-        with file_errors(name, f"cannot be read as a label set (built in: {', '.join(BUILT_IN)})"):
-            content = yaml.load(Path(name).read_text(encoding="utf-8"), StrictLoader)  # noqa: S506 (a SafeLoader)
-    except (ValueError, yaml.YAMLError) as error:
-        raise UserError(f"{name}: cannot be read as YAML: {' '.join(str(error).split())}") from None
+    with file_errors(name, f"cannot be read as a label set (built in: {', '.join(BUILT_IN)})"):
+        content = read_yaml(Path(name), "YAML")
     if not isinstance(content, dict):
-        raise UserError(f"{name}: a label set has the keys {', '.join(LABEL_SET_KEYS)}; found {content!r}")
+        raise UserError(f"{name}: a label set has the keys {', '.join(LABEL_SET_KEYS)}; found {shown(content)}")
     return parse_label_set(content, str(name))
 
 
@@ -67,7 +62,7 @@ def parse_label_set(content: Mapping[str, Any], source: str) -> LabelSet:
     classes = _order([_check_class(row, number, source) for number, row in enumerate(rows, start=1)], source)
     unmapped = content.get("unmapped", "error")
     if unmapped not in ("error", "ignore"):
-        raise UserError(f"{source}: unmapped must be error or ignore; it is {unmapped!r}")
+        raise UserError(f"{source}: unmapped must be error or ignore; it is {shown(unmapped)}")
     label_set = LabelSet(
         names=(BACKGROUND_NAME, *(row["name"] for row in classes)),
         colors=(_BLACK, *_choose_colors(classes, source)),
@@ -82,7 +77,7 @@ def parse_label_set(content: Mapping[str, Any], source: str) -> LabelSet:
 def _refuse_unknown(content: Mapping[str, Any], known: Iterable[str], source: str) -> None:
     for key in content:
         if key not in known:
-            raise UserError(f"{source}: unknown key {key!r}{nearest(str(key), known)}; known: {', '.join(known)}")
+            raise UserError(f"{source}: unknown key {shown(key)}{nearest(str(key), known)}; known: {', '.join(known)}")
 
 
 def _check_class(row: Any, number: int, source: str) -> dict[str, Any]:
@@ -93,21 +88,21 @@ def _check_class(row: Any, number: int, source: str) -> dict[str, Any]:
     _refuse_unknown(row, _CLASS_KEYS, where)
     index, name = row.get("id"), row.get("name")
     if not _is_whole(index) or not 0 <= index <= _MOST_CLASSES:
-        raise UserError(f"{where} must have an id, a whole number 1..{_MOST_CLASSES}; it is {index!r}")
+        raise UserError(f"{where} must have an id, a whole number 1..{_MOST_CLASSES}; it is {shown(index)}")
     if index == BACKGROUND:
         raise UserError(f"{where} has id 0, which is background: list its pixel values under `background:`")
     if not isinstance(name, str) or not name.strip() or not name.isprintable():
-        raise UserError(f"{where} (id {index}) must have a name, text of one line; it is {name!r}")
+        raise UserError(f"{where} (id {index}) must have a name, text of one line; it is {shown(name)}")
     if {"colour", "color"} <= row.keys():
         raise UserError(f"{where} ({name}) has both colour and color; keep one")
     key = "color" if "color" in row else "colour"
     color = row.get(key)
     if key in row and not (isinstance(color, str) and _HEX_COLOR.fullmatch(color)):
         hint = "in quotes, since # starts a comment in YAML"
-        raise UserError(f"{where} ({name}): {key} must be like '#0045ff', {hint}; it is {color!r}")
+        raise UserError(f"{where} ({name}): {key} must be like '#0045ff', {hint}; it is {shown(color)}")
     aliases, values = row.get("aliases", []), row.get("values", [index])
     if not isinstance(aliases, list) or not all(isinstance(each, str) and each.strip() for each in aliases):
-        raise UserError(f"{where} ({name}): aliases must be a list of names; it is {aliases!r}")
+        raise UserError(f"{where} ({name}): aliases must be a list of names; it is {shown(aliases)}")
     _check_values(values, f"{where} ({name}): values")
     return {"id": index, "name": name, "color": color, "aliases": aliases, "values": values}
 
@@ -174,10 +169,10 @@ def _find_values(classes: list[dict[str, Any]], content: Mapping[str, Any], sour
 
 def _check_values(values: Any, what: str, *, may_be_empty: bool = False) -> list[int]:
     if not isinstance(values, list) or not (values or may_be_empty):
-        raise UserError(f"{what} must be a list of pixel values, e.g. [6]; it is {values!r}")
+        raise UserError(f"{what} must be a list of pixel values, e.g. [6]; it is {shown(values)}")
     for value in values:
         if not _is_whole(value) or not 0 <= value <= 255:
-            raise UserError(f"{what} must be whole numbers 0..255, as label files are 8-bit; found {value!r}")
+            raise UserError(f"{what} must be whole numbers 0..255, as label files are 8-bit; found {shown(value)}")
     return values
 
 
@@ -186,7 +181,7 @@ def _is_whole(value: Any) -> TypeGuard[int]:
 
 
 def _shown(value: Any) -> str:
-    return f"a list of {len(value)}" if isinstance(value, list) else repr(value)
+    return f"a list of {len(value)}" if isinstance(value, list) else shown(value)
 
 
 def _index_names(label_set: LabelSet, source: str) -> dict[str, int]:
@@ -264,14 +259,14 @@ def label_set_of(config: Mapping[str, Any], name: str) -> LabelSet:
     """
     try:
         id2label = {int(index): str(label) for index, label in (config.get("id2label") or {}).items()}
-    except ValueError:
+    except (ValueError, AttributeError):
         id2label = {}
     names = tuple(id2label[index] for index in sorted(id2label))
     if len(names) < 3 or sorted(id2label) != [*range(len(names))] or names[BACKGROUND] != BACKGROUND_NAME:
         first = names[0] if names else None
         raise UserError(
             f"{name} is no segmentation model of this project: its class 0 must be {BACKGROUND_NAME!r}, with 2 classes "
-            f"or more from 1 on; id2label has {len(names)}, the first is {first!r}"
+            f"or more from 1 on; id2label has {len(names)}, the first is {shown(first)}"
         )
     if unprintable := [name for name in names if not name.isprintable()]:
         raise UserError(f"{name}: the name of a class must be printable text of one line; it is {unprintable[0]!r}")
@@ -281,7 +276,7 @@ def label_set_of(config: Mapping[str, Any], name: str) -> LabelSet:
     if colors is not None and not (
         isinstance(colors, list) and len(colors) == len(names) and all(_HEX_COLOR.fullmatch(str(c)) for c in colors)
     ):
-        raise UserError(f"{name}: label_colors must be {len(names)} colours like '#0045ff'; it is {colors!r}")
+        raise UserError(f"{name}: label_colors must be {len(names)} colours like '#0045ff'; it is {shown(colors)}")
     rows = [{"name": label, "color": colors and colors[index]} for index, label in enumerate(names)][1:]
     return LabelSet(
         names=names,

@@ -195,7 +195,7 @@ def _find_config(name: str, from_scratch: bool) -> PretrainedConfig:
     limit_waiting()
     try:
         return AutoConfig.from_pretrained(name, trust_remote_code=False)
-    except (OSError, ValueError) as error:
+    except Exception as error:  # transformers checks little, so any kind may come; each is about this model
         hint = "fetch it where there is a network (`hf download`), or give a local folder, or add --from_scratch true"
         if from_scratch:
             hint = f"sizes known without a download: {', '.join(PRESETS)}"
@@ -225,7 +225,10 @@ def _set_normalization(config: UperNetConfig, name: str, timm_encoder: TimmEncod
 
 
 def load_weights(cls: Any, name: str, config: PretrainedConfig, may_be_new: Collection[str]) -> Any:
-    """Load weights and prove that they arrived: only tensors under the prefixes `may_be_new` may start at random."""
+    """Load weights and prove that they arrived: only tensors under the prefixes `may_be_new` may start at random.
+
+    Without such prefixes the weights are those of the whole model, so none of them may be left over either.
+    """
     if Path(name, ADAPTER_CONFIG).exists():  # with peft installed, transformers would apply it to the weights
         raise UserError(f"{name} has an adapter beside its weights; merge it into them, or remove {ADAPTER_CONFIG}")
     try:
@@ -244,6 +247,11 @@ def load_weights(cls: Any, name: str, config: PretrainedConfig, may_be_new: Coll
         raise UserError(f"{name}: no complete weights in safetensors format ({reason})") from None
     random = {*report["missing_keys"], *(key for key, *_ in report["mismatched_keys"])}
     new = [key for key in random if key.startswith(tuple(may_be_new))]
+    if not may_be_new and (extra := sorted(report["unexpected_keys"])):
+        raise UserError(
+            f"{name}: {len(extra)} tensors of its weights are of no layer of its config.json, e.g. {extra[0]}; it is "
+            "damaged or another model than its config.json says"
+        )
     _prove_loaded(name, model, lost=sorted(random - {*new}), new=new, unused=len(report["unexpected_keys"]))
     _require_finite(name, model)
     return model

@@ -14,22 +14,25 @@ are the same, and `null` unsets what may be unset.
 import argparse
 import dataclasses
 import difflib
+import math
 import operator
 import os
 import re
 import sys
 import types
 import typing
-from collections.abc import Callable, Iterable, Sequence
+from collections import Counter
+from collections.abc import Callable, Hashable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, NoReturn, TypeVar, Union
 
 import yaml
 
-from hf_seg.errors import UserError
+from hf_seg.errors import UserError, file_errors, shown
 
 LOCAL_PATHS_FILE = "local_paths.yaml"
+_REASON = 300  # characters of a library's error in a message
 _BOUNDS: dict[str, tuple[Callable[[Any, Any], bool], str]] = {
     "above": (operator.gt, "more than"),
     "low": (operator.ge, "at least"),
@@ -75,7 +78,7 @@ class Settings:
     def require(self, key: str, holds: bool, what: str) -> None:
         """Raise `UserError` naming `key`, its value and what it must be, unless `holds`."""
         if not holds:
-            raise UserError(f"{key} must be {what}; it is {getattr(self, key)!r}")
+            raise UserError(f"{key} must be {what}; it is {shown(getattr(self, key))}")
 
 
 def check_bounds(settings: Any) -> None:
@@ -84,10 +87,15 @@ def check_bounds(settings: Any) -> None:
         value = getattr(settings, field.name)
         if value == []:
             raise UserError(f"{field.name} must be one value or more; it is empty")
+        for each in value if isinstance(value, list) else [value]:
+            if isinstance(each, float) and not math.isfinite(each):
+                raise UserError(f"{field.name} must be a finite number; it is {each!r}")
+            if isinstance(each, str) and "\0" in each:
+                raise UserError(f"{field.name} must be text without NUL; it is {shown(each)}")
         bounds = {key: field.metadata[key] for key in _BOUNDS if field.metadata.get(key) is not None}
         if value is not None and not all(_BOUNDS[key][0](value, bound) for key, bound in bounds.items()):
             wanted = " and ".join(f"{_BOUNDS[key][1]} {bound:g}" for key, bound in bounds.items())
-            raise UserError(f"{field.name} must be {wanted}; it is {value!r}")
+            raise UserError(f"{field.name} must be {wanted}; it is {shown(value)}")
 
 
 class Parser(argparse.ArgumentParser):
@@ -121,12 +129,13 @@ class Parser(argparse.ArgumentParser):
             parsers = [self, *(parser for group in groups for parser in group.choices.values())]
             flags = [flag for parser in parsers for action in parser._actions for flag in action.option_strings]
             key, known = unknown[0].partition("=")[0].lstrip("-"), [flag.lstrip("-") for flag in flags]
-            raise UserError(f"unknown setting {unknown[0]!r}{nearest(key, known, prefix='--')}")
+            raise UserError(f"unknown setting {shown(unknown[0])}{nearest(key, known, prefix='--')}")
         return found
 
     def error(self, message: str) -> NoReturn:
         """Raise instead of printing all flags."""
-        raise UserError(f"{message}; --help lists the settings")
+        text = message if len(message) <= _REASON else f"{message[:_REASON]}..."  # a value may be of any length
+        raise UserError(f"{text}; --help lists the settings")
 
     def add_settings(self, settings: type, *, skip: Sequence[str] = ()) -> None:
         """Add a flag for each field of a settings dataclass but `skip`, grouped by the class that declares it."""
@@ -249,10 +258,10 @@ class StrictLoader(yaml.SafeLoader):
     """Safe YAML in which `6e-5` is a number, `no` is text, and a duplicate key is an error."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
-        for key in keys:
-            if keys.count(key) > 1:
-                raise UserError(f"duplicate key {key!r}")
+        keys = (self.construct_object(key, deep=True) for key, _ in node.value)
+        for key, count in Counter(key for key in keys if isinstance(key, Hashable)).items():
+            if count > 1:
+                raise UserError(f"duplicate key {shown(key)}")
         return super().construct_mapping(node, deep)
 
 
@@ -273,29 +282,49 @@ class StrictDumper(yaml.SafeDumper):
 StrictDumper.add_implicit_resolver(*_EXPONENT)
 
 
+def read_yaml(path: Path, what: str) -> Any:
+    """Return the content of a YAML file.
+
+    Args:
+        what: how an error calls the content.
+
+    Raises:
+        UserError: naming the file, and the line, key or value that is wrong.
+        OSError: the file cannot be read.
+    """
+    try:
+        return yaml.load(path.read_text(encoding="utf-8"), StrictLoader)  # noqa: S506 (a SafeLoader)
+    except RecursionError:
+        reason = "too many lists or mappings in each other"
+    except (ValueError, yaml.YAMLError) as error:
+        reason = " ".join(str(error).split())
+    raise UserError(f"{path}: cannot be read as {what}: {reason[:_REASON]}")
+
+
 def read_settings(path: Path, settings: type[Settings]) -> dict[str, Any]:
     """Return the settings in a flat YAML file, each of the type that its field declares.
 
     Raises:
         UserError: naming the file and the line, key or value that is wrong.
     """
-    try:
-        values = yaml.load(path.read_text(encoding="utf-8"), StrictLoader)  # noqa: S506 (a SafeLoader)
-    except (OSError, ValueError, yaml.YAMLError) as error:
-        raise UserError(f"{path}: cannot be read as settings: {' '.join(str(error).split())}") from None
+    with file_errors(f"{path}:", "cannot be read as settings"):
+        values = read_yaml(path, "settings")
     values = {} if values is None else values  # an empty file
     if not isinstance(values, dict):
         raise UserError(f"{path}: settings are lines of `key: value`; found a {type(values).__name__}")
     hints = typing.get_type_hints(settings)
     for key, value in values.items():
         if key not in hints or key == "config":
-            raise UserError(f"{path}: unknown setting {key!r}{nearest(str(key), hints.keys() - {'config'})}")
+            raise UserError(f"{path}: unknown setting {shown(key)}{nearest(str(key), hints.keys() - {'config'})}")
         if not _has_type(value, hints[key]):
             choices = typing.get_origin(hints[key]) is Literal and f"one of {typing.get_args(hints[key])}"
             wanted = choices or f"of type {getattr(hints[key], '__name__', hints[key])}"
-            raise UserError(f"{path}: {key} must be {wanted}; it is {value!r} ({type(value).__name__})")
+            raise UserError(f"{path}: {key} must be {wanted}; it is {shown(value)} ({type(value).__name__})")
         if float in (hints[key], *typing.get_args(hints[key])) and value is not None:
-            values[key] = float(value)
+            try:
+                values[key] = float(value)
+            except OverflowError:
+                raise UserError(f"{path}: {key} must be a finite number; it is {shown(value)}") from None
     return values
 
 

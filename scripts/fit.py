@@ -12,6 +12,7 @@ stage. All figures are predicted: the memory of tensors, plus a reserve; the tim
 """
 
 import argparse
+import math
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -58,6 +59,8 @@ def _parse_own(words: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
     own, rest = parser.parse_known_args(words)
     if own.processes < 1:
         raise UserError(f"--processes must be at least 1; it is {own.processes}")
+    if own.price is not None and not 0 <= own.price < math.inf:
+        raise UserError(f"--price must be at least 0 and finite; it is {own.price}")
     return own, rest
 
 

@@ -20,7 +20,7 @@ import sys
 from pathlib import Path
 
 from hf_seg.data.archives import ARCHIVES
-from hf_seg.errors import UserError, one_line_errors
+from hf_seg.errors import UserError, one_line_errors, print_error
 from hf_seg.files import write_atomic
 from hf_seg.settings import Parser
 from hf_seg.terminal import print_summary
@@ -103,7 +103,7 @@ def run_download(options: argparse.Namespace) -> int:
             root = download(name, options.destination, unpack=unpack, keep_archives=options.keep_archives)
             print(f"{name}: ready in {root}" if unpack else f"{name}: verified in {options.destination}")
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print_error(error)
         return 1
     return 0
 

@@ -106,6 +106,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     from hf_seg.data.provenance import read_provenance
     from hf_seg.hub.export import TRAINING_DATA_FILE, read_record
     from hf_seg.report import run_report
+    from hf_seg.report.plots import read_series
 
     disable_progress_bar()
     images, regions, audit = load(args)
@@ -114,6 +115,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     if args.against and name == other_name:
         name, other_name = args.model, args.against
 
+    # what cannot be read shows before anything is predicted
+    records = {name: read_record(run / name) for name in ("recipe.yaml", TRAINING_DATA_FILE)}
+    has_metrics = metrics_file.is_file() and metrics_file.stat().st_size > 0
+    if has_metrics:
+        read_series(metrics_file)
     results, tiles = score(args.model, images, args, settings, args.tiles)
     matrices, label_set = tiles.matrices(), images.label_set
     results |= {
@@ -136,9 +142,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         tiles.calibration,
         {"Worst": tiles.worst(), "Best": tiles.best()},
         label_set=label_set,
-        metrics_file=metrics_file if metrics_file.is_file() and metrics_file.stat().st_size else None,
-        settings=read_record(run / "recipe.yaml"),
-        training_data=read_record(run / TRAINING_DATA_FILE),
+        metrics_file=metrics_file if has_metrics else None,
+        settings=records["recipe.yaml"],
+        training_data=records[TRAINING_DATA_FILE],
         audit=audit,
     )
     facts = {key: results[key] for key in ("mean_iou", "overall_accuracy", "n_images")}

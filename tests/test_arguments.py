@@ -210,6 +210,46 @@ def test_a_config_that_cannot_be_read_is_named(tmp_path: Path, kind: str) -> Non
         parse_arguments(Stage2Arguments, ["--config", str(path)])
 
 
+BOMB = "[&x0 [lol]" + "".join(f", &x{n} [{', '.join([f'*x{n - 1}'] * 9)}]" for n in range(1, 10)) + "]"
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (f"seed: {BOMB}", "seed must be of type int; it is [['lol'], "),
+        (BOMB, "settings are lines of `key: value`; found a list"),
+        (f"seed: {'[' * 10_000}", "cannot be read as settings: too many lists or mappings in each other"),
+        (f"seed: {'9' * 5000}", "cannot be read as settings: Exceeds the limit"),
+        (f"seed: 0x{'f' * 6000}", "seed must be at least 0 and at most 2.14748e+09; it is a number of 24000 bits"),
+        (f"learning_rate: 0x{'f' * 6000}", "learning_rate must be a finite number; it is a number of 24000 bits"),
+        ("weight_decay: .inf", "weight_decay must be a finite number; it is inf"),
+        ('data_dir: "a\\0b"', r"data_dir must be text without NUL; it is 'a\x00b'"),
+        ("dataloader_num_workers: 1000000", "dataloader_num_workers must be at least 0 and at most 256; it is 1000000"),
+        ("crop_size: 3200000", "crop_size must be at most 16384; it is 3200000"),
+    ],
+    ids=range(10),
+)
+def test_a_config_made_to_exhaust_its_reader_is_one_short_line(tmp_path: Path, text: str, message: str) -> None:
+    (tmp_path / "recipe.yaml").write_text(text)
+    with pytest.raises(UserError) as caught:
+        parse_arguments(Stage2Arguments, ["--config", str(tmp_path / "recipe.yaml")])
+    assert message in str(caught.value) and len(str(caught.value)) < 600 and "\n" not in str(caught.value)
+
+
+def test_many_keys_are_read_in_no_time_and_one_of_them_twice_is_found(tmp_path: Path) -> None:
+    text = "".join(f"k{number}: 1\n" for number in range(5000))
+    (tmp_path / "recipe.yaml").write_text(text + "k7: 2\n")
+    with pytest.raises(UserError, match="duplicate key 'k7'"):
+        parse_arguments(Stage2Arguments, ["--config", str(tmp_path / "recipe.yaml")])
+
+
+def test_a_long_word_is_cut_off_in_the_message() -> None:
+    for argv in (["9" * 5000], ["--seed", "x" * 5000]):
+        with pytest.raises(UserError) as caught:
+            parse_arguments(Stage2Arguments, argv)
+        assert len(str(caught.value)) < 600
+
+
 def test_every_setting_has_help_and_keeps_its_name() -> None:
     for field in dataclasses.fields(Stage2Arguments):
         assert field.metadata["help"], field.name

@@ -185,6 +185,16 @@ def test_a_checkpoint_of_an_older_version_has_no_checksums_and_is_used(run: Run)
     assert find_checkpoint(run.output_dir, "latest") == find_checkpoint(run.output_dir, str(folder)) == folder
 
 
+@pytest.mark.parametrize("content", ["[]", '{"files": []}', '{"files": {}}', "[" * 100_000])
+def test_a_manifest_without_what_a_resumed_run_needs_is_incomplete(tmp_path: Path, content: str) -> None:
+    place = tmp_path / "checkpoints/step_00000001"
+    place.mkdir(parents=True)
+    (place / "manifest.json").write_text(content)
+    assert find_checkpoint(tmp_path, "latest") is None
+    with pytest.raises(UserError, match="is no complete checkpoint"):
+        find_checkpoint(tmp_path, str(place))
+
+
 def test_a_checkpoint_that_is_still_being_written_is_never_chosen(run: Run) -> None:
     complete = run.save(1)
     shutil.copytree(complete, complete.with_name(".partial.step_00000009"))

@@ -172,6 +172,27 @@ def test_an_encoder_of_timm_says_what_it_needs() -> None:
     assert "UserError: runs/lite0: its encoder is one of timm: pip install timm, or 'hf_seg[train]'" in done.stderr
 
 
+@pytest.mark.parametrize("value", ["9" * 5000, "100000", "\u00b2", "two", "00"])
+def test_a_number_of_processes_that_is_none_is_refused(value: str) -> None:
+    with pytest.raises(UserError, match="--nproc must be a number of"):
+        cli.take_processes(["--nproc", value])
+
+
+@pytest.mark.parametrize(
+    ("error", "line"),
+    [
+        (UserError("two\nlines"), "error: two lines\n"),
+        (OSError(errno.ENAMETOOLONG, "File name too long", "aaa"), "error: aaa: File name too long\n"),
+    ],
+)
+def test_what_the_user_can_mend_is_one_line(error: Exception, line: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as end, one_line_errors():
+        raise error
+    assert end.value.code == 2 and capsys.readouterr().err == line
+    with pytest.raises(OSError, match="without a file"), one_line_errors():
+        raise OSError("without a file")
+
+
 @pytest.mark.parametrize(
     ("line", "expected"),
     [

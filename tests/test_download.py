@@ -8,6 +8,7 @@ import os
 import re
 import shutil
 import stat
+import struct
 import threading
 import zipfile
 from collections.abc import Iterator
@@ -337,9 +338,10 @@ def test_members_that_leave_the_folder_are_refused_before_anything_is_written(tm
     assert not (tmp_path / "out").exists()
 
 
-def test_links_are_refused(tmp_path: Path) -> None:
+@pytest.mark.parametrize("kind", [stat.S_IFLNK, stat.S_IFCHR, stat.S_IFIFO])
+def test_links_and_devices_are_refused(tmp_path: Path, kind: int) -> None:
     link = zipfile.ZipInfo("images")
-    link.external_attr = (stat.S_IFLNK | 0o777) << 16
+    link.external_attr = (kind | 0o777) << 16
     with zipfile.ZipFile(tmp_path / "archive.zip", "w") as archive:
         archive.writestr(link, "/etc")
     with pytest.raises(DownloadError, match="unsafe to unpack, 'images'"):
@@ -358,6 +360,62 @@ def test_two_members_for_one_place_are_refused(tmp_path: Path) -> None:
     archive = write_zip(tmp_path, {"labels/ValArea_001.tif": b"1", "colour/ValArea_001.tif": b"2"})
     with pytest.raises(DownloadError, match=r"'labels/ValArea_001\.tif' and 'colour/ValArea_001\.tif' both belong at"):
         extract(archive, tmp_path / "out", partial(place_open_earth_map_sar, labels_only=True))
+
+
+@pytest.mark.parametrize(
+    ("names", "message"),
+    [
+        (("a/tile.tif", "a/Tile.tif"), "'a/tile.tif' and 'a/Tile.tif' both belong at a/Tile.tif"),
+        (("a", "a/tile.tif"), "a is a file and the folder of a/tile.tif"),
+        (("two\nlines.tif",), r"unsafe to unpack, 'two\nlines.tif'"),
+    ],
+)
+def test_names_that_no_file_system_keeps_apart_are_refused(
+    tmp_path: Path, names: tuple[str, ...], message: str
+) -> None:
+    archive = write_zip(tmp_path, dict.fromkeys(names, b"x"))
+    with pytest.raises(DownloadError) as caught:
+        extract(archive, tmp_path / "out", PurePosixPath)
+    assert message in str(caught.value) and not (tmp_path / "out").exists()
+
+
+def test_a_member_without_a_name_is_refused(tmp_path: Path) -> None:
+    with zipfile.ZipFile(tmp_path / "archive.zip", "w") as archive:
+        archive.writestr(zipfile.ZipInfo(""), b"x")
+    with pytest.raises(DownloadError, match="unsafe to unpack, ''"):
+        extract(tmp_path / "archive.zip", tmp_path / "out", PurePosixPath)
+
+
+def change_directory(archive: Path, at: int, value: bytes) -> None:
+    """Change bytes of the first entry of a zip file's central directory."""
+    content = bytearray(archive.read_bytes())
+    start = content.index(b"PK\x01\x02") + at
+    content[start : start + len(value)] = value
+    archive.write_bytes(content)
+
+
+@pytest.mark.parametrize(
+    ("at", "value"),
+    [(24, struct.pack("<I", 1000)), (10, b"\x0c\0"), (10, b"\x0e\0"), (8, b"\0\x08")],
+    ids=["size", "bzip2", "lzma", "name"],
+)
+def test_a_member_that_its_directory_describes_wrongly_is_the_archives_fault(
+    tmp_path: Path, at: int, value: bytes
+) -> None:
+    archive = write_zip(tmp_path, {"tile.tif": b"\xff\xfe" * 99})
+    if at == 8:  # the name is said to be UTF-8
+        archive.write_bytes(archive.read_bytes().replace(b"tile", b"t\xffle"))
+    change_directory(archive, at, value)
+    with pytest.raises(DownloadError, match=r"archive\.zip is damaged"):
+        extract(archive, tmp_path / "out", PurePosixPath)
+    assert not (tmp_path / "out/tile.tif").exists()
+
+
+@pytest.mark.parametrize("content", ["[1]", "null", '{"a": "b"}', "[" * 100_000])
+def test_a_damaged_list_of_unpacked_files_counts_as_none(zenodo: Zenodo, tmp_path: Path, content: str) -> None:
+    (tmp_path / f".{FILE_NAME}.files.json").write_text(content)
+    root = download(NAME, tmp_path)
+    assert {file.name for file in (root / "val/labels").iterdir()} == {*TILES}
 
 
 def test_damaged_member_is_not_written_and_a_truncated_archive_not_unpacked(tmp_path: Path) -> None:

@@ -468,6 +468,25 @@ def edit_json(path: Path, **changes: Any) -> None:
             "is no segmentation model of this project: its class 0 must be 'background'",
         ),
         ("preprocessor_config.json", {"size": None}, "preprocessor_config.json is not one that this project writes"),
+        (
+            "preprocessor_config.json",
+            {"size": {"height": 10**9}},
+            "is not one that this project writes (size 1000000000",
+        ),
+        ("preprocessor_config.json", {"size": {"height": float("inf")}}, "is not one that this project writes (cannot"),
+        ("preprocessor_config.json", {"rescale_factor": 0}, "is not one that this project writes (division by zero)"),
+        ("preprocessor_config.json", {"image_std": [0, 0, 0]}, "is not one that this project writes (mean "),
+        ("preprocessor_config.json", {"image_mean": [1, 1]}, "is not one that this project writes (size 32"),
+        (
+            "config.json",
+            {"num_labels": 10**9, "id2label": None},
+            "config.json cannot be read (expected a mapping of at",
+        ),
+        ("config.json", {"id2label": ["background", "a", "b"]}, "config.json cannot be read"),
+        ("config.json", {"hidden_sizes": [10**7] * 4}, "config.json describes a network that is too large: 10000000"),
+        ("config.json", {"hidden_sizes": [30_000] * 4}, "numbers, but its weights take"),
+        ("config.json", {"hidden_sizes": ["a", "b", "c", "d"]}, "config.json"),
+        ("config.json", {"depths": [-1] * 4}, "tensors of its weights are of no layer of its config.json"),
     ],
 )
 def test_a_member_of_another_kind_is_refused_by_name(
@@ -529,6 +548,14 @@ def test_a_folder_with_neither_is_one_clear_error(tmp_path: Path) -> None:
         (
             {"members": [{"folder": "../b", "origin": "a", "crop": 32, "weight": 1, "revision": None}]},
             "b is incomplete: it has no config.json",
+        ),
+        (
+            {"members": [{"folder": "a", "origin": "a", "crop": float("inf"), "weight": 1, "revision": None}]},
+            "does not list members",
+        ),
+        (
+            {"members": [{"folder": "a", "origin": "a", "crop": 32, "weight": 1, "revision": [1]}]},
+            "does not list members",
         ),
     ],
 )

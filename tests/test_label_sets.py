@@ -166,6 +166,9 @@ def test_a_mistake_is_one_line_that_names_the_file_and_the_value(
     assert text.startswith(f"{tmp_path}/set.yaml: ") and message in text and "\n" not in text
 
 
+BOMB = "[&x0 [lol]" + "".join(f", &x{n} [{', '.join([f'*x{n - 1}'] * 9)}]" for n in range(1, 10)) + "]"
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [
@@ -173,6 +176,9 @@ def test_a_mistake_is_one_line_that_names_the_file_and_the_value(
         ("classes: [", "cannot be read as YAML: while parsing"),
         ("classes: []\nclasses: []\n", "duplicate key 'classes'"),
         ("- water\n", "a label set has the keys classes, background, ignore, unmapped; found ['water']"),
+        ("[" * 10_000, "cannot be read as YAML: too many lists or mappings in each other"),
+        (f"{BOMB}\n", "a label set has the keys classes, background, ignore, unmapped; found [['lol'], "),
+        (f"classes: [{{id: 1, name: {BOMB}}}, {{id: 2, name: b}}]", "must have a name, text of one line; it is [["),
     ],
 )
 def test_a_file_that_is_no_label_set_is_refused(text: str | None, message: str, tmp_path: Path) -> None:

@@ -59,6 +59,13 @@ def run_main(*argv: object) -> int:
     return 0
 
 
+def test_a_window_too_small_for_the_network_is_one_line(
+    tmp_path: Path, scenes: Path, model: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run_main(scenes / "s0.tif", tmp_path / "map.tif", "--model", model, "--window", 1) == 2
+    assert "error: a window of 1 x 1 pixels is too small for the network; choose a larger" in capsys.readouterr().err
+
+
 def test_one_scene_is_mapped_to_one_file_and_the_summary_is_printed(
     tmp_path: Path, scenes: Path, model: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -257,6 +264,13 @@ MISTAKES: dict[str, tuple[Callable[[Path], Any], tuple[str, ...], str]] = {
     "batch": (raster(), ("--batch_size", "0"), "batch_size must be at least 1; it is 0"),
     "abstain": (raster(), ("--abstain", "2"), "abstain must be at least 0 and at most 1; it is 2.0"),
     "window": (raster(), ("--window", "0"), "window must be at least 1; it is 0"),
+    "endless window": (raster(), ("--window", "1000000000"), "window must be at most 16384; it is 1000000000"),
+    "early time": (
+        raster(),
+        ("--stac", "--datetime", "0001-01-01T00:00:00+23:59"),
+        "datetime is '0001-01-01T00:00:00+23:59'; expected ISO 8601, e.g. 2025-04-01T10:30:00Z, or begin/end of an "
+        "interval",
+    ),
     "unknown flag": (raster(), ("--confidense",), "unknown setting '--confidense'; did you mean '--confidence'?"),
     "tta": (
         raster(),

@@ -2,6 +2,7 @@
 
 import logging
 import re
+import struct
 from pathlib import Path
 from typing import Any
 
@@ -157,6 +158,22 @@ def test_a_damaged_row_is_named_when_it_is_read(tmp_path: Path) -> None:
         ):
             scene.rows(256, 300)
     with pytest.raises(UserError, match="rows 256 to 511 cannot be read"):
+        Scene(tmp_path / "a.tif")
+
+
+@pytest.mark.parametrize(
+    ("width", "height", "message"),
+    [
+        (10**9, 1, "1,000,000,000 x 1 pixels; a scene may have 1,000,000 along a side"),
+        (10**6, 10**6, "1,000,000 x 1,000,000 pixels, but the file has 186 bytes"),
+    ],
+)
+def test_a_header_that_cannot_be_true_is_refused_at_once(tmp_path: Path, width: int, height: int, message: str) -> None:
+    tags = {256: width, 257: height, 258: 8, 259: 1, 262: 1, 273: 0, 277: 1, 278: height, 279: 0}
+    entries = b"".join(struct.pack("<HHII", tag, 4, 1, value) for tag, value in tags.items())
+    content = struct.pack("<2sHI", b"II", 42, 72) + bytes(64) + struct.pack("<H", len(tags)) + entries + bytes(4)
+    (tmp_path / "a.tif").write_bytes(content)
+    with pytest.raises(UserError, match=rf"a\.tif: its header says {message}"):
         Scene(tmp_path / "a.tif")
 
 

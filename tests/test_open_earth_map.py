@@ -4,6 +4,7 @@ import errno
 import logging
 import os
 import shutil
+import struct
 import subprocess
 import sys
 from collections.abc import Callable
@@ -19,8 +20,10 @@ from conftest import write_tiff
 from hf_seg.data import open_earth_map
 from hf_seg.data.open_earth_map import load_open_earth_map, load_open_earth_map_sar
 from hf_seg.data.scan import FROM_XBD, SAR_FOLDERS, SPLITS, Scan, scan_open_earth_map, scan_open_earth_map_sar
+from hf_seg.data.tile_files import read_tile
 from hf_seg.errors import DatasetError, FileError
 from hf_seg.labels import OPEN_EARTH_MAP
+from hf_seg.studies.images import read_image
 
 pytestmark = pytest.mark.filterwarnings("ignore::rasterio.errors.NotGeoreferencedWarning")
 
@@ -253,6 +256,10 @@ def empty(path: Path) -> None:
     path.write_bytes(b"")
 
 
+def one_bit(path: Path) -> None:
+    write_tiff(path, random_tile(0, 1, 2), nbits=1)
+
+
 def sixteen_bit(path: Path) -> None:
     write_tiff(path, random_tile(0, 3, 256).astype(np.uint16))
 
@@ -292,6 +299,7 @@ def unknown_to_pillow(path: Path) -> None:
         ("images", sixteen_bit, r"expected bands 3 x uint8 \(image\), found 3 x uint16.*gdal_translate"),
         ("images", four_bands, r"expected bands 3 x uint8 \(image\), found 4 x uint8"),
         ("labels", ignore_index_in_file, r"expected ids 0\.\.8, found 255.*unknown is 0"),
+        ("labels", one_bit, r"Pillow and GDAL decode different pixels"),
         ("labels", smaller, r"expected one height and width, found .*images.* 32 x 32, .*labels.* 16 x 16"),
         ("labels", colour_table, r"Pillow and GDAL decode different pixels.*gdal_translate"),
         ("labels", unknown_to_pillow, r"Pillow cannot decode this TIFF.*gdal_translate"),
@@ -304,6 +312,59 @@ def test_bad_file_is_one_clear_error(tmp_path: Path, kind: str, spoil: Callable[
         load_open_earth_map(tmp_path, "train")
     assert str(path) in str(caught.value)
     assert caught.value.__suppress_context__
+
+
+def lying_tiff(width: int, height: int, **tags: int) -> bytes:
+    """Return a grey TIFF of one strip whose header claims any size."""
+    entries = {256: width, 257: height, 258: 8, 259: 1, 262: 1, 273: 8, 277: 1, 278: height, 279: 64}
+    entries |= {int(tag.removeprefix("tag")): value for tag, value in tags.items()}
+    packed = b"".join(struct.pack("<HHII", tag, 4, 1, value) for tag, value in sorted(entries.items()))
+    return struct.pack("<2sHI", b"II", 42, 72) + bytes(64) + struct.pack("<H", len(entries)) + packed + bytes(4)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (lying_tiff(10**9, 10**9), "1,000,000,000 x 1,000,000,000 pixels in one piece"),
+        (lying_tiff(10**5, 10**5, tag273=0, tag279=0, tag278=100), "100,000 x 100,000 pixels in one piece"),
+    ],
+    ids=["cut", "sparse"],
+)
+def test_header_that_claims_more_than_memory_is_refused_before_a_pixel_is_read(
+    tmp_path: Path, content: bytes, message: str
+):
+    path = tmp_path / "tile.tif"
+    path.write_bytes(content)
+    with pytest.raises(DatasetError, match=rf"tile\.tif: its header says {message}"):
+        read_tile(str(path), "sar")
+    with pytest.raises(DatasetError, match=rf"tile\.tif: its header says {message}"):
+        read_image(path)
+
+
+@pytest.mark.parametrize("line", ["9" * 5000, "a" * 200_000], ids=["digits", "letters"])
+def test_endless_name_in_a_split_list_is_no_crash(tmp_path: Path, line: str):
+    root = make_oem(tmp_path)
+    (root / "train.txt").write_text(f"{line}\nal_qurnah_2.tif\n")
+    if line.startswith("a"):
+        with pytest.raises(DatasetError, match=r"train\.txt: expected a file name in each line"):
+            scan_open_earth_map(root)
+    else:
+        scan = scan_open_earth_map(root)
+        assert [row.image_id for row in scan.rows["train"]] == ["al_qurnah_2"]
+        assert f"e.g. {'9' * 255})" in scan.describe_missing("train")
+
+
+def test_file_name_that_is_not_utf8_is_an_error_that_names_it(tmp_path: Path):
+    root = make_sar(tmp_path)
+    (root / "train/sar_images" / os.fsdecode(b"Tile_\xff.tif")).touch()
+    with pytest.raises(DatasetError, match=r"Tile_.*its name has letters that cannot be printed; rename it"):
+        scan_open_earth_map_sar(root)
+
+
+def test_control_letters_in_a_split_list_stay_out_of_the_message(tmp_path: Path):
+    root = make_oem(tmp_path)
+    (root / "train.txt").write_text("a\x1eb\nal_qurnah_2.tif\n")
+    assert "(e.g. a?b)" in scan_open_earth_map(root).describe_missing("train")
 
 
 def test_bad_file_of_another_split_does_no_harm(tmp_path: Path):

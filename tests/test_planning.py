@@ -200,6 +200,12 @@ def test_time_and_cost_follow_the_device() -> None:
     )
 
 
+@pytest.mark.parametrize("text", ["much", "-5GB", "nanGB", "infGB", f"{'9' * 400}GB"])
+def test_an_amount_that_is_none_is_refused(text: str) -> None:
+    with pytest.raises(UserError, match="--memory must be an amount like 24GB"):
+        parse_bytes(text)
+
+
 def test_a_memory_is_read_with_its_unit() -> None:
     assert (parse_bytes("24GB"), parse_bytes("1.5 GiB"), parse_bytes("900MB")) == (24e9, 1.5 * 2**30, 9e8)
     assert (smallest_device(24e9).name, smallest_device(30e9).name) == ("RTX 4090", "A100 40 GB")

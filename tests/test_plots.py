@@ -161,6 +161,19 @@ def test_metrics_without_any_value_are_an_error_that_names_the_file(tmp_path: Pa
         plots.plot_curves(tmp_path / "metrics.jsonl", tmp_path / "curves.png")
 
 
+def test_lines_that_are_no_metrics_are_skipped(tmp_path: Path) -> None:
+    lines = [
+        "{",
+        "[" * 100_000,
+        '{"step": Infinity}',
+        '{"step": 1, "loss": 2.0}',
+        f'{{"step": 2, "loss": 1{"0" * 400}}}',
+    ]
+    (tmp_path / "metrics.jsonl").write_bytes("\n".join(lines).encode() + b"\n\xff")
+    losses = plots.read_series(tmp_path / "metrics.jsonl")["loss"]
+    assert losses.index.tolist() == [1, 2] and losses[1] == 2.0 and np.isnan(losses[2])
+
+
 def perfect_results(classes: list[int]) -> dict:
     matrix = np.zeros((OPEN_EARTH_MAP.num_labels, OPEN_EARTH_MAP.num_labels), dtype=int)
     matrix[classes, classes] = 1000

@@ -99,6 +99,8 @@ def test_a_description_in_the_root_is_returned_whatever_the_numbers(tmp_path: Pa
         ("{", "is not valid JSON"),
         ("\udcff", "is not valid JSON"),
         ("[]", "must contain a JSON object"),
+        ("[" * 100_000, "is not valid JSON"),
+        (f'{{"name": {"9" * 5000}}}', "is not valid JSON"),
         ('{"layout": "OpenEarthMap-SAR"}', "name must be text; it is null"),
         ('{"name": "x"}', "layout must be text; it is null"),
         ('{"name": 3, "layout": "OpenEarthMap-SAR"}', "name must be text; it is 3"),

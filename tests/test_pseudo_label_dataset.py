@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import datasets
 import numpy as np
@@ -163,6 +164,35 @@ def test_a_folder_without_pseudo_labels_is_named(tmp_path: Path, kind: str) -> N
     message = "no column pseudo_label among" if kind == "other columns" else "pseudo-labels cannot be loaded"
     with pytest.raises(UserError, match=f"{folder}: {message}"):
         load_pseudo_labels(str(folder))
+
+
+@pytest.mark.parametrize("content", ["{", "[1]", '{"label_set": {"a": 1}}', '{"label_set": 5}', "[" * 100_000])
+def test_a_manifest_nested_too_deeply_or_without_names_is_named(tmp_path: Path, content: str) -> None:
+    make_dataset(a=np.ones((4, 4), np.uint8)).to_parquet(tmp_path / "train.parquet")
+    (tmp_path / "manifest.json").write_text(content)
+    with pytest.raises(UserError, match=r"manifest\.json is damaged"):
+        load_pseudo_labels(str(tmp_path))
+
+
+@pytest.mark.parametrize("content", ["{", "[]", "{}", '{"models": [1], "image_ids": []}', "[" * 100_000])
+def test_damaged_inputs_of_an_earlier_launch_are_named(tmp_path: Path, content: str) -> None:
+    (tmp_path / "inputs.json").write_text(content)
+    with pytest.raises(UserError, match=r"inputs\.json is damaged .*; choose another --output_dir"):
+        check_inputs(tmp_path, {"models": [], "image_ids": []})
+
+
+@pytest.mark.parametrize(
+    ("rows", "message"),
+    [
+        ({"image_id": [1], "pseudo_label": [b""]}, "column image_id must be text"),
+        ({"image_id": ["a"], "pseudo_label": [1]}, "column pseudo_label must be images"),
+        ({"image_id": ["a"], "pseudo_label": [[[1, 2]]]}, "column pseudo_label must be images"),
+    ],
+)
+def test_columns_of_another_type_are_named(tmp_path: Path, rows: dict[str, Any], message: str) -> None:
+    pq.write_table(pa.table(rows), tmp_path / "train.parquet")
+    with pytest.raises(UserError, match=f"{tmp_path}: {message}"):
+        load_pseudo_labels(str(tmp_path))
 
 
 def test_confidence_is_loaded_if_asked_for_and_present(tmp_path: Path) -> None:

@@ -15,9 +15,11 @@ import sys
 import time
 from collections.abc import Callable
 from http.client import HTTPException
+from lzma import LZMAError
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from ssl import SSLError
-from typing import Any, NamedTuple, TypeVar
+from struct import error as StructError
+from typing import IO, Any, NamedTuple, TypeVar
 from urllib.error import HTTPError, URLError
 from urllib.request import Request, urlopen
 from zipfile import BadZipFile, ZipFile, ZipInfo
@@ -35,6 +37,7 @@ TIMEOUT_SECONDS = 60.0
 RETRIES = 6  # failures in a row, without a single new byte, after which to give up
 BACKOFF_SECONDS = 2.0  # before the first retry; doubles up to a minute
 CHUNK_BYTES = 1 << 20
+ENCRYPTED = 1  # flag of a member
 TRANSIENT_ERRORS = (URLError, HTTPException, ConnectionError, SSLError, TimeoutError)
 
 Result = TypeVar("Result")
@@ -107,19 +110,34 @@ def extract(archive_file: Path, destination: Path, place: Place) -> dict[str, in
                     atomic_file(destination / path) as temporary,
                     temporary.open("wb") as file,
                 ):
-                    shutil.copyfileobj(source, file, CHUNK_BYTES)  # raises at the end if the checksum is wrong
-    except (BadZipFile, EOFError, ZlibError, NotImplementedError) as error:
+                    shutil.copyfileobj(_Member(source), file, CHUNK_BYTES)
+                    if file.tell() != members[path].file_size:
+                        raise BadZipFile(f"{path} has another size than the directory says")
+    except (BadZipFile, EOFError, ZlibError, LZMAError, StructError, NotImplementedError, UnicodeError) as error:
         raise DownloadError(f"{archive_file} is damaged ({error}); delete it and download it again") from error
     return {str(path): member.file_size for path, member in members.items()}
+
+
+class _Member:
+    """Content of a member; `BadZipFile` if it cannot be read, at its end if its checksum is wrong."""
+
+    def __init__(self, source: IO[bytes]) -> None:
+        self._source = source
+
+    def read(self, size: int = -1, /) -> bytes:
+        try:
+            return self._source.read(size)
+        except OSError as error:  # of bzip2, too; it must not count as one of the file that is written
+            raise BadZipFile(error.strerror or str(error)) from error
 
 
 def _is_unpacked(inventory: Path) -> bool:
     """Tell whether every file of an earlier extraction exists at its size."""
     try:
         sizes = json.loads(inventory.read_text())
-    except (OSError, ValueError):  # never unpacked
+        return all(_has_size(inventory.parent / path, size) for path, size in sizes.items())
+    except (OSError, ValueError, AttributeError, TypeError, RecursionError):  # never unpacked, or damaged
         return False
-    return all(_has_size(inventory.parent / path, size) for path, size in sizes.items())
 
 
 def _fetch(remote: _RemoteFile, target: Path, reserve: int) -> None:
@@ -229,19 +247,25 @@ def _has_md5(file: Path, md5: str) -> bool:
 def _plan_extraction(archive: ZipFile, place: Place) -> dict[PurePosixPath, ZipInfo]:
     """Choose a place for every file of the archive; refuse a member that would be written anywhere else."""
     planned: dict[PurePosixPath, ZipInfo] = {}
+    taken: dict[str, PurePosixPath] = {}  # by the name as file systems without upper and lower case have it
     for member in archive.infolist():
         # Windows paths know both separators, drive letters and shares, so that one parser recognises every escape.
         path = PureWindowsPath(member.filename)
-        is_link, is_encrypted = stat.S_ISLNK(member.external_attr >> 16), member.flag_bits & 1
-        if path.drive or path.root or ".." in path.parts or is_link or is_encrypted:
+        is_plain = stat.S_IFMT(member.external_attr >> 16) in (0, stat.S_IFREG, stat.S_IFDIR)
+        is_inside = not path.drive and not path.root and ".." not in path.parts
+        is_name = bool(member.filename) and member.filename.isprintable()
+        if not (is_inside and is_name and is_plain) or member.flag_bits & ENCRYPTED:
             raise DownloadError(f"{archive.filename} contains a member that is unsafe to unpack, {member.filename!r}")
         if member.is_dir() or path.parts[:1] in ((), ("__MACOSX",)) or path.name == ".DS_Store":
             continue
         target = place(PurePosixPath(*path.parts))
-        if target in planned:
-            names = f"{planned[target].filename!r} and {member.filename!r}"
+        if first := taken.get(str(target).casefold()):
+            names = f"{planned[first].filename!r} and {member.filename!r}"
             raise DownloadError(f"{archive.filename}: {names} both belong at {target}; unpack this archive by hand")
-        planned[target] = member
+        planned[target], taken[str(target).casefold()] = member, target
+    for target in planned:
+        if folder := next((each for each in target.parents if str(each).casefold() in taken), None):
+            raise DownloadError(f"{archive.filename}: {folder} is a file and the folder of {target}; unpack it by hand")
     return planned
 
 

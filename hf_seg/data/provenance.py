@@ -19,7 +19,7 @@ import yaml
 
 from hf_seg.data.hub_dataset import DATASET_FILE, HubDataset, find_hub_dataset
 from hf_seg.data.scan import SCANS, SPLITS
-from hf_seg.errors import DatasetError, file_errors
+from hf_seg.errors import DatasetError, UserError, file_errors, shown
 from hf_seg.label_sets import LABEL_SET_KEYS, map_classes, parse_label_set, read_label_set
 from hf_seg.labels import OPEN_EARTH_MAP, LabelSet
 
@@ -83,7 +83,7 @@ def _benchmark_tasks(hub: HubDataset) -> dict[str, str]:
     try:
         content = yaml.safe_load(hub.fetch(BENCHMARK_FILE).read_text(encoding="utf-8"))
         tasks = [(task["split"], task["id"]) for task in content["tasks"]]
-    except (ValueError, yaml.YAMLError, TypeError, KeyError):
+    except (ValueError, yaml.YAMLError, TypeError, KeyError, RecursionError):
         return {}  # no description of a benchmark, whatever else it is
     return {split: task for split, task in tasks if split in SPLITS and isinstance(task, str)}
 
@@ -123,7 +123,7 @@ def _check_bands(file: str, bands: dict[str, Any], layout: str) -> None:
         is_list = isinstance(names, list) and names and all(isinstance(name, str) and name for name in names)
         if not is_list or len({name.lower() for name in names}) < len(names):
             raise DatasetError(
-                f'{file}: bands of {column} must be different names, e.g. ["VV", "VH"]; they are {names}'
+                f'{file}: bands of {column} must be different names, e.g. ["VV", "VH"]; they are {shown(names)}'
             )
 
 
@@ -156,15 +156,19 @@ def _read(path: Path, file: str, layout: str) -> dict[str, Any]:
     try:
         with file_errors(file, "cannot be read"):
             content = json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    except (ValueError, RecursionError) as error:
+        if isinstance(error, UserError):
+            raise
         raise DatasetError(f"{file} is not valid JSON ({error}); {hint}") from None
     if not isinstance(content, dict):
         raise DatasetError(f"{file} must contain a JSON object; {hint}")
     content = {"name": None, "layout": None, **_UNKNOWN, **content}
     for key, (kind, expected) in _KEYS.items():
         if not isinstance(content[key], kind):
-            raise DatasetError(f"{file}: {key} must be {expected}; it is {json.dumps(content[key])}; {hint}")
+            raise DatasetError(f"{file}: {key} must be {expected}; it is {json.dumps(content[key])[:200]}; {hint}")
     _check_bands(file, content["bands"] or {}, layout)
     if content["layout"] != layout:
-        raise DatasetError(f"{file}: layout is {content['layout']!r}, but the folder is laid out as {layout}; {hint}")
+        raise DatasetError(
+            f"{file}: layout is {shown(content['layout'])}, but the folder is laid out as {layout}; {hint}"
+        )
     return content

@@ -19,7 +19,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from hf_seg.data.hub_dataset import HubDataset, find_hub_dataset, is_shard
-from hf_seg.errors import UserError, file_errors, is_out_of_memory
+from hf_seg.errors import UserError, file_errors, is_out_of_memory, shown
 from hf_seg.files import atomic_file, sha256_of, write_atomic
 from hf_seg.hub_client import one_line
 from hf_seg.label_sets import hex_colors, require_same_classes
@@ -114,13 +114,19 @@ def check_inputs(folder: Path, inputs: dict[str, Any]) -> None:
         if others := sorted({file.name for file in folder.glob("[!.]*")} - {"recipe.yaml", LOCAL_PATHS_FILE}):
             raise UserError(f"{folder} already contains other files, e.g. {others[0]}; {hint}")
         return
-    with file_errors(recorded, "cannot be read"):
-        began_with = json.loads(recorded.read_text(encoding="utf-8"))
-    old, new = began_with["models"], inputs["models"]
-    if [each["sha256"] for each in old] != [each["sha256"] for each in new]:
-        then, now = map(_list_networks, (old, new))
+    try:
+        with file_errors(recorded, "cannot be read"):
+            began_with = json.loads(recorded.read_text(encoding="utf-8"))
+        digests = [each["sha256"] for each in began_with["models"]]
+        then, old = _list_networks(began_with["models"]), [*began_with["image_ids"]]
+    except (ValueError, LookupError, TypeError, RecursionError) as error:
+        if isinstance(error, UserError):
+            raise
+        raise UserError(f"{recorded} is damaged ({shown(error)}); {hint}") from None
+    if digests != [each["sha256"] for each in inputs["models"]]:
+        now = _list_networks(inputs["models"])
         raise UserError(f"{folder} began with other networks, {then}; now they are {now}; {hint}")
-    old, new = began_with["image_ids"], inputs["image_ids"]
+    new = inputs["image_ids"]
     if old != new:
         raise UserError(f"{folder} began with other tiles ({len(old)} then, {len(new)} now); {hint}")
 
@@ -209,6 +215,11 @@ def load_pseudo_labels(
     found = [column for column in columns if column in loaded.column_names]
     if missing := set(columns) - {*found, "confidence"}:
         raise UserError(f"{path}: no column {', '.join(sorted(missing))} among {loaded.column_names}")
+    for column in found:
+        kind, wanted = (datasets.Value, "text") if column == "image_id" else (datasets.Image, "images (datasets.Image)")
+        feature = loaded.features[column]
+        if not isinstance(feature, kind) or (column == "image_id" and feature.dtype not in ("string", "large_string")):
+            raise UserError(f"{path}: column {column} must be {wanted}; it is {shown(feature)}")
     _require_embedded(loaded, found, path)
     recorded = _read_manifest(path, hub).get("label_set")
     if recorded is not None:  # labels that others made may have no manifest
@@ -252,5 +263,5 @@ def _read_manifest(path: str, hub: HubDataset | None) -> dict[str, Any]:
     hint = "" if hub else "; delete it and launch recipes/pseudo_label.py again"
     try:
         return dict(json.loads(file.read_text(encoding="utf-8")))
-    except (OSError, ValueError, TypeError) as error:
+    except (OSError, ValueError, TypeError, RecursionError) as error:
         raise UserError(f"{path}: {MANIFEST_FILE} is damaged ({one_line(error)}){hint}") from None

@@ -7,6 +7,7 @@ from typing import Any, Generic, NamedTuple, TypeVar
 
 import datasets
 import numpy as np
+from PIL.Image import DecompressionBombError
 from rasterio.errors import RasterioError
 from tqdm import tqdm
 
@@ -96,8 +97,8 @@ def _read_errors(image_id: str) -> Iterator[None]:
     """Name the image when a file that has changed since it was checked cannot be read."""
     try:
         yield
-    except (OSError, SyntaxError, RasterioError) as error:
-        if is_out_of_memory(error):
+    except (OSError, SyntaxError, ValueError, RasterioError, DecompressionBombError) as error:
+        if isinstance(error, DatasetError) or is_out_of_memory(error):
             raise
         raise DatasetError(f"{image_id}: cannot be read any more ({error}); was it moved or replaced?") from error
 

@@ -16,6 +16,7 @@ from hf_seg.errors import DatasetError, file_errors
 
 SPLITS = ("train", "val", "test")
 SAR_FOLDERS = {"optical": "rgb_images", "sar": "sar_images", "label": "labels"}
+_LONGEST_NAME = 255  # letters in a message; no file's name is longer
 NO_LIST = "split list not found"
 FROM_XBD = "image from xBD, not in the release"
 XBD_HINT = "Get xBD at https://xview2.org and copy its images into <region>/images, named as in xbd_files.csv."
@@ -36,7 +37,8 @@ class MissingTiles(NamedTuple):
     names: list[str]
 
     def __str__(self) -> str:
-        return f"{len(self.names)} x {self.reason} (e.g. {self.names[0]})"
+        name = "".join(letter if letter.isprintable() else "?" for letter in self.names[0][:_LONGEST_NAME])
+        return f"{len(self.names)} x {self.reason} (e.g. {name})"
 
 
 @dataclass(frozen=True)
@@ -144,6 +146,8 @@ def _list_tiles(paths: Iterable[Path]) -> dict[str, str]:
     for path in paths:
         if path.suffix.lower() not in (".tif", ".tiff") or path.name.startswith(".") or not path.is_file():
             continue
+        if not path.name.isprintable():  # nor is what stands for bytes that are no UTF-8
+            raise DatasetError(f"{str(path)!r}: its name has letters that cannot be printed; rename it")
         if (first := tiles.setdefault(path.stem, str(path))) != str(path):
             raise DatasetError(f"{path} and {first} have the same image_id, {path.stem!r}: remove one.")
     return tiles
@@ -153,10 +157,20 @@ def _read_stems(path: Path) -> list[str]:
     """Read the names in a split list, or in the last column of xbd_files.csv, without extension; none if absent."""
     if not path.is_file():
         return []
-    with file_errors(path, "cannot be read"), open(path, encoding="utf-8-sig", errors="replace", newline="") as file:
-        return [os.path.splitext(cells[-1].strip())[0] for cells in csv.reader(file) if "".join(cells).strip()]
+    try:
+        with (
+            file_errors(path, "cannot be read"),
+            open(path, encoding="utf-8-sig", errors="replace", newline="") as file,
+        ):
+            return [os.path.splitext(cells[-1].strip())[0] for cells in csv.reader(file) if "".join(cells).strip()]
+    except csv.Error as error:
+        raise DatasetError(f"{path}: expected a file name in each line ({error})") from None
 
 
-def _natural_key(name: str) -> list[Any]:
+def _natural_key(name: str) -> tuple[list[Any], str]:
     """Sort area_2 before area_10: text and numbers alternate."""
-    return [int(part) if index % 2 else part for index, part in enumerate(re.split("([0-9]+)", name))]
+    parts: list[Any] = re.split("([0-9]+)", name)
+    # by length first: Python reads no number of more than 4300 digits
+    numbers = [part.lstrip("0") for part in parts[1::2]]
+    parts[1::2] = [(len(number), number) for number in numbers]
+    return parts, name

@@ -13,6 +13,7 @@ import rasterio
 from rasterio.errors import NotGeoreferencedWarning, RasterioError
 from rasterio.io import MemoryFile
 
+from hf_seg.data.raster_size import require_image_size
 from hf_seg.data.scan import Row
 from hf_seg.errors import DatasetError
 from hf_seg.labels import OPEN_EARTH_MAP, LabelSet
@@ -114,9 +115,10 @@ def read_tile(path: File, column: str, label_set: LabelSet = OPEN_EARTH_MAP, nam
     """
     try:
         with open_tile(path) as source:
+            require_image_size(source, path)
             pixels = source.read()
     except RasterioError as error:
-        found = f"{_first_bytes(path)} ({error.__cause__ or error})"
+        found = f"{_first_bytes(path)} ({' '.join(str(error.__cause__ or error).split())})"
         raise DatasetError(f"{path}: expected a complete GeoTIFF, found {found}. {DOWNLOAD_HINT}") from None
     if names:
         if len(pixels) != len(names) or np.iscomplexobj(pixels):
@@ -139,7 +141,8 @@ def read_tile(path: File, column: str, label_set: LabelSet = OPEN_EARTH_MAP, nam
         raise DatasetError(f"{path}: Pillow cannot decode this TIFF ({error}). {REWRITE_HINT}") from None
     decoded = np.moveaxis(np.atleast_3d(np.asarray(image)), -1, 0)
     # Three bands may be JPEG, which decoders round differently; one band (a colour table?) must agree to the bit.
-    if decoded.shape != pixels.shape or (len(pixels) == 1 and not np.array_equal(decoded, pixels)):
+    is_like = (decoded.shape, decoded.dtype) == (pixels.shape, np.uint8)  # 1 bit a pixel would be bool
+    if not is_like or (len(pixels) == 1 and not np.array_equal(decoded, pixels)):
         raise DatasetError(f"{path}: Pillow and GDAL decode different pixels (a colour table?). {REWRITE_HINT}")
     return pixels
 

@@ -4,10 +4,10 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
 import rasterio
 from rasterio.crs import CRS
 
+from hf_seg.data.raster_size import pixel_bytes
 from hf_seg.errors import UserError
 from hf_seg.mapping.gdal import GDAL_ERRORS, gdal_session, open_raster
 
@@ -15,7 +15,6 @@ from hf_seg.mapping.gdal import GDAL_ERRORS, gdal_session, open_raster
 TIFF_SIGNATURES = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
 MAX_SIDE = 20_000  # pixels; memory grows with the width, whatever the area
 MAX_PIXEL_BYTES = 64  # of all bands; one block of a raster may contain all of its pixels
-NUMPY_TYPES = {"complex_int16": "complex64"}  # of a type of GDAL that numpy has not
 
 
 @dataclass(frozen=True)
@@ -57,7 +56,7 @@ def check_scene(path: Path, *, max_megapixels: float) -> SceneFacts:
             if dataset.tags(ns="OVERVIEWS"):
                 raise UserError("its overviews are in another file")
             found = SceneFacts(dataset.width, dataset.height, dataset.count, dataset.dtypes[0], dataset.crs)
-            pixel_bytes = sum(np.dtype(NUMPY_TYPES.get(each, each)).itemsize for each in dataset.dtypes)
+            bytes_each = pixel_bytes(dataset)
     except (UserError, *GDAL_ERRORS) as error:
         reason = " ".join(str(error).split())
         raise UserError(f"{path.name} is not a GeoTIFF that can be mapped: {reason}") from None
@@ -67,9 +66,9 @@ def check_scene(path: Path, *, max_megapixels: float) -> SceneFacts:
             f"{path.name} has {found.width:,d} × {found.height:,d} pixels; this page maps up to {max_megapixels:g} "
             f"million, {MAX_SIDE:,d} along a side; cut it, or use hf-seg predict on your own computer"
         )
-    if pixel_bytes > MAX_PIXEL_BYTES:
+    if bytes_each > MAX_PIXEL_BYTES:
         raise UserError(
-            f"{path.name} has {found.bands} bands, {pixel_bytes} bytes per pixel; this page takes up to "
+            f"{path.name} has {found.bands} bands, {bytes_each} bytes per pixel; this page takes up to "
             f"{MAX_PIXEL_BYTES}; keep the bands that the model needs"
         )
     with gdal_session():

@@ -7,6 +7,7 @@ The folder then contains `model.onnx` or `model.pt2` and `stac.json`, and for an
 `model.onnx.data`. It appears when the file has been run and agrees with PyTorch.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -61,8 +62,8 @@ class ExportOptions:
         if self.opset is not None and self.format != "onnx":
             raise UserError(f"opset is for onnx; {self.format} has none")
         for name in ("opset", "bands", "crop_size", "resolution_cm"):
-            if (value := getattr(self, name)) is not None and not value > 0:
-                raise UserError(f"{name} must be more than 0; it is {value!r}")
+            if (value := getattr(self, name)) is not None and not 0 < value < math.inf:
+                raise UserError(f"{name} must be more than 0 and finite; it is {value!r}")
 
 
 class Exported(NamedTuple):

@@ -109,7 +109,7 @@ def read_record(path: Path) -> dict[str, Any]:
         content = path.read_bytes()
     try:
         found = yaml.safe_load(content) if path.suffix == ".yaml" else json.loads(content)
-    except (ValueError, yaml.YAMLError) as error:
+    except (ValueError, yaml.YAMLError, RecursionError) as error:
         raise UserError(f"{path} is damaged: {' '.join(str(error).split())}") from None
     if not isinstance(found, dict):
         raise UserError(f"{path} is damaged: it contains no mapping of keys to values")

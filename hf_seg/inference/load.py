@@ -21,11 +21,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
 from huggingface_hub import snapshot_download
 from torch import nn
 
 from hf_seg.bands import Bands
-from hf_seg.errors import UserError
+from hf_seg.errors import UserError, is_out_of_memory, shown
 from hf_seg.files import sha256_of
 from hf_seg.hub_client import check_downloads, limit_waiting, one_line
 from hf_seg.inference.exported import find_exported, open_exported
@@ -35,6 +36,10 @@ from hf_seg.normalization import IMAGENET, Normalization
 
 ENSEMBLE_FILE = "ensemble.json"
 ENSEMBLE_FORMAT = {"version": 1, "masked_classes": [BACKGROUND]}
+MOST_LABELS = 2**8  # a map is 8-bit
+LARGEST_CROP = 2**14  # pixels
+LARGEST_SIZE, MOST_BLOCKS = 2**16, 2**10  # of a layer, and of an encoder
+NUMBERS_OF_HEADS = 10**8  # so many numbers of a network may be missing in its weights; loading says which
 MODEL_FILES = ("config.json", "preprocessor_config.json", "model*.safetensors*")
 
 
@@ -180,7 +185,10 @@ def normalized_weights(networks: Sequence[LoadedNetwork]) -> list[float]:
     for network in networks:
         if not 0 < network.weight < math.inf:
             raise UserError(f"the weight of {network.origin} must be above 0 and finite; it is {network.weight}")
-    return [network.weight / sum(each.weight for each in networks) for network in networks]
+    total = sum(each.weight for each in networks)
+    if total == math.inf:
+        raise UserError(f"the weight of {networks[0].origin} and those of the others have an infinite sum; divide them")
+    return [network.weight / total for network in networks]
 
 
 def shared_bands(networks: Sequence[LoadedNetwork]) -> Bands | None:
@@ -270,9 +278,15 @@ def _read_config(folder: Path, name: str) -> Any:
     from transformers import AutoConfig
 
     try:
+        content = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        if not isinstance(content, dict) or not content.get("num_labels", 0) <= MOST_LABELS:
+            raise ValueError(f"expected a mapping of at most {MOST_LABELS} labels")  # transformers would make them all
         config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
-    except (OSError, ValueError, AttributeError, KeyError, TypeError) as error:
-        raise UserError(f"{name}: config.json cannot be read ({str(error).splitlines()[0]})") from None
+    except Exception as error:  # transformers checks little, so any kind may come; each is about this file
+        if is_out_of_memory(error):
+            raise
+        reason = " ".join(str(error).split())[:200] or type(error).__name__
+        raise UserError(f"{name}: config.json cannot be read ({reason})") from None
     if config.model_type not in ("segformer", "upernet"):
         raise UserError(f"{name} is a {config.model_type}, no segmentation model of this project")
     return config
@@ -283,11 +297,17 @@ def _read_processor(folder: Path) -> tuple[int, Normalization]:
     try:
         processor = _processor_settings(folder)
         scale = 1 / processor["rescale_factor"] if processor["do_rescale"] else 1.0
-        mean, std = ([0.0] * 3, [1.0] * 3)
+        found = ([0.0] * 3, [1.0] * 3)
         if processor["do_normalize"]:
-            mean, std = processor["image_mean"], processor["image_std"]
-        return int(processor["size"]["height"]), Normalization(tuple(mean), tuple(std), scale)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            found = processor["image_mean"], processor["image_std"]
+        mean, std = (tuple(map(float, each)) for each in found)
+        crop = int(processor["size"]["height"])
+        if not (1 <= crop <= LARGEST_CROP and len(mean) == len(std) > 0 and 0 < scale < math.inf):
+            raise ValueError(f"size {crop}, factor 1 / {scale}, {len(mean)} means and {len(std)} deviations")
+        if not (all(map(math.isfinite, (*mean, *std))) and min(std) > 0):
+            raise ValueError(f"mean {shown(mean)}, std {shown(std)}")
+        return crop, Normalization(mean, std, scale)
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, ArithmeticError, RecursionError) as error:
         raise UserError(
             f"{folder}/preprocessor_config.json is not one that this project writes ({' '.join(str(error).split())})"
         ) from None
@@ -329,7 +349,48 @@ def _open_model(folder: Path, name: str) -> nn.Module:
     config = _read_config(folder, name)
     require_supported(name, config)
     stock = SegformerForSemanticSegmentation if config.model_type == "segformer" else UperNetForSemanticSegmentation
+    _require_plausible(stock, config, folder, name)
     return SegmentationNetwork(load_weights(stock, str(folder), config, may_be_new=()))
+
+
+def _require_plausible(stock: Any, config: Any, folder: Path, name: str) -> None:
+    """Build a model without memory for its weights, to see whether it may be that of the files.
+
+    Raises:
+        UserError: the config describes no network, or a far larger one than the weights are of.
+    """
+    sizes, blocks = _whole_numbers(config.to_dict()), _whole_numbers(getattr(config, "depths", 0))
+    if max(sizes) > LARGEST_SIZE or sum(blocks) > MOST_BLOCKS:
+        raise UserError(f"{name}: config.json describes a network that is too large: {shown(max(sizes + blocks))}")
+    try:
+        with torch.device("meta"):
+            numbers = sum(tensor.numel() for tensor in stock(config).state_dict().values())
+    except Exception as error:  # transformers checks little, so any kind may come; each is about this file
+        if is_out_of_memory(error):
+            raise
+        reason = " ".join(str(error).split())[:200] or type(error).__name__
+        raise UserError(f"{name}: config.json describes no network ({reason})") from None
+    size = sum(file.stat().st_size for file in folder.glob("model*.safetensors"))  # a number takes 2 or 4 bytes
+    if numbers > size + NUMBERS_OF_HEADS:
+        raise UserError(
+            f"{name}: config.json describes a network of {numbers:,d} numbers, but its weights take {size:,d} bytes; "
+            "one of them is of another model"
+        )
+
+
+def _whole_numbers(value: Any) -> list[int]:
+    """Return all whole numbers in lists and mappings, and 0."""
+    if isinstance(value, dict):
+        value = [*value.values()]
+    if isinstance(value, list | tuple):
+        return [number for each in value for number in _whole_numbers(each)] + [0]
+    return [value if type(value) is int else 0]
+
+
+def _text_or_none(value: Any) -> str | None:
+    if value is not None and not isinstance(value, str):
+        raise TypeError(f"revision must be text or null; it is {shown(value)}")
+    return value
 
 
 def _read_ensemble(folder: Path, name: str) -> list[LoadedNetwork]:
@@ -338,19 +399,19 @@ def _read_ensemble(folder: Path, name: str) -> list[LoadedNetwork]:
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
         found_format = {key: config[key] for key in ENSEMBLE_FORMAT}
-        members = [
+        members: list[dict[str, Any]] = [
             {
                 "member": Path(entry["folder"]).name,
                 "crop": int(entry["crop"]),
                 "weight": float(entry["weight"]),
                 "origin": str(entry["origin"]),
-                "revision": entry["revision"],
+                "revision": _text_or_none(entry["revision"]),
             }
             for entry in config["members"]
         ]
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, LookupError, TypeError, OverflowError, RecursionError) as error:
         raise UserError(
-            f"{path} does not list members as this version writes them ({error!r}); export it again"
+            f"{path} does not list members as this version writes them ({shown(error)}); export it again"
         ) from None
     if found_format != ENSEMBLE_FORMAT:
         raise UserError(f"{path} has another format, {found_format}, than this version reads, {ENSEMBLE_FORMAT}")

@@ -27,6 +27,7 @@ from hf_seg.normalization import to_pixel_values
 
 logger = logging.getLogger(__name__)
 
+SMALL_WINDOW = 32  # pixels; every network of this project takes it
 PRECISIONS = {"no": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -190,11 +191,19 @@ class Predictor:
         dtype = PRECISIONS[self.mixed_precision]
         windows = f"{len(pixel_values)} windows of {pixel_values.shape[-1]} pixels"
         autocast = torch.autocast(self.device.type, dtype) if dtype else contextlib.nullcontext()
-        with (
-            memory_errors(f"{windows} do not fit into the memory of {self.device}; lower {self.batch_setting}"),
-            autocast,
-        ):
-            output: Any = network(pixel_values.to(self.dtype))
+        try:
+            with (
+                memory_errors(f"{windows} do not fit into the memory of {self.device}; lower {self.batch_setting}"),
+                autocast,
+            ):
+                output: Any = network(pixel_values.to(self.dtype))
+        except RuntimeError:
+            height, width = pixel_values.shape[-2:]
+            if min(height, width) >= SMALL_WINDOW:
+                raise
+            raise UserError(
+                f"a window of {height} x {width} pixels is too small for the network; choose a larger --window"
+            ) from None
         logits = output if isinstance(output, Tensor) else output.logits
         num_labels = self.label_set.num_labels
         if logits.ndim != 4 or logits.shape[:2] != (len(pixel_values), num_labels):

@@ -19,7 +19,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from hf_seg.errors import UserError, file_errors, one_line_errors
+from hf_seg.errors import UserError, file_errors, one_line_errors, print_error
 from hf_seg.mapping.options import RasterOptions
 from hf_seg.settings import Parser, filled
 from hf_seg.terminal import print_summary
@@ -158,7 +158,7 @@ def run(argv: Sequence[str] | None = None) -> None:
             try:
                 summary = map_scene(predictor, source, destination, options, show_progress=state.is_main_process)
             except UserError as error:
-                print(f"error: {error}", file=sys.stderr, flush=True)  # the other scenes are still mapped
+                print_error(error)  # the other scenes are still mapped
                 return False
             if summary is not None:
                 print_summary(str(summary), summary.as_dict())

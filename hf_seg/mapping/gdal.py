@@ -11,7 +11,8 @@ from rasterio.dtypes import in_dtype_range
 from rasterio.enums import ColorInterp, MaskFlags
 from rasterio.errors import NotGeoreferencedWarning, RasterioError
 
-from hf_seg.errors import UserError
+from hf_seg.data.raster_size import require_scene_size
+from hf_seg.errors import UserError, shown
 
 # rasterio does not turn every error of GDAL into one of its own
 GDAL_ERRORS = (RasterioError, CPLE_BaseError)
@@ -51,6 +52,7 @@ def open_raster(name: str) -> rasterio.DatasetReader:
             f"{name} cannot be opened as a raster; check the name, and download the file again if it is incomplete or "
             f"a web page ({' '.join(str(error).split())})"
         ) from None
+    require_scene_size(dataset, name)
     if not dataset.count:
         names = ", ".join(dataset.subdatasets[:3])
         raise UserError(f"{name} contains {len(dataset.subdatasets)} datasets; name one of them: {names}")
@@ -98,7 +100,7 @@ def choose_bands(
     if len(bands) not in (1, 3) or not set(bands) <= set(dataset.indexes):
         raise UserError(
             f"{dataset.name} has bands 1 to {dataset.count}; a network takes one (SAR) or three (optical) of them, not "
-            f"{', '.join(map(str, bands))}; choose with --bands"
+            f"{shown(bands)[1:-1]}; choose with --bands"
         )
     return list(bands)
 

@@ -6,12 +6,13 @@ from pathlib import Path
 from typing import Literal, get_args
 
 from hf_seg.arguments import Tta
-from hf_seg.errors import UserError
+from hf_seg.errors import UserError, shown
 from hf_seg.mapping.provenance import parse_times
 from hf_seg.settings import check_bounds, setting
 
 Units = Literal["linear", "power", "db"]
 UNITS: tuple[str, ...] = get_args(Units)
+LARGEST_WINDOW = 2**14  # pixels
 POLYGON_SUFFIXES = (".gpkg", ".geojson", ".fgb")
 
 
@@ -76,6 +77,8 @@ class RasterOptions(OutputOptions, PredictionOptions, SceneOptions):
 
     def __post_init__(self) -> None:
         check_bounds(self)
+        if self.window is not None and self.window > LARGEST_WINDOW:
+            raise UserError(f"window must be at most {LARGEST_WINDOW}; it is {shown(self.window)}")
         if self.polygons is not None:
             self._check_polygons()
         if self.datetime is not None:

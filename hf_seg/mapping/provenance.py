@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from hf_seg import __version__
-from hf_seg.errors import UserError
+from hf_seg.errors import UserError, shown
 
 if TYPE_CHECKING:
     from hf_seg.inference.load import LoadedNetwork
@@ -61,21 +61,24 @@ def parse_times(text: str) -> tuple[datetime.datetime, datetime.datetime]:
         times = parse_time(begin), parse_time(end or begin)
     except ValueError:
         raise UserError(
-            f"datetime is {text!r}; expected ISO 8601, e.g. 2025-04-01T10:30:00Z, or begin/end of an interval"
+            f"datetime is {shown(text)}; expected ISO 8601, e.g. 2025-04-01T10:30:00Z, or begin/end of an interval"
         ) from None
     if times[1] < times[0]:
-        raise UserError(f"datetime is {text!r}; its end is before its begin")
+        raise UserError(f"datetime is {shown(text)}; its end is before its begin")
     return times
 
 
 def parse_time(text: str) -> datetime.datetime:
-    """Parse ISO 8601 or TIFF's `YYYY:MM:DD HH:MM:SS`; any other text is a `ValueError`."""
+    """Parse ISO 8601 or TIFF's `YYYY:MM:DD HH:MM:SS`; any other text, and a year before 1, is a `ValueError`."""
     text = text.strip()
     date, separator, time = text.partition(" ")
     if date.count(":") == 2 and separator:
         text = f"{date.replace(':', '-')} {time}"
     parsed = datetime.datetime.fromisoformat(text)
-    return parsed.astimezone(datetime.UTC) if parsed.tzinfo else parsed.replace(tzinfo=datetime.UTC)
+    try:
+        return parsed.astimezone(datetime.UTC) if parsed.tzinfo else parsed.replace(tzinfo=datetime.UTC)
+    except OverflowError:
+        raise ValueError(f"{text} is out of range") from None
 
 
 def find_acquisition(scene: Any, name: str, given: str | None) -> Acquisition:

@@ -4,6 +4,7 @@ Sources: NVIDIA's data sheets of A100 (Tensor Core GPU, 40 GB PCIe and 80 GB SXM
 GPU architecture white paper (RTX 4090). Dense figures, without sparsity; T4 has no bfloat16, its figure is of float16.
 """
 
+import math
 from dataclasses import dataclass
 
 from hf_seg.errors import UserError
@@ -65,6 +66,10 @@ def parse_bytes(text: str) -> float:
     units = {"GiB": 2**30, "MiB": 2**20, "GB": 10**9, "MB": 10**6, "": 1}
     for unit, factor in units.items():
         number = text.strip().removesuffix(unit)
-        if text.strip().endswith(unit) and number.strip().replace(".", "", 1).isdigit() and float(number) > 0:
+        if (
+            text.strip().endswith(unit)
+            and number.strip().replace(".", "", 1).isdigit()
+            and 0 < float(number) < math.inf
+        ):
             return float(number) * factor
     raise UserError(f"--memory must be an amount like 24GB or 22.5GiB; it is {text!r}")

@@ -14,6 +14,7 @@ from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.ticker import MaxNLocator
 
+from hf_seg.errors import UserError, file_errors
 from hf_seg.labels import BACKGROUND, OPEN_EARTH_MAP, LabelSet
 from hf_seg.report.style import DPI, LINE_COLORS, percent, save_figure, style_axes
 
@@ -141,24 +142,37 @@ def plot_member_scores(
 
 
 def read_series(metrics_file: Path) -> dict[str, "Series"]:
-    """Return the values of every numeric key of a metrics file by step, in order; NaN for values not finite."""
+    """Return the values of every numeric key of a metrics file by step, in order; NaN for values not finite.
+
+    Raises:
+        UserError: it cannot be read, or contains none.
+    """
     from pandas import Series
 
     points: dict[str, dict[int, float]] = {}
-    for number, line in enumerate(metrics_file.read_text().splitlines(), start=1):
+    with file_errors(metrics_file, "cannot be read"):
+        lines = metrics_file.read_text(encoding="utf-8", errors="replace").splitlines()
+    for number, line in enumerate(lines, start=1):
         try:
             entry = json.loads(line)
             step = int(entry.pop("step"))
-        except (ValueError, KeyError, AttributeError, TypeError):
+        except (ValueError, KeyError, AttributeError, TypeError, OverflowError, RecursionError):
             logger.warning("%s, line %d is not a JSON object with a step, skipped: %.60s", metrics_file, number, line)
             continue
         for key, value in entry.items():
             if value is None or isinstance(value, int | float):
-                points.setdefault(key, {})[step] = math.nan if value is None else value
+                points.setdefault(key, {})[step] = _as_float(value)
     if not points:
-        raise ValueError(f"{metrics_file} contains no metrics; wait until the run has logged its first steps")
+        raise UserError(f"{metrics_file} contains no metrics; wait until the run has logged its first steps")
     series = {key: Series(values, dtype=float).sort_index() for key, values in points.items()}
     return {key: values.where(np.isfinite(values)) for key, values in series.items()}
+
+
+def _as_float(value: float | None) -> float:
+    try:
+        return math.nan if value is None else float(value)
+    except OverflowError:  # a whole number of hundreds of digits
+        return math.nan
 
 
 def _draw_loss(axes: Axes, values: "Series", name: str, color: str) -> None:

@@ -7,6 +7,7 @@ import numpy as np
 import rasterio
 from rasterio.errors import NotGeoreferencedWarning, RasterioError
 
+from hf_seg.data.raster_size import require_image_size
 from hf_seg.errors import DatasetError, file_errors
 
 _STARTS = {b"\x89PNG": "PNG", b"\xff\xd8\xff": "JPEG"}
@@ -45,6 +46,7 @@ def read_image(path: Path) -> np.ndarray:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", NotGeoreferencedWarning)
             with rasterio.open(path, driver=_driver_of(path)) as file:
+                require_image_size(file, path)
                 bands = file.read()
     except RasterioError as error:
         reason = error.__cause__ or error

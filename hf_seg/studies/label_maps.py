@@ -8,6 +8,7 @@ from typing import Any
 import datasets
 import numpy as np
 import pandas as pd
+from PIL.Image import DecompressionBombError
 from tqdm import tqdm
 
 from hf_seg.data.hub_dataset import DATASET_FILE, find_hub_dataset
@@ -93,7 +94,7 @@ class LabelMaps:
         else:
             try:
                 row = self.rows[self.entries[image_id]]
-            except (OSError, SyntaxError) as error:  # what Pillow raises
+            except (OSError, SyntaxError, ValueError, DecompressionBombError) as error:  # what Pillow raises
                 raise DatasetError(f"{place}: cannot be read ({error}); create it again") from None
             label = np.asarray(row["pseudo_label"])
             confidence = np.asarray(row["confidence"]) if "confidence" in row else None

@@ -63,6 +63,8 @@ from hf_seg.synthetic.sar import render_sar
 
 SOURCE_FOLDER, TARGET_FOLDER, EXTRA_FOLDER = "OpenEarthMap_wo_xBD", "dfc25_track1", "dfc25_track1_extra"
 MIN_SIZE = 64  # pixels; a smaller scene contains no street
+MAX_SIZE = 2**15  # pixels; 400 GB of memory
+MAX_WORKERS = 1024
 GAIN_SPREAD = 0.28  # scenes are up to e^0.28 brighter or darker than the median
 KINDS = ("source", "train", "val", "test", "scene")  # the order is fixed: random streams and coordinates depend on it
 
@@ -71,18 +73,20 @@ KINDS = ("source", "train", "val", "test", "scene")  # the order is fixed: rando
 class SyntheticSettings:
     """Content of the dataset; numbers of tiles are best multiples of the ten regions."""
 
-    seed: int = setting(0, "the same seed gives the same bytes", low=0)
-    source: int = setting(70, "labelled optical tiles; one in seven, at least one, is for validation", low=2)
-    train: int = setting(160, "optical/SAR pairs with simulated noisy labels", low=1)
-    val: int = setting(20, "optical/SAR pairs with exact labels", low=1)
-    test: int = setting(100, "the same, for the final evaluation", low=0)
-    size: int = setting(256, "side of a tile in pixels", low=MIN_SIZE)
+    seed: int = setting(0, "the same seed gives the same bytes", low=0, high=2**31)
+    source: int = setting(
+        70, "labelled optical tiles; one in seven, at least one, is for validation", low=2, high=10**6
+    )
+    train: int = setting(160, "optical/SAR pairs with simulated noisy labels", low=1, high=10**6)
+    val: int = setting(20, "optical/SAR pairs with exact labels", low=1, high=10**6)
+    test: int = setting(100, "the same, for the final evaluation", low=0, high=10**6)
+    size: int = setting(256, "side of a tile in pixels", low=MIN_SIZE, high=MAX_SIZE)
     label_noise: float = setting(1.0, "errors in the labels of train, 1 = as published; 0: none", low=0, high=2)
     systematic: float = setting(
         SYSTEMATIC, "how far what is visible determines where labels are wrong; 0: they are by chance", low=0, high=1
     )
     scene: int | None = setting(
-        None, "side of a large SAR scene to map, in pixels; 400 bytes of memory each", low=MIN_SIZE
+        None, "side of a large SAR scene to map, in pixels; 400 bytes of memory each", low=MIN_SIZE, high=MAX_SIZE
     )
 
     def __post_init__(self) -> None:
@@ -147,8 +151,8 @@ def make_synthetic_dataset(output: str | Path, *, num_workers: int = 1, **settin
         UserError: `output` exists or cannot be written, or a setting is out of range.
     """
     output, chosen = Path(output), SyntheticSettings(**settings)  # type: ignore[arg-type]
-    if num_workers < 1:
-        raise UserError(f"num_workers must be at least 1; it is {num_workers}")
+    if not 1 <= num_workers <= MAX_WORKERS:
+        raise UserError(f"num_workers must be at least 1 and at most {MAX_WORKERS}; it is {num_workers}")
     if os.path.lexists(output):
         raise UserError(f"{output} exists; remove it or choose a new folder")
     counts = {kind: getattr(chosen, kind) for kind in KINDS[:-1]}

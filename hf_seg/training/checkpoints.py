@@ -82,9 +82,11 @@ def _checksum(content: dict[str, Any]) -> str:
 def _is_complete(folder: Path) -> bool:
     """Tell whether every file of a checkpoint's manifest exists in full."""
     try:
-        files = json.loads((folder / "manifest.json").read_text())["files"]
-        return all((folder / name).stat().st_size == size for name, size in files.items())
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        manifest = json.loads((folder / "manifest.json").read_text())
+        has_numbers = all(isinstance(manifest[key], int) for key in ("step", "samples_seen", "num_processes"))
+        is_there = ((folder / name).stat().st_size == size for name, size in manifest["files"].items())
+        return has_numbers and all(is_there)
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError):
         return False
 
 

@@ -151,7 +151,7 @@ def _trained_bands(name: str) -> BandStatistics | None:
     try:
         config = AutoConfig.from_pretrained(name, trust_remote_code=False)
         bands = Bands.from_config(getattr(config, "input_bands", None))
-    except (OSError, ValueError):
+    except Exception:  # transformers checks little, so any kind may come
         return None  # an encoder of timm or a preset; what is wrong with a model shows when it is built
     return bands and BandStatistics(bands, Normalization(tuple(config.image_mean), tuple(config.image_std)))
 
