@@ -29,6 +29,7 @@ from hf_seg import __version__
 from hf_seg.data.archives import ARCHIVES, Archive, Place
 from hf_seg.errors import UserError, file_errors
 from hf_seg.files import DISK_HINT, atomic_file, write_atomic
+from hf_seg.locks import exclusive
 
 HEADERS = {"User-Agent": f"hf_seg/{__version__}"}
 TIMEOUT_SECONDS = 60.0
@@ -63,25 +64,27 @@ def download(name: str, destination: Path, *, unpack: bool = True, keep_archives
 
     Raises:
         DownloadError: unknown name, no space, no connection, wrong checksum, or an archive that cannot be trusted.
+        UserError: another process is downloading the same archive to the same place.
         FileError: something below `destination` cannot be read or written.
     """
     if name not in ARCHIVES:
         raise DownloadError(f"unknown dataset {name!r}; choose from {', '.join(ARCHIVES)}")
     base_url = (os.environ.get("HF_SEG_ZENODO_URL") or "https://zenodo.org").rstrip("/")
     for archive in ARCHIVES[name]:
-        inventory = destination / f".{archive.file_name}.files.json"
-        if unpack and _is_unpacked(inventory):
-            continue
-        remote = _look_up(archive, f"{base_url}/api/records/{archive.record}")
         archive_file = destination / archive.file_name
-        with file_errors(archive_file, "cannot be written", f"{DISK_HINT}, and run the same command again"):
-            _fetch(remote, archive_file, archive.unpacked_bytes if unpack else 0)
-        if unpack:
-            sizes = extract(archive_file, destination, archive.place)
-            write_atomic(inventory, json.dumps(sizes))
-            if not keep_archives:
-                with file_errors(archive_file, "cannot be deleted"):
-                    archive_file.unlink()
+        if unpack and _is_unpacked(_inventory(archive_file)):
+            continue
+        lock = destination / f".{archive.file_name}.lock"
+        with exclusive(archive_file, lock, hint="choose another folder"):
+            remote = _look_up(archive, f"{base_url}/api/records/{archive.record}")
+            with file_errors(archive_file, "cannot be written", f"{DISK_HINT}, and run the same command again"):
+                _fetch(remote, archive_file, archive.unpacked_bytes if unpack else 0)
+            if unpack:
+                sizes = extract(archive_file, destination, archive.place)
+                write_atomic(_inventory(archive_file), json.dumps(sizes))
+                if not keep_archives:
+                    with file_errors(archive_file, "cannot be deleted"):
+                        archive_file.unlink()
     return destination / archive.root
 
 
@@ -111,6 +114,10 @@ def extract(archive_file: Path, destination: Path, place: Place) -> dict[str, in
     except (BadZipFile, EOFError, ZlibError, NotImplementedError) as error:
         raise DownloadError(f"{archive_file} is damaged ({error}); delete it and download it again") from error
     return {str(path): member.file_size for path, member in members.items()}
+
+
+def _inventory(archive_file: Path) -> Path:
+    return archive_file.with_name(f".{archive_file.name}.files.json")
 
 
 def _is_unpacked(inventory: Path) -> bool:

@@ -26,7 +26,7 @@ from torch import nn
 
 from hf_seg.bands import Bands
 from hf_seg.errors import UserError
-from hf_seg.files import sha256_of
+from hf_seg.files import finish_update, sha256_of
 from hf_seg.hub_client import check_downloads, limit_waiting, one_line
 from hf_seg.inference.exported import find_exported, open_exported
 from hf_seg.label_sets import label_set_of, require_same_classes
@@ -118,6 +118,7 @@ def load_networks(
         patterns += [ENSEMBLE_FILE, *(f"member_*/{file}" for file in MODEL_FILES)]
     root, revision = find_folder(str(name), patterns, **hub)
     folder = root / subfolder
+    finish_update(folder)
     if not subfolder and (folder / ENSEMBLE_FILE).is_file():
         networks = _read_ensemble(folder, str(name))
     elif (folder / "config.json").is_file():

@@ -1,8 +1,7 @@
 """Scenes shared by workers that know nothing of each other but the folder of the maps.
 
-A worker holds the lock `.map.tif.lock` beside the map while it works on a scene. The lock is the operating system's
-(`flock`, also over NFS), so it ends with its worker, however that one ends, and another worker resumes the scene from
-its finished bands. A file system without such locks gets lock files that only their host can tell are stale.
+A worker holds the lock `.map.tif.lock` beside the map while it works on a scene (`hf_seg.locks`). The lock ends with
+its worker, however that one ends, and another worker resumes the scene from its finished bands.
 """
 
 import contextlib
@@ -13,10 +12,9 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
-from filelock import FileLock, Timeout
-
 from hf_seg.errors import UserError, file_errors
 from hf_seg.files import DISK_HINT
+from hf_seg.locks import try_lock
 
 logger = logging.getLogger(__name__)
 
@@ -33,24 +31,12 @@ def claim(destination: Path) -> Iterator[bool]:
         UserError: the folder cannot be written.
     """
     path = destination.with_name(f".{destination.name}.lock")
-    is_new = not destination.parent.exists()
-    with file_errors(destination, "cannot be written", DISK_HINT):
-        if is_new:
-            destination.parent.mkdir(parents=True, exist_ok=True)
-        elif not destination.parent.is_dir():
-            raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR))
-        lock = FileLock(path)
-        with contextlib.suppress(Timeout):
-            lock.acquire(timeout=0)
-    try:
-        yield lock.is_locked
-    finally:
-        if lock.is_locked:
-            path.unlink(missing_ok=True)  # while it is held; who has opened it already sees that it is gone
-            lock.release()
-        if is_new:
-            with contextlib.suppress(OSError):  # it has maps now
-                destination.parent.rmdir()
+    with contextlib.ExitStack() as stack:
+        with file_errors(destination, "cannot be written", DISK_HINT):
+            if destination.parent.exists() and not destination.parent.is_dir():
+                raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR))
+            is_mine = stack.enter_context(try_lock(path))
+        yield is_mine
 
 
 def share_scenes(

@@ -60,7 +60,8 @@ def save_checkpoint(accelerator: Accelerator, output_dir: Path, progress: Progre
         if is_main:
             complete = _complete_checkpoints(output_dir)
             newest = complete.index(place) + 1  # later ones are of a run that was resumed further back
-            for old in complete[: max(newest - keep, 0)] + complete[newest:]:
+            left = output_dir.glob("checkpoints/.*.step_*")  # by a run that was killed at another step
+            for old in (*complete[: max(newest - keep, 0)], *complete[newest:], *left):
                 remove(old)
     accelerator.wait_for_everyone()
     return place
