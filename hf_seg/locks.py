@@ -51,8 +51,10 @@ def try_lock(path: Path) -> Iterator[bool]:
     try:
         yield is_mine
     finally:
-        if lock.is_locked:
-            path.unlink(missing_ok=True)  # while it is held; who has opened it already sees that it is gone
+        try:
+            if lock.is_locked:
+                path.unlink(missing_ok=True)  # while it is held; who has opened it already sees that it is gone
+        finally:
             lock.release()
         with contextlib.suppress(OSError):  # they contain something now
             for folder in created:
