@@ -6,6 +6,7 @@ import os
 import random
 import shutil
 import signal
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -140,6 +141,21 @@ def test_what_a_killed_save_left_is_cleared_away(run: Run) -> None:
     folder = run.save(3)
     assert not temporary.exists()
     assert not (folder / "leftover.bin").exists()
+
+
+def test_what_a_killed_save_of_another_step_left_is_cleared_away(run: Run) -> None:
+    for name in (".partial.step_00000005", ".replaced.step_00000002"):
+        (run.output_dir / "checkpoints" / name).mkdir(parents=True)
+    run.save(3)
+    assert [path.name for path in (run.output_dir / "checkpoints").iterdir()] == ["step_00000003"]
+
+
+@pytest.mark.parametrize("jump", [-(10**9), 10**9])
+def test_the_clock_does_not_choose_the_checkpoint(run: Run, jump: int) -> None:
+    older, newer = run.save(1), run.save(2)
+    for path in (older, older / "manifest.json"):
+        os.utime(path, (time.time() + jump,) * 2)
+    assert find_checkpoint(run.output_dir, "latest") == newer
 
 
 def test_a_step_saved_twice_keeps_the_second(run: Run) -> None:

@@ -28,7 +28,7 @@ from tqdm import tqdm
 from hf_seg import __version__
 from hf_seg.data.archives import ARCHIVES, Archive, Place
 from hf_seg.errors import UserError, file_errors
-from hf_seg.files import DISK_HINT, atomic_file, write_atomic
+from hf_seg.files import DISK_HINT, atomic_file, temporary_path, write_atomic
 from hf_seg.locks import exclusive
 
 HEADERS = {"User-Agent": f"hf_seg/{__version__}"}
@@ -72,20 +72,31 @@ def download(name: str, destination: Path, *, unpack: bool = True, keep_archives
     base_url = (os.environ.get("HF_SEG_ZENODO_URL") or "https://zenodo.org").rstrip("/")
     for archive in ARCHIVES[name]:
         archive_file = destination / archive.file_name
-        if unpack and _is_unpacked(_inventory(archive_file)):
-            continue
         lock = destination / f".{archive.file_name}.lock"
         with exclusive(archive_file, lock, hint="choose another folder"):
+            _delete_left_over(archive_file)
+            if unpack and _is_unpacked(_inventory(archive_file)):
+                continue
             remote = _look_up(archive, f"{base_url}/api/records/{archive.record}")
             with file_errors(archive_file, "cannot be written", f"{DISK_HINT}, and run the same command again"):
                 _fetch(remote, archive_file, archive.unpacked_bytes if unpack else 0)
             if unpack:
                 sizes = extract(archive_file, destination, archive.place)
-                write_atomic(_inventory(archive_file), json.dumps(sizes))
-                if not keep_archives:
-                    with file_errors(archive_file, "cannot be deleted"):
-                        archive_file.unlink()
+                with file_errors(archive_file, "cannot be deleted"):
+                    if not keep_archives:
+                        archive_file.replace(temporary_path(archive_file))
+                    write_atomic(_inventory(archive_file), json.dumps(sizes))
+                    temporary_path(archive_file).unlink(missing_ok=True)
     return destination / archive.root
+
+
+def _delete_left_over(archive_file: Path) -> None:
+    """Delete an archive that a killed run was about to delete, or give it back its name if it is still needed."""
+    left = temporary_path(archive_file)
+    with file_errors(archive_file, "cannot be deleted"):
+        if left.exists() and not _is_unpacked(_inventory(archive_file)):
+            left.replace(archive_file)
+        left.unlink(missing_ok=True)
 
 
 def extract(archive_file: Path, destination: Path, place: Place) -> dict[str, int]:

@@ -13,11 +13,12 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 from hf_seg.errors import UserError, file_errors
-from hf_seg.files import DISK_HINT
+from hf_seg.files import DISK_HINT, remove
 from hf_seg.locks import try_lock
 
 logger = logging.getLogger(__name__)
 
+FINISHED = "finished"
 POLL_SECONDS = 2.0  # between two looks at scenes that other workers map
 
 Pair = tuple[str, Path]  # a scene and its map
@@ -71,6 +72,19 @@ def share_scenes(
             time.sleep(POLL_SECONDS)
         pending = busy
     return failed
+
+
+def clear_finished(destination: Path, bands: Path) -> None:
+    """Delete lock and bands of a finished map, whose worker was killed before it could.
+
+    Args:
+        bands: the folder of its finished bands; it contains `FINISHED` if all are in the map.
+    """
+    lock = destination.with_name(f".{destination.name}.lock")
+    if destination.exists() and (lock.exists() or (bands / FINISHED).exists()):
+        with contextlib.suppress(UserError), claim(destination) as is_mine:
+            if is_mine and (bands / FINISHED).exists():
+                remove(bands)
 
 
 def require_claim(is_mine: bool, destination: Path) -> None:

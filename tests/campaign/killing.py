@@ -4,10 +4,12 @@ The processes are forked from the server of tests/fork_server.py, so each starts
 after a random time, or before or after a random call of the system or of the optimizer.
 """
 
+import contextlib
 import json
 import os
 import signal
 import socket
+import subprocess
 import sys
 import tempfile
 import time
@@ -27,8 +29,10 @@ from hub_server import go_online
 from hf_seg import cli, files
 
 SECONDS_TO_FOLLOW = 3.0  # a process whose peer was killed gets SIGTERM, and SIGKILL after this, as from a launcher
-SECONDS_TO_VANISH = 15.0  # what a killed process has started must be gone after this
+SECONDS_TO_VANISH = 60.0  # what a killed process has started must be gone after this
+SECONDS_BETWEEN_LOOKS = 0.25  # at what a process has started
 TIMEOUT = 240.0
+PROJECT = Path(__file__).parents[2]
 CALLS: dict[str, tuple[object, str]] = {  # where a kill may come
     "replace": (os, "replace"),
     "exchange": (files, "_exchange"),
@@ -78,13 +82,14 @@ class Command:
             process = context.Process(target=_run, args=(self, str(place), rank, port, at))
             process.start()
             started.append(process)
-        trees = [psutil.Process(process.pid) for process in started if process.is_alive()]
-        family = {*trees}
-        deadline, is_hit = begin + TIMEOUT, moment is None
+        family, deadline, is_hit, looked = set[psutil.Process](), begin + TIMEOUT, False, 0.0
         while any(process.is_alive() for process in started):
-            family.update(_descendants(trees))
             now = time.monotonic()
-            if moment is not None and moment.seconds and not is_hit and now > begin + moment.seconds:
+            is_due = moment is not None and moment.seconds > 0 and not is_hit and now > begin + moment.seconds
+            if is_due or now > looked + SECONDS_BETWEEN_LOOKS:
+                looked = now
+                family |= find_family([process.pid or 0 for process in started])
+            if is_due:
                 is_hit = True
                 for rank in victims:
                     started[rank].kill()
@@ -95,7 +100,7 @@ class Command:
             if now > deadline:
                 for process in started:
                     process.kill()
-            time.sleep(0.01)
+            time.sleep(0.02)
         codes = [process.exitcode for process in started]
         return Ended(codes, time.monotonic() - begin, family, (place / "log").read_text())
 
@@ -115,13 +120,37 @@ class Ended:
         return any(code != 0 for code in self.codes)
 
 
-def _descendants(trees: list[psutil.Process]) -> set[psutil.Process]:
+class Launched(Command):
+    """A command started as in a shell, with whatever it starts itself; a kill hits the first process alone."""
+
+    def run(self, place: Path, moment: Moment | None = None, victims: tuple[int, ...] = (0,)) -> Ended:
+        """Run it to its end, or kill it; return when all that it has started is gone, or does not go."""
+        (place / "tmp").mkdir(parents=True, exist_ok=True)
+        environment = {**os.environ, **self.env, "PYTHONPATH": str(PROJECT), "TMPDIR": f"{place}/tmp"}
+        environment["HF_HOME"] = f"{place}/cache"
+        begin, family, is_hit = time.monotonic(), set[psutil.Process](), False
+        with (place / "log").open("ab") as log:
+            words = [sys.executable, "-m", "hf_seg.cli", *self.words]
+            process = subprocess.Popen(words, cwd=place, env=environment, stdout=log, stderr=log)
+        while process.poll() is None:
+            family |= find_family([process.pid])
+            now = time.monotonic()
+            if now > begin + TIMEOUT or (moment is not None and not is_hit and now > begin + moment.seconds):
+                is_hit = True
+                process.kill()
+            time.sleep(0.1)
+        seconds = time.monotonic() - begin
+        psutil.wait_procs(family, timeout=SECONDS_TO_VANISH)
+        return Ended([process.returncode], seconds, family, (place / "log").read_text())
+
+
+def find_family(pids: list[int]) -> set[psutil.Process]:
+    """Return processes with all that they have started, and these in turn."""
     found: set[psutil.Process] = set()
-    for each in trees:
-        try:
-            found.update(each.children(recursive=True))
-        except psutil.NoSuchProcess:
-            continue
+    for pid in pids:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            process = psutil.Process(pid)
+            found |= {process, *process.children(recursive=True)}
     return found
 
 
