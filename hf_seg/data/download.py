@@ -93,10 +93,13 @@ def download(name: str, destination: Path, *, unpack: bool = True, keep_archives
 def _delete_left_over(archive_file: Path) -> None:
     """Delete an archive that a killed run was about to delete, or give it back its name if it is still needed."""
     left = temporary_path(archive_file)
+    if not left.exists():
+        return
     with file_errors(archive_file, "cannot be deleted"):
-        if left.exists() and not _is_unpacked(_inventory(archive_file)):
+        if _is_unpacked(_inventory(archive_file)):
+            left.unlink()
+        else:
             left.replace(archive_file)
-        left.unlink(missing_ok=True)
 
 
 def extract(archive_file: Path, destination: Path, place: Place) -> dict[str, int]:
