@@ -73,6 +73,7 @@ class Command:
     def run(self, place: Path, moment: Moment | None = None, victims: tuple[int, ...] = (0,)) -> "Ended":
         """Run it to its end, or until the victims are killed."""
         (place / "tmp").mkdir(parents=True, exist_ok=True)
+        (place / "log").touch()
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             port = probe.getsockname()[1]
@@ -178,7 +179,7 @@ def _run(command: Command, place: str, rank: int, port: int, moment: Moment | No
     os.dup2(descriptor, 2)
     torch.set_num_threads(1)
     os.environ.update(command.env, TMPDIR=f"{place}/tmp")
-    tempfile.tempdir = None
+    tempfile.tempdir = f"{place}/tmp"
     # a cache of its own, in which kills leave their traces too
     datasets.config.HF_DATASETS_CACHE = Path(place) / "cache" / "datasets"
     huggingface_hub.constants.HF_HUB_CACHE = f"{place}/cache/hub"

@@ -31,6 +31,7 @@ from hf_seg.data.archives import ARCHIVES
 from hf_seg.hub.export import export_model
 from hf_seg.models import build_model
 
+pytestmark = pytest.mark.timeout(1500)
 TOKEN = "hf_markerMARKERmarker"
 TRAINING = (
     "--model_name_or_path toy-segformer --from_scratch true --crop_size 32 --max_train_steps 8 --warmup_steps 2 "
