@@ -172,6 +172,13 @@ def remove(path: Path) -> None:
         path.unlink(missing_ok=True)
 
 
+def remove_folder(folder: Path) -> None:
+    """Delete a folder so that a kill leaves it in full, or under its temporary name."""
+    remove(temporary_path(folder))
+    os.replace(folder, temporary_path(folder))
+    remove(temporary_path(folder))
+
+
 def flush(path: Path) -> None:
     """Make sure that a file, or the entries of a folder, survive a power cut."""
     descriptor = os.open(path, os.O_RDONLY)

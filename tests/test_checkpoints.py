@@ -18,7 +18,14 @@ from accelerate.utils import set_seed
 from torch import Tensor, nn
 
 from hf_seg.errors import UserError
-from hf_seg.training.checkpoints import Progress, StopSignal, find_checkpoint, load_checkpoint, save_checkpoint
+from hf_seg.training.checkpoints import (
+    Progress,
+    StopSignal,
+    delete_old_checkpoints,
+    find_checkpoint,
+    load_checkpoint,
+    save_checkpoint,
+)
 
 
 class Run:
@@ -148,6 +155,24 @@ def test_what_a_killed_save_of_another_step_left_is_cleared_away(run: Run) -> No
         (run.output_dir / "checkpoints" / name).mkdir(parents=True)
     run.save(3)
     assert [path.name for path in (run.output_dir / "checkpoints").iterdir()] == ["step_00000003"]
+
+
+def test_a_kill_while_an_old_checkpoint_is_deleted_leaves_none_in_half(
+    run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    old, new = run.save(1), run.save(2)
+
+    def be_killed(path: Path) -> None:
+        next(path.iterdir()).unlink()
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(shutil, "rmtree", be_killed)
+        with pytest.raises(KeyboardInterrupt):
+            delete_old_checkpoints(run.output_dir, new, keep=1)
+    assert {path.name for path in (run.output_dir / "checkpoints").iterdir()} == {new.name, f".partial.{old.name}"}
+    delete_old_checkpoints(run.output_dir, new, keep=1)
+    assert [*(run.output_dir / "checkpoints").iterdir()] == [new]
 
 
 @pytest.mark.parametrize("jump", [-(10**9), 10**9])

@@ -23,7 +23,7 @@ from torch.nn.parallel import DistributedDataParallel
 from hf_seg.arguments import RecipeArguments
 from hf_seg.data.dataloaders import seed_at
 from hf_seg.errors import UserError, file_errors
-from hf_seg.files import DISK_HINT, atomic_folder, remove, temporary_path
+from hf_seg.files import DISK_HINT, atomic_folder, remove, remove_folder, temporary_path
 from hf_seg.training.run_log import RunLog
 
 logger = logging.getLogger(__name__)
@@ -58,13 +58,24 @@ def save_checkpoint(accelerator: Accelerator, output_dir: Path, progress: Progre
                 manifest = {**asdict(progress), "num_processes": accelerator.num_processes, "files": files}
                 (temporary / "manifest.json").write_text(json.dumps(manifest, indent=1))
         if is_main:
-            complete = _complete_checkpoints(output_dir)
-            newest = complete.index(place) + 1  # later ones are of a run that was resumed further back
-            left = output_dir.glob("checkpoints/.*.step_*")  # by a run that was killed at another step
-            for old in (*complete[: max(newest - keep, 0)], *complete[newest:], *left):
-                remove(old)
+            delete_old_checkpoints(output_dir, place, keep)
     accelerator.wait_for_everyone()
     return place
+
+
+def delete_old_checkpoints(output_dir: Path, newest: Path, keep: int) -> None:
+    """Delete all checkpoints but `keep`, and what kills have left of others.
+
+    Args:
+        newest: the last that is kept; later ones are of a run that was resumed further back.
+    """
+    complete = _complete_checkpoints(output_dir)
+    end = complete.index(newest) + 1
+    with file_errors(output_dir / "checkpoints", "cannot be deleted"):
+        for old in (*complete[: max(end - keep, 0)], *complete[end:]):
+            remove_folder(old)
+        for left in output_dir.glob("checkpoints/.*.step_*"):
+            remove(left)
 
 
 def _is_complete(folder: Path) -> bool:

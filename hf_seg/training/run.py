@@ -35,7 +35,7 @@ from hf_seg.processes import end_with_parent
 from hf_seg.report.plots import plot_curves
 from hf_seg.stem import set_input_bands
 from hf_seg.terminal import print_summary
-from hf_seg.training.checkpoints import Progress, find_checkpoint, require_same_global_batch
+from hf_seg.training.checkpoints import Progress, delete_old_checkpoints, find_checkpoint, require_same_global_batch
 from hf_seg.training.hub_data import pin_datasets
 from hf_seg.training.optimization import build_optimizer, build_schedule
 from hf_seg.training.run_log import check_tracker
@@ -125,6 +125,8 @@ def finish_run(accelerator: Accelerator, args: RecipeArguments) -> None:
     """
     output_dir = Path(args.output_dir)
     if accelerator.is_main_process:
+        if (newest := find_checkpoint(output_dir, "latest")) is not None:  # a kill may have left older ones
+            delete_old_checkpoints(output_dir, newest, args.save_total_limit)
         plot_curves(output_dir / "metrics.jsonl", output_dir / "figures" / "curves.png")
     accelerator.wait_for_everyone()
     accelerator.end_training()
