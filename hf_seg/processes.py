@@ -6,7 +6,13 @@ import threading
 import time
 
 POLL_SECONDS = 0.5
-GRACE_SECONDS = 120.0  # for an orderly stop, e.g. to write a checkpoint
+GRACE_SECONDS = 30.0  # for an orderly stop, e.g. to write a checkpoint
+
+
+def end_with_launcher() -> None:
+    """Call `end_with_parent` in each of several processes; before they meet, since they would wait without end."""
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        end_with_parent()
 
 
 def end_with_parent() -> None:

@@ -16,7 +16,7 @@ from typing import Any
 
 from hf_seg.arguments import PredictionSettings
 from hf_seg.errors import one_line_errors
-from hf_seg.processes import end_with_parent
+from hf_seg.processes import end_with_launcher
 from hf_seg.settings import Parser, filled
 from hf_seg.terminal import print_summary
 
@@ -78,9 +78,8 @@ def main() -> None:
     from hf_seg.training.tile_scores import TileScores
 
     disable_progress_bar()
+    end_with_launcher()
     accelerator = Accelerator(cpu=not torch.accelerator.is_available())
-    if accelerator.num_processes > 1:
-        end_with_parent()
     pin_datasets(args, accelerator)
     with accelerator.main_process_first():
         label_set = find_label_set(args.data_dir, "OpenEarthMap-SAR", args.label_set)

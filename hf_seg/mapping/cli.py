@@ -21,7 +21,7 @@ from typing import Any
 
 from hf_seg.errors import UserError, file_errors, one_line_errors
 from hf_seg.mapping.options import RasterOptions
-from hf_seg.processes import end_with_parent
+from hf_seg.processes import end_with_launcher
 from hf_seg.settings import Parser, filled
 from hf_seg.terminal import print_summary
 
@@ -137,9 +137,8 @@ def run(argv: Sequence[str] | None = None) -> None:
     from hf_seg.mapping.job import bands_folder, map_scene
     from hf_seg.mapping.raster import find_networks
 
+    end_with_launcher()
     state = PartialState(cpu=not torch.accelerator.is_available())
-    if state.num_processes > 1:
-        end_with_parent()
     logging.basicConfig(level=logging.INFO if state.is_main_process else logging.ERROR, format="%(message)s")
     logging.getLogger("rasterio").setLevel(logging.ERROR)  # its errors are raised as exceptions too
     disable_progress_bar()

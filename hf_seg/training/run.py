@@ -31,7 +31,7 @@ from hf_seg.locks import exclusive
 from hf_seg.lora import add_adapters, count_parameters
 from hf_seg.models import SegmentationNetwork, build_model, normalization_of, synchronize_batch_norm
 from hf_seg.normalization import Normalization
-from hf_seg.processes import end_with_parent
+from hf_seg.processes import end_with_launcher
 from hf_seg.report.plots import plot_curves
 from hf_seg.stem import set_input_bands
 from hf_seg.terminal import print_summary
@@ -49,9 +49,8 @@ def start_accelerator(args: HubSettings, mixed_precision: str, **options: Any) -
     """
     has_fp16 = mixed_precision != "fp16" or torch.accelerator.is_available()
     args.require("mixed_precision", has_fp16, "no or bf16 on a CPU")
+    end_with_launcher()
     accelerator = Accelerator(cpu=not torch.accelerator.is_available(), mixed_precision=mixed_precision, **options)
-    if accelerator.num_processes > 1:
-        end_with_parent()
     logging.basicConfig(level=logging.INFO if accelerator.is_main_process else logging.ERROR, format="%(message)s")
     for name in ("accelerate", "httpx", "httpx2"):  # each request to the Hub would be a line
         logging.getLogger(name).setLevel(logging.WARNING)

@@ -214,7 +214,7 @@ def test_training(
 
 
 def test_a_killed_launcher(oem_sar: Path, tmp_path: Path, random: Random, results: Any) -> None:
-    """The processes of a launcher that is killed write a checkpoint and end."""
+    """The processes of a launcher that is killed end."""
     words = train(2, f"--data_dir {oem_sar}", 0, 2).words
     series = Series("stage2, the launcher is killed", Launched([*words, "--nproc", "2"]), 4, 0, processes=2)
     kill_often(series, tmp_path, random, results)
