@@ -224,10 +224,12 @@ def _set_normalization(config: UperNetConfig, name: str, timm_encoder: TimmEncod
         config.update({"image_mean": [*found.mean], "image_std": [*found.std]})
 
 
-def load_weights(cls: Any, name: str, config: PretrainedConfig, may_be_new: Collection[str]) -> Any:
+def load_weights(
+    cls: Any, name: str, config: PretrainedConfig, may_be_new: Collection[str] = (), *, is_whole: bool = False
+) -> Any:
     """Load weights and prove that they arrived: only tensors under the prefixes `may_be_new` may start at random.
 
-    Without such prefixes the weights are those of the whole model, so none of them may be left over either.
+    Where the weights are those of the whole model (`is_whole`), none of them may be left over either.
     """
     if Path(name, ADAPTER_CONFIG).exists():  # with peft installed, transformers would apply it to the weights
         raise UserError(f"{name} has an adapter beside its weights; merge it into them, or remove {ADAPTER_CONFIG}")
@@ -247,7 +249,7 @@ def load_weights(cls: Any, name: str, config: PretrainedConfig, may_be_new: Coll
         raise UserError(f"{name}: no complete weights in safetensors format ({reason})") from None
     random = {*report["missing_keys"], *(key for key, *_ in report["mismatched_keys"])}
     new = [key for key in random if key.startswith(tuple(may_be_new))]
-    if not may_be_new and (extra := sorted(report["unexpected_keys"])):
+    if is_whole and (extra := sorted(report["unexpected_keys"])):
         raise UserError(
             f"{name}: {len(extra)} tensors of its weights are of no layer of its config.json, e.g. {extra[0]}; it is "
             "damaged or another model than its config.json says"

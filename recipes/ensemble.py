@@ -30,7 +30,7 @@ from hf_seg.data.open_earth_map import load_open_earth_map_sar
 from hf_seg.data.provenance import find_label_set, read_provenance
 from hf_seg.data.samples import LabelledImages
 from hf_seg.errors import DatasetError, UserError, one_line_errors
-from hf_seg.files import remove, write_atomic
+from hf_seg.files import atomic_update, finish_update
 from hf_seg.hub.export import TRAINING_DATA_FILE, read_record, write_training_data
 from hf_seg.hub.push import publish
 from hf_seg.inference.load import ENSEMBLE_FILE, load_networks
@@ -39,15 +39,21 @@ from hf_seg.report.plots import plot_member_scores
 from hf_seg.terminal import print_summary
 from hf_seg.training.evaluation import draw_results, evaluate
 from hf_seg.training.hub_data import pin_datasets
-from hf_seg.training.run import start_accelerator
+from hf_seg.training.run import start_accelerator, use_folder
 
 WRITTEN = {"README.md", "recipe.yaml", LOCAL_PATHS_FILE, "eval_results.json", TRAINING_DATA_FILE, "figures"}
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Load the networks, score, export."""
+    """Assemble, in a folder that no other run may use meanwhile."""
     args = parse_arguments(EnsembleArguments, argv)
     accelerator = start_accelerator(args, args.mixed_precision)
+    with use_folder(accelerator, Path(args.output_dir)):
+        assemble(args, accelerator)
+
+
+def assemble(args: EnsembleArguments, accelerator: Accelerator) -> None:
+    """Load the networks, score, export."""
     output_dir = Path(args.output_dir)
     if args.eval:
         pin_datasets(args, accelerator)
@@ -103,6 +109,7 @@ def check_output(folder: Path, ensemble: EnsembleForSemanticSegmentation, args: 
         UserError: naming what is in the way.
     """
     hint = "choose another --output_dir"
+    finish_update(folder)
     if (folder / ENSEMBLE_FILE).exists():
         before, now = (
             [f"{each.name}@{each.revision}" if each.revision else each.name for each in networks]
@@ -145,14 +152,15 @@ def score(
 def export(
     ensemble: EnsembleForSemanticSegmentation, results: dict[str, Any] | None, folder: Path, args: EnsembleArguments
 ) -> None:
-    """Write the ensemble with its recipe and scores; scores and figures of an earlier one go first."""
-    for name in ("eval_results.json", TRAINING_DATA_FILE, "figures"):
-        remove(folder / name)
-    ensemble.save_pretrained(folder)
-    write_recipe(args, folder)
-    if results is not None:
-        write_training_data(folder, {"target": read_provenance(args.data_dir, "OpenEarthMap-SAR")})
-        write_atomic(folder / "eval_results.json", json.dumps(results, indent=1))
+    """Write the ensemble with its recipe and scores; members, scores and figures of an earlier one go with it."""
+    members = [path.name for path in folder.glob("member_*")]
+    old = [ENSEMBLE_FILE, *members, "eval_results.json", TRAINING_DATA_FILE, "figures"]
+    with atomic_update(folder, first=old, last=ENSEMBLE_FILE) as temporary:
+        ensemble.save_pretrained(temporary)
+        write_recipe(args, temporary)
+        if results is not None:
+            write_training_data(temporary, {"target": read_provenance(args.data_dir, "OpenEarthMap-SAR")})
+            (temporary / "eval_results.json").write_text(json.dumps(results, indent=1), encoding="utf-8")
 
 
 def draw_figures(

@@ -67,14 +67,20 @@ from hf_seg.labels import IGNORE_INDEX, LabelSet
 from hf_seg.report.panels import plot_panel
 from hf_seg.terminal import print_summary
 from hf_seg.training.hub_data import pin_datasets
-from hf_seg.training.run import start_accelerator
+from hf_seg.training.run import start_accelerator, use_folder
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Label what is missing, shard by shard, then describe the dataset."""
+    """Label, in a folder that no other run may use meanwhile."""
     args = parse_arguments(PseudoLabelArguments, argv)
     waiting = InitProcessGroupKwargs(timeout=timedelta(days=1))  # for the process that makes the last shard
     accelerator = start_accelerator(args, args.mixed_precision, kwargs_handlers=[waiting])
+    with use_folder(accelerator, Path(args.output_dir)):
+        label(args, accelerator)
+
+
+def label(args: PseudoLabelArguments, accelerator: Accelerator) -> None:
+    """Label what is missing, shard by shard, then describe the dataset."""
     output_dir = Path(args.output_dir)
     pin_datasets(args, accelerator, output_dir / "recipe.yaml")
 
@@ -101,7 +107,8 @@ def main(argv: list[str] | None = None) -> None:
     if accelerator.is_main_process:
         for path in damaged:
             path.unlink(missing_ok=True)  # before the manifest, which alone tells that it is damaged
-        (output_dir / "manifest.json").unlink(missing_ok=True)
+        if missing:  # else the dataset stays complete while it is described again
+            (output_dir / "manifest.json").unlink(missing_ok=True)
         write_recipe(args, output_dir)
         write_atomic(output_dir / "inputs.json", json.dumps(inputs, indent=1))
         write_training_data(output_dir, {"target": read_provenance(args.data_dir, "OpenEarthMap-SAR")})

@@ -59,8 +59,13 @@ SOURCE_STREAM, TARGET_STREAM, MIX_STREAM = 0, 1, 2  # ids of independent random 
 def main(argv: list[str] | None = None) -> None:
     """Train, validate, export."""
     args = parse_arguments(Stage1Arguments, argv)
+    with open_run(args) as (accelerator, checkpoint):
+        train(args, accelerator, checkpoint)
+
+
+def train(args: Stage1Arguments, accelerator: Accelerator, checkpoint: Path | None) -> None:
+    """Train from the beginning or from a checkpoint, validate, export."""
     output_dir = Path(args.output_dir)
-    accelerator, checkpoint = open_run(args)
 
     # Data, student, teacher, optimizer
     source_images, target_images, val_images, statistics = load_images(args, accelerator)

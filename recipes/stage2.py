@@ -46,8 +46,13 @@ from hf_seg.training.run_log import RunLog
 def main(argv: list[str] | None = None) -> None:
     """Train, validate, export."""
     args = parse_arguments(Stage2Arguments, argv)
+    with open_run(args) as (accelerator, checkpoint):
+        train(args, accelerator, checkpoint)
+
+
+def train(args: Stage2Arguments, accelerator: Accelerator, checkpoint: Path | None) -> None:
+    """Train from the beginning or from a checkpoint, validate, export."""
     output_dir = Path(args.output_dir)
-    accelerator, checkpoint = open_run(args)
 
     # Data, network, optimizer
     train_images, val_images, statistics = load_images(args, accelerator)

@@ -16,6 +16,7 @@ from typing import Any
 
 from hf_seg.arguments import PREDICTION_MEMORY_HINT, PredictionSettings
 from hf_seg.errors import one_line_errors
+from hf_seg.processes import end_with_launcher
 from hf_seg.settings import Parser, filled
 from hf_seg.terminal import print_summary
 
@@ -77,6 +78,7 @@ def main() -> None:
     from hf_seg.training.tile_scores import TileScores
 
     disable_progress_bar()
+    end_with_launcher()
     accelerator = Accelerator(cpu=not torch.accelerator.is_available())
     pin_datasets(args, accelerator)
     with accelerator.main_process_first():

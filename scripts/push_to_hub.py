@@ -40,6 +40,7 @@ def main() -> None:
     from hf_seg.hub.cards import write_model_card
     from hf_seg.hub.push import check_login, find_kind, push
     from hf_seg.hub.push_space import is_space
+    from hf_seg.locks import exclusive
 
     disable_progress_bar()
     if is_space(args.folder):
@@ -51,10 +52,11 @@ def main() -> None:
     if args.dataset and kind != "dataset":
         raise UserError(f"{args.folder} contains no dataset but {'an' if kind == 'ensemble' else 'a'} {kind}")
     check_login(args.repository)
-    if kind != "dataset" and not (args.folder / "README.md").exists():
-        write_model_card(args.folder)
-        print(f"card: {args.folder / 'README.md'}")
-    url = push(args.folder, args.repository, args.private, args.revision)
+    with exclusive(args.folder, hint="push another folder"):
+        if kind != "dataset" and not (args.folder / "README.md").exists():
+            write_model_card(args.folder)
+            print(f"card: {args.folder / 'README.md'}")
+        url = push(args.folder, args.repository, args.private, args.revision)
     print_summary(f"on the Hub: {url}", {"url": url})
 
 

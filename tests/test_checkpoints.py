@@ -7,6 +7,7 @@ import os
 import random
 import shutil
 import signal
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -17,9 +18,17 @@ from accelerate import Accelerator
 from accelerate.utils import set_seed
 from torch import Tensor, nn
 
+from hf_seg import files
 from hf_seg.errors import FileError, UserError
 from hf_seg.files import atomic_folder
-from hf_seg.training.checkpoints import Progress, StopSignal, find_checkpoint, load_checkpoint, save_checkpoint
+from hf_seg.training.checkpoints import (
+    Progress,
+    StopSignal,
+    delete_old_checkpoints,
+    find_checkpoint,
+    load_checkpoint,
+    save_checkpoint,
+)
 
 
 class Run:
@@ -168,6 +177,8 @@ def test_a_folder_that_cannot_be_replaced_keeps_what_it_had(
         function(source, *target)
 
     monkeypatch.setattr(os, call, fail)
+    if call == "replace":  # as on systems that cannot exchange folders
+        monkeypatch.setattr(files, "_exchange", lambda *_: False)
     with (
         pytest.raises(FileError, match=r"audit cannot be written \(Input/output error\)"),
         atomic_folder(folder) as new,
@@ -208,6 +219,39 @@ def test_what_a_killed_save_left_is_cleared_away(run: Run) -> None:
     folder = run.save(3)
     assert not temporary.exists()
     assert not (folder / "leftover.bin").exists()
+
+
+def test_what_a_killed_save_of_another_step_left_is_cleared_away(run: Run) -> None:
+    for name in (".partial.step_00000005", ".replaced.step_00000002"):
+        (run.output_dir / "checkpoints" / name).mkdir(parents=True)
+    run.save(3)
+    assert [path.name for path in (run.output_dir / "checkpoints").iterdir()] == ["step_00000003"]
+
+
+def test_a_kill_while_an_old_checkpoint_is_deleted_leaves_none_in_half(
+    run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    old, new = run.save(1), run.save(2)
+
+    def be_killed(path: Path) -> None:
+        next(path.iterdir()).unlink()
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(shutil, "rmtree", be_killed)
+        with pytest.raises(KeyboardInterrupt):
+            delete_old_checkpoints(run.output_dir, new, keep=1)
+    assert {path.name for path in (run.output_dir / "checkpoints").iterdir()} == {new.name, f".partial.{old.name}"}
+    delete_old_checkpoints(run.output_dir, new, keep=1)
+    assert [*(run.output_dir / "checkpoints").iterdir()] == [new]
+
+
+@pytest.mark.parametrize("jump", [-(10**9), 10**9])
+def test_the_clock_does_not_choose_the_checkpoint(run: Run, jump: int) -> None:
+    older, newer = run.save(1), run.save(2)
+    for path in (older, older / "manifest.json"):
+        os.utime(path, (time.time() + jump,) * 2)
+    assert find_checkpoint(run.output_dir, "latest") == newer
 
 
 def test_a_step_saved_twice_keeps_the_second(run: Run) -> None:

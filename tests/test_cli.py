@@ -182,7 +182,10 @@ def test_a_number_of_processes_that_is_none_is_refused(value: str) -> None:
     ("error", "line"),
     [
         (UserError("two\nlines"), "error: two lines\n"),
-        (OSError(errno.ENAMETOOLONG, "File name too long", "aaa"), "error: aaa: File name too long\n"),
+        (
+            OSError(errno.ENAMETOOLONG, "File name too long", "aaa"),
+            "error: aaa cannot be read or written (File name too long)\n",
+        ),
     ],
 )
 def test_what_the_user_can_mend_is_one_line(error: Exception, line: str, capsys: pytest.CaptureFixture[str]) -> None:

@@ -24,7 +24,7 @@ from mapping_networks import ROTATED, Constant, contextual, pointwise
 from rasterio.transform import Affine
 
 from hf_seg.demo.cli import main, parse
-from hf_seg.demo.jobs import StoppedError, run_job
+from hf_seg.demo.jobs import StoppedError, run_job, write_zip
 from hf_seg.demo.models import Models
 from hf_seg.demo.sessions import Sessions, take_upload
 from hf_seg.demo.uploads import MAX_SIDE, check_scene, safe_name
@@ -483,3 +483,11 @@ def test_help_is_fast_and_needs_no_gradio() -> None:
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
     assert done.returncode == 0, done.stderr
     assert "--max_megapixels" in done.stdout
+
+
+def test_files_of_a_clock_before_1980_are_zipped(tmp_path: Path) -> None:
+    (tmp_path / "map.tif").write_bytes(b"map")
+    os.utime(tmp_path / "map.tif", (0, 0))
+    write_zip(tmp_path / "map.zip", [tmp_path / "map.tif"])
+    with zipfile.ZipFile(tmp_path / "map.zip") as archive:
+        assert archive.read("map.tif") == b"map"

@@ -21,7 +21,8 @@ import pytest
 from hf_seg.data import download as module
 from hf_seg.data.archives import ARCHIVES, place_open_earth_map, place_open_earth_map_sar
 from hf_seg.data.download import DownloadError, download, extract
-from hf_seg.errors import FileError
+from hf_seg.errors import FileError, UserError
+from hf_seg.locks import try_lock
 
 NAME = "oem-sar-val-labels"  # the smallest archive
 FILE_NAME = ARCHIVES[NAME][0].file_name
@@ -233,6 +234,26 @@ def test_complete_dataset_needs_no_network_and_one_lost_tile_comes_back_alone(
     download(NAME, tmp_path)
     assert labels_in(tmp_path) == TILES
     assert [file.stat().st_mtime_ns for file in kept] == times
+
+
+@pytest.mark.parametrize("is_unpacked", [True, False])
+def test_an_archive_that_a_kill_left_is_deleted_or_used_again(
+    zenodo: Zenodo, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, is_unpacked: bool
+) -> None:
+    download(NAME, tmp_path, keep_archives=True)
+    (tmp_path / FILE_NAME).rename(tmp_path / f".partial.{FILE_NAME}")  # as before it is deleted
+    if not is_unpacked:
+        (tmp_path / f".{FILE_NAME}.files.json").unlink()
+    download(NAME, tmp_path)
+    assert labels_in(tmp_path) == TILES and len(zenodo.ranges) == 1  # it was downloaded once
+    assert {path.name for path in tmp_path.iterdir()} == {"dfc25_track1", f".{FILE_NAME}.files.json"}
+
+
+def test_a_second_download_of_an_archive_is_refused(zenodo: Zenodo, tmp_path: Path) -> None:
+    with try_lock(tmp_path / f".{FILE_NAME}.lock"):
+        with pytest.raises(UserError, match=rf"{FILE_NAME} is in use by another process \(pid {os.getpid()}\)"):
+            download(NAME, tmp_path)
+        assert zenodo.ranges == []
 
 
 def test_foreign_file_with_the_name_of_the_archive_is_not_touched(zenodo: Zenodo, tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -75,6 +76,19 @@ def test_leaves_a_complete_folder(finished: tuple[Path, str]) -> None:
     for name in figures:
         with Image.open(folder / "figures" / name) as figure:
             assert min(figure.size) > 300
+
+
+@pytest.mark.parametrize("file", ["ensemble.json", "panel.png"])
+def test_an_ensemble_that_is_replaced_stays_until_the_new_one_is_complete(
+    file: str, finished: tuple[Path, str], members: list[str], oem_sar: Path, tmp_path: Path
+) -> None:
+    folder = shutil.copytree(finished[0], tmp_path / "ensemble")
+    argv = ["--model", *members, "--output_dir", str(folder), "--data_dir", str(oem_sar), "--weights", "1", "1"]
+    killed = run_recipe("ensemble", *argv, log=tmp_path / "log", disturb=f"kill_before_rename:{file}")
+    assert killed.exit_codes == [-signal.SIGKILL], killed.output
+    is_old = file == "ensemble.json"
+    assert len({each.weight for each in load_networks(folder)}) == 1 + is_old
+    assert (read_results(folder) == read_results(finished[0])) is is_old
 
 
 def test_results_are_those_of_the_folder(finished: tuple[Path, str], oem_sar: Path) -> None:

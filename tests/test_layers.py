@@ -12,7 +12,8 @@ LEAVES = sorted([*PROJECT.glob("recipes/*.py"), *PROJECT.glob("scripts/*.py")])
 
 # A folder (or a module at the top) imports itself and what stands above it in this list, nothing beside or below it.
 RANKS = (
-    "bands errors labels terminal",
+    "bands errors labels processes terminal",
+    "locks",
     "files settings normalization",
     "hub_client",
     "arguments bootstrap calibration label_sets losses metrics adaptation timm_encoder encoders",

@@ -19,7 +19,7 @@ from mapping_networks import export_toy_network
 
 from hf_seg.errors import UserError
 from hf_seg.mapping import claims, cli
-from hf_seg.mapping.claims import claim, last_change, require_claim, share_scenes
+from hf_seg.mapping.claims import claim, clear_finished, last_change, require_claim, share_scenes
 
 PROJECT = Path(__file__).parents[1]
 
@@ -73,6 +73,24 @@ def test_a_scene_of_another_worker_is_waited_for_and_not_mapped_twice(
     os.utime(tmp_path / "b.tif", (0, 0))  # another worker has replaced it
     share_scenes(pairs, map_one, replaced=replaced)
     assert mapped == ["b", "c", "a", "c"]
+
+
+def test_what_a_kill_left_of_a_finished_map_is_deleted(tmp_path: Path) -> None:
+    target, bands = tmp_path / "a.tif", tmp_path / ".a.tif.partial"
+    bands.mkdir()
+    (bands / "rows_00000.z").touch()
+    (tmp_path / ".a.tif.lock").touch()
+    clear_finished(target, bands)
+    assert len([*bands.iterdir()]) == 1  # there is no map yet
+    target.touch()
+    clear_finished(target, bands)
+    assert {path.name for path in tmp_path.iterdir()} == {"a.tif", ".a.tif.partial"}  # bands of a map to come
+    (bands / claims.FINISHED).touch()
+    with claim(target):
+        clear_finished(target, bands)
+        assert bands.exists()  # another process works there
+    clear_finished(target, bands)
+    assert [path.name for path in tmp_path.iterdir()] == ["a.tif"]
 
 
 def start_worker(scenes: Path, maps: Path, model: Path, log: Path) -> subprocess.Popen[bytes]:

@@ -228,8 +228,8 @@ def test_networks_and_settings_that_cannot_be_are_named() -> None:
     ("change", "message"),
     [
         ({"dtype": "floqt32"}, "config.json cannot be read"),
-        ({"hidden_act": "Gelu"}, "no complete weights in safetensors format"),
-        ({"num_attention_heads": [0, 2, 2, 4]}, "no complete weights in safetensors format"),
+        ({"hidden_act": "Gelu"}, r"config.json describes no network \('Gelu'\)"),
+        ({"num_attention_heads": [0, 2, 2, 4]}, "config.json describes no network"),
     ],
 )
 def test_a_damaged_config_is_named(change: dict[str, Any], message: str, toy: Path, tmp_path: Path) -> None:

@@ -348,6 +348,17 @@ def copy_of(finished: Path, folder: Path) -> Path:
     return folder
 
 
+def test_a_complete_dataset_stays_complete_while_it_is_described_again(
+    finished: Path, tiles: Path, stage1: list[Path], tmp_path: Path
+) -> None:
+    shutil.copytree(finished, tmp_path / "labels")
+    argv = settings(tiles, stage1[:1], tmp_path / "labels")
+    killed = launch(*argv, log=tmp_path / "log", disturb="kill_before_rename:manifest.json")
+    assert killed.exit_codes == [-signal.SIGKILL]
+    rows = load_pseudo_labels(str(tmp_path / "labels"))
+    assert rows["image_id"] == stock_rows(finished)["image_id"]
+
+
 @pytest.mark.parametrize(
     ("more", "message"),
     [

@@ -244,7 +244,9 @@ def test_a_label_that_is_a_path_is_refused(tmp_path: Path) -> None:
     images = pa.array(
         [{"bytes": None, "path": "/etc/hostname"}], pa.struct({"bytes": pa.binary(), "path": pa.string()})
     )
-    pq.write_table(pa.table({"image_id": ["a"], "pseudo_label": images}), folder / "train-00000-of-00001.parquet")
+    schema = datasets.Features({"image_id": datasets.Value("string"), "pseudo_label": datasets.Image()}).arrow_schema
+    table = pa.table({"image_id": ["a"], "pseudo_label": images}, schema=schema)
+    pq.write_table(table, folder / "train-00000-of-00001.parquet")
     with pytest.raises(UserError, match="pseudo_label has images without their bytes, only a path"):
         load_pseudo_labels(str(tmp_path))
 

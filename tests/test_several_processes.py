@@ -71,6 +71,17 @@ def test_a_run_of_two_processes_goes_on_with_one(oem_sar: Path, tmp_path: Path) 
     assert "choose them so that their product is 4" in refused.output
 
 
+def test_the_score_is_that_of_the_exported_statistics(oem_sar: Path, tmp_path: Path) -> None:
+    settings = {"max_train_steps": 2, "eval_steps": 2, "warmup_steps": 1, "per_device_train_batch_size": 1}
+    argv = [*command_line(oem_sar, tmp_path / "run", **settings), "--resume_from_checkpoint", "latest"]
+    scores = []
+    for name in ("first", "again"):  # the second one only scores and exports
+        result = run_recipe("stage2", *argv, log=tmp_path / name, processes=2)
+        assert result.exit_codes == [0, 0], result.output
+        scores.append((tmp_path / "run" / "eval_results.json").read_text())
+    assert scores[0] == scores[1]
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(("before", "after"), [((2, 1), (4, 1)), ((1, 2), (2, 2)), ((4, 1), (2, 1))])
 def test_a_run_goes_on_with_other_processes(

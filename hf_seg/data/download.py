@@ -30,7 +30,8 @@ from tqdm import tqdm
 from hf_seg import __version__
 from hf_seg.data.archives import ARCHIVES, Archive, Place
 from hf_seg.errors import DISK_HINT, UserError, file_errors
-from hf_seg.files import atomic_file, write_atomic
+from hf_seg.files import atomic_file, temporary_path, write_atomic
+from hf_seg.locks import exclusive
 
 HEADERS = {"User-Agent": f"hf_seg/{__version__}"}
 TIMEOUT_SECONDS = 60.0
@@ -66,26 +67,42 @@ def download(name: str, destination: Path, *, unpack: bool = True, keep_archives
 
     Raises:
         DownloadError: unknown name, no space, no connection, wrong checksum, or an archive that cannot be trusted.
+        UserError: another process is downloading the same archive to the same place.
         FileError: something below `destination` cannot be read or written.
     """
     if name not in ARCHIVES:
         raise DownloadError(f"unknown dataset {name!r}; choose from {', '.join(ARCHIVES)}")
     base_url = (os.environ.get("HF_SEG_ZENODO_URL") or "https://zenodo.org").rstrip("/")
     for archive in ARCHIVES[name]:
-        inventory = destination / f".{archive.file_name}.files.json"
-        if unpack and _is_unpacked(inventory):
-            continue
-        remote = _look_up(archive, f"{base_url}/api/records/{archive.record}")
         archive_file = destination / archive.file_name
-        with file_errors(archive_file, "cannot be written", f"{DISK_HINT}, and run the same command again"):
-            _fetch(remote, archive_file, archive.unpacked_bytes if unpack else 0)
-        if unpack:
-            sizes = extract(archive_file, destination, archive.place)
-            write_atomic(inventory, json.dumps(sizes))
-            if not keep_archives:
+        lock = destination / f".{archive.file_name}.lock"
+        with exclusive(archive_file, lock, hint="choose another folder"):
+            _delete_left_over(archive_file)
+            if unpack and _is_unpacked(_inventory(archive_file)):
+                continue
+            remote = _look_up(archive, f"{base_url}/api/records/{archive.record}")
+            with file_errors(archive_file, "cannot be written", f"{DISK_HINT}, and run the same command again"):
+                _fetch(remote, archive_file, archive.unpacked_bytes if unpack else 0)
+            if unpack:
+                sizes = extract(archive_file, destination, archive.place)
                 with file_errors(archive_file, "cannot be deleted"):
-                    archive_file.unlink()
+                    if not keep_archives:
+                        archive_file.replace(temporary_path(archive_file))
+                    write_atomic(_inventory(archive_file), json.dumps(sizes))
+                    temporary_path(archive_file).unlink(missing_ok=True)
     return destination / archive.root
+
+
+def _delete_left_over(archive_file: Path) -> None:
+    """Delete an archive that a killed run was about to delete, or give it back its name if it is still needed."""
+    left = temporary_path(archive_file)
+    if not left.exists():
+        return
+    with file_errors(archive_file, "cannot be deleted"):
+        if _is_unpacked(_inventory(archive_file)):
+            left.unlink()
+        else:
+            left.replace(archive_file)
 
 
 def extract(archive_file: Path, destination: Path, place: Place) -> dict[str, int]:
@@ -129,6 +146,10 @@ class _Member:
             return self._source.read(size)
         except OSError as error:  # of bzip2, too; it must not count as one of the file that is written
             raise BadZipFile(error.strerror or str(error)) from error
+
+
+def _inventory(archive_file: Path) -> Path:
+    return archive_file.with_name(f".{archive_file.name}.files.json")
 
 
 def _is_unpacked(inventory: Path) -> bool:

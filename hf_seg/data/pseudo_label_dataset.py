@@ -175,7 +175,7 @@ def damaged_files(folder: Path) -> list[Path]:
         UserError: the manifest is damaged itself.
     """
     manifest = _read_manifest(str(folder), None)
-    if not {"files", "label_set"} & manifest.keys():  # not finished, or made by others
+    if manifest.keys() <= {"label_set"}:  # not finished, or made by others
         return []
     files = manifest.get("files")
     if not isinstance(files, dict):

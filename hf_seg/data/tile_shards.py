@@ -5,9 +5,10 @@ data/train-00003-of-00012.parquet    {image_id, optical, sar, label} or {image_i
 Stock `load_dataset` opens them, and what `Dataset.push_to_hub` writes of rows with embedded bytes is read too.
 """
 
+import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import datasets
 import pyarrow as pa
@@ -15,8 +16,7 @@ import pyarrow.parquet as pq
 
 from hf_seg.data.scan import Row
 from hf_seg.data.tile_files import BANDS, EmbeddedRow, TileBytes, example_of, image_feature
-from hf_seg.errors import DatasetError
-from hf_seg.files import atomic_file
+from hf_seg.errors import DISK_HINT, DatasetError, file_errors
 from hf_seg.labels import LabelSet
 
 COLUMNS = {
@@ -57,9 +57,9 @@ def plan_tile_shards(split: str, rows: Sequence[Row], limit: int = SHARD_BYTES) 
 
 
 def write_tile_shard(
-    path: Path, rows: Sequence[Row], layout: str, label_set: LabelSet, bands: Mapping[str, Sequence[str]]
+    file: IO[bytes], rows: Sequence[Row], layout: str, label_set: LabelSet, bands: Mapping[str, Sequence[str]]
 ) -> None:
-    """Check tiles and write them atomically as one Parquet file; equal files give equal bytes.
+    """Check tiles and write them as one Parquet file; equal files give equal bytes.
 
     Raises:
         DatasetError: a file that cannot be trained on.
@@ -67,7 +67,11 @@ def write_tile_shard(
     """
     schema = tile_features(layout, bands).arrow_schema
     images = [column for column in COLUMNS[layout] if column in BANDS]
-    with atomic_file(path) as temporary, pq.ParquetWriter(temporary, schema, compression="zstd") as writer:
+    place = f"a temporary file in {tempfile.gettempdir()}"
+    with (
+        file_errors(place, "cannot be written", DISK_HINT),
+        pq.ParquetWriter(file, schema, compression="zstd") as writer,
+    ):
         for first in range(0, len(rows), ROWS):
             examples = [example_of(row, label_set, bands, embed=True) for row in rows[first : first + ROWS]]
             for example in examples:

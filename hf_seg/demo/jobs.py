@@ -78,8 +78,14 @@ def run_job(
         "zip": class_map.with_suffix(".zip"),
     }
     write_polygons(class_map, files["geojson"], label_set)
-    with zipfile.ZipFile(files["zip"], "w", zipfile.ZIP_DEFLATED) as archive:
-        for file in [*summary.files, files["geojson"]]:
-            archive.write(file, file.name)
+    write_zip(files["zip"], [*summary.files, files["geojson"]])
     view = view_map(scene, class_map, files["confidence"], label_set, summary)
     return MappedScene({key: path for key, path in files.items() if path.exists()}, view, summary)
+
+
+def write_zip(path: Path, files: Sequence[Path]) -> None:
+    """Write files into a zip file, without their folders."""
+    # a clock that is wrong may have dated them before 1980, which the format does not know
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED, strict_timestamps=False) as archive:
+        for file in files:
+            archive.write(file, file.name)

@@ -1,8 +1,9 @@
 """Send files to a repository on the Hub in one commit, which also deletes our own files of an earlier push."""
 
+import os
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
 
@@ -48,10 +49,12 @@ class Destination:
         if self.revision is not None:
             self.api.create_branch(**self.place, branch=self.revision, exist_ok=True)
 
-    def upload(self, name: str, path: Path) -> CommitOperationAdd:
+    def upload(self, name: str, file: BinaryIO) -> CommitOperationAdd:
         """Upload a large file ahead of its commit, unless the Hub has it; the file is not needed any more."""
         # the Hub may keep a small file in git itself: then it is sent with the commit
-        addition = CommitOperationAdd(name, path.read_bytes() if path.stat().st_size < IN_GIT else path)
+        size = file.seek(0, os.SEEK_END)
+        file.seek(0)
+        addition = CommitOperationAdd(name, file.read() if size < IN_GIT else file)
         self.api.preupload_lfs_files(self.place["repo_id"], [addition], **self._where())
         return addition
 

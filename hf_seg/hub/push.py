@@ -17,7 +17,7 @@ from huggingface_hub.utils import validate_repo_id
 
 from hf_seg.arguments import HubSettings
 from hf_seg.errors import UserError, file_errors
-from hf_seg.files import sha256_of
+from hf_seg.files import finish_update, sha256_of
 from hf_seg.hub.cards import EVAL_RESULTS_FILE, read_header, write_model_card
 from hf_seg.hub.commit import Destination, UnconfirmedError
 from hf_seg.hub.export import TRAINING_DATA_FILE, read_record, without_paths
@@ -80,6 +80,7 @@ def check_login(repository: str) -> None:
 
 def find_kind(folder: Path) -> str:
     """Return "model", "ensemble" or "dataset"; `UserError` if a folder contains none, or an unfinished dataset."""
+    finish_update(folder)
     if (folder / "inputs.json").exists() and not (folder / "manifest.json").exists():
         raise UserError(f"{folder} has no manifest.json yet: launch its recipe again to finish it")
     for kind, file in (("ensemble", "ensemble.json"), ("dataset", "manifest.json"), ("model", "config.json")):

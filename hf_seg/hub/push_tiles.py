@@ -103,12 +103,10 @@ def _upload_shards(destination: Destination, tiles: Tiles, shard_bytes: int) -> 
         for name, rows in plan_tile_shards(split, found, shard_bytes).items()
     }
     uploaded = []
-    with tempfile.TemporaryDirectory(prefix="hf_seg_push_") as temporary:
-        for name, rows in tqdm(shards.items(), desc="shards", unit="shard"):
-            path = Path(temporary) / Path(name).name
-            write_tile_shard(path, rows, tiles.layout, tiles.label_set, tiles.bands)
-            uploaded.append(destination.upload(name, path))
-            path.unlink()
+    for name, rows in tqdm(shards.items(), desc="shards", unit="shard"):
+        with tempfile.TemporaryFile() as file:  # it has no name, so nothing is left of it after a kill
+            write_tile_shard(file, rows, tiles.layout, tiles.label_set, tiles.bands)
+            uploaded.append(destination.upload(name, file))
     return uploaded
 
 

@@ -27,7 +27,7 @@ from torch import nn
 
 from hf_seg.bands import Bands
 from hf_seg.errors import UserError, is_out_of_memory, shown
-from hf_seg.files import sha256_of
+from hf_seg.files import finish_update, sha256_of
 from hf_seg.hub_client import check_downloads, limit_waiting, one_line
 from hf_seg.inference.exported import find_exported, open_exported
 from hf_seg.label_sets import label_set_of, require_same_classes
@@ -123,6 +123,7 @@ def load_networks(
         patterns += [ENSEMBLE_FILE, *(f"member_*/{file}" for file in MODEL_FILES)]
     root, revision = find_folder(str(name), patterns, **hub)
     folder = root / subfolder
+    finish_update(folder)
     if not subfolder and (folder / ENSEMBLE_FILE).is_file():
         networks = _read_ensemble(folder, str(name))
     elif (folder / "config.json").is_file():
@@ -350,7 +351,7 @@ def _open_model(folder: Path, name: str) -> nn.Module:
     require_supported(name, config)
     stock = SegformerForSemanticSegmentation if config.model_type == "segformer" else UperNetForSemanticSegmentation
     _require_plausible(stock, config, folder, name)
-    return SegmentationNetwork(load_weights(stock, str(folder), config, may_be_new=()))
+    return SegmentationNetwork(load_weights(stock, str(folder), config, is_whole=True))
 
 
 def _require_plausible(stock: Any, config: Any, folder: Path, name: str) -> None:

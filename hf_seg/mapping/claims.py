@@ -1,8 +1,7 @@
 """Scenes shared by workers that know nothing of each other but the folder of the maps.
 
-A worker holds the lock `.map.tif.lock` beside the map while it works on a scene. The lock is the operating system's
-(`flock`, also over NFS), so it ends with its worker, however that one ends, and another worker resumes the scene from
-its finished bands. A file system without such locks gets lock files that only their host can tell are stale.
+A worker holds the lock `.map.tif.lock` beside the map while it works on a scene (`hf_seg.locks`). The lock ends with
+its worker, however that one ends, and another worker resumes the scene from its finished bands.
 """
 
 import contextlib
@@ -13,12 +12,13 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
-from filelock import FileLock, Timeout
-
 from hf_seg.errors import DISK_HINT, UserError, file_errors
+from hf_seg.files import remove
+from hf_seg.locks import try_lock
 
 logger = logging.getLogger(__name__)
 
+FINISHED = "finished"
 POLL_SECONDS = 2.0  # between two looks at scenes that other workers map
 
 Pair = tuple[str, Path]  # a scene and its map
@@ -32,24 +32,12 @@ def claim(destination: Path) -> Iterator[bool]:
         UserError: the folder cannot be written.
     """
     path = destination.with_name(f".{destination.name}.lock")
-    is_new = not destination.parent.exists()
-    with file_errors(destination, "cannot be written", DISK_HINT):
-        if is_new:
-            destination.parent.mkdir(parents=True, exist_ok=True)
-        elif not destination.parent.is_dir():
-            raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR))
-        lock = FileLock(path)
-        with contextlib.suppress(Timeout):
-            lock.acquire(timeout=0)
-    try:
-        yield lock.is_locked
-    finally:
-        if lock.is_locked:
-            path.unlink(missing_ok=True)  # while it is held; who has opened it already sees that it is gone
-            lock.release()
-        if is_new:
-            with contextlib.suppress(OSError):  # it has maps now
-                destination.parent.rmdir()
+    with contextlib.ExitStack() as stack:
+        with file_errors(destination, "cannot be written", DISK_HINT):
+            if destination.parent.exists() and not destination.parent.is_dir():
+                raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR))
+            is_mine = stack.enter_context(try_lock(path))
+        yield is_mine
 
 
 def share_scenes(
@@ -84,6 +72,19 @@ def share_scenes(
             time.sleep(POLL_SECONDS)
         pending = busy
     return failed
+
+
+def clear_finished(destination: Path, bands: Path) -> None:
+    """Delete lock and bands of a finished map, whose worker was killed before it could.
+
+    Args:
+        bands: the folder of its finished bands; it contains `FINISHED` if all are in the map.
+    """
+    lock = destination.with_name(f".{destination.name}.lock")
+    if destination.exists() and (lock.exists() or (bands / FINISHED).exists()):
+        with contextlib.suppress(UserError), claim(destination) as is_mine:
+            if is_mine and (bands / FINISHED).exists():
+                remove(bands)
 
 
 def require_claim(is_mine: bool, destination: Path) -> None:

@@ -21,6 +21,7 @@ from typing import Any
 
 from hf_seg.errors import UserError, file_errors, one_line_errors, print_error
 from hf_seg.mapping.options import RasterOptions
+from hf_seg.processes import end_with_launcher
 from hf_seg.settings import Parser, filled
 from hf_seg.terminal import print_summary
 
@@ -133,14 +134,18 @@ def run(argv: Sequence[str] | None = None) -> None:
     from transformers.utils.logging import disable_progress_bar
 
     from hf_seg.inference.predict import Predictor
-    from hf_seg.mapping.claims import last_change, share_scenes
-    from hf_seg.mapping.job import map_scene
+    from hf_seg.mapping.claims import clear_finished, last_change, share_scenes
+    from hf_seg.mapping.job import bands_folder, map_scene
     from hf_seg.mapping.raster import find_networks
 
+    end_with_launcher()
     state = PartialState(cpu=not torch.accelerator.is_available())
     logging.basicConfig(level=logging.INFO if state.is_main_process else logging.ERROR, format="%(message)s")
     logging.getLogger("rasterio").setLevel(logging.ERROR)  # its errors are raised as exceptions too
     disable_progress_bar()
+    if state.is_main_process:
+        for _, path in pair_targets(scenes, args.destination, overwrite=True):
+            clear_finished(path, bands_folder(path))
     pairs = pair_targets(scenes, args.destination, overwrite=options.overwrite)
     replaced = {path: last_change(path) for _, path in pairs} if options.overwrite else {}
     state.wait_for_everyone()  # no process writes a map before all have listed the missing ones

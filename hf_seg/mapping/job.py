@@ -23,6 +23,7 @@ from hf_seg.files import atomic_file, flush, remove, write_atomic
 from hf_seg.inference.predict import Predictor
 from hf_seg.labels import BACKGROUND
 from hf_seg.mapping.band_mapper import ROWS_AT_ONCE, BandMapper
+from hf_seg.mapping.claims import FINISHED
 from hf_seg.mapping.gdal import GDAL_ERRORS, gdal_reason, gdal_session
 from hf_seg.mapping.legend import side_car
 from hf_seg.mapping.options import RasterOptions
@@ -77,6 +78,11 @@ def map_scene(
         return summary
 
 
+def bands_folder(destination: Path) -> Path:
+    """Return the folder of a map's finished bands."""
+    return destination.with_name(f".{destination.name}.partial")
+
+
 class MapJob:
     """The map of one scene, a GeoTIFF at `destination`.
 
@@ -96,7 +102,7 @@ class MapJob:
         self.layers = choose_layers(options, predictor.label_set)
         self._model_tags = model_tags(predictor.networks)
         self.side_files = choose_side_files(self.destination, options)
-        self.folder = self.destination.with_name(f".{self.destination.name}.partial")
+        self.folder = bands_folder(self.destination)
         targets = [*(layer.path(self.destination) for layer in self.layers), *(each.path for each in self.side_files)]
         check_targets(targets, Path(source), predictor.label_set, overwrite=options.overwrite, bands=self.folder)
         windows = [network.crop_size for network in predictor.networks]
@@ -229,6 +235,7 @@ class MapJob:
             with atomic_file(each.path) as temporary:
                 each.write(finished, temporary)
             files[each.key] = MapFile(each.path, each.path)
+        write_atomic(self.folder / FINISHED, "")
         for target, path in reversed(layers):
             if target != self.destination:
                 side_car(target).unlink(missing_ok=True)  # what a GIS may have stored about a file that is replaced

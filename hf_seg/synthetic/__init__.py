@@ -54,6 +54,7 @@ from tqdm import tqdm
 
 from hf_seg.errors import UserError
 from hf_seg.files import atomic_folder
+from hf_seg.processes import end_with_parent
 from hf_seg.settings import check_bounds, setting
 from hf_seg.synthetic.ground import Ground, make_ground
 from hf_seg.synthetic.noise import SYSTEMATIC, corrupt_labels
@@ -183,8 +184,13 @@ def _write_all(scenes: list[Scene], root: Path, settings: SyntheticSettings, num
         return
     # spawned, not forked: a forked process inherits the locks of threads that it does not have
     context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(num_workers, context, initializer=cv2.setNumThreads, initargs=(1,)) as pool:
+    with ProcessPoolExecutor(num_workers, context, initializer=_start_worker) as pool:
         yield from pool.map(_write_scene, scenes, itertools.repeat(root), itertools.repeat(settings))
+
+
+def _start_worker() -> None:
+    cv2.setNumThreads(1)
+    end_with_parent()
 
 
 def _write_scene(scene: Scene, root: Path, settings: SyntheticSettings) -> None:

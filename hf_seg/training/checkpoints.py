@@ -24,7 +24,7 @@ from torch.nn.parallel import DistributedDataParallel
 from hf_seg.arguments import RecipeArguments
 from hf_seg.data.dataloaders import seed_at
 from hf_seg.errors import DISK_HINT, UserError, file_errors
-from hf_seg.files import atomic_folder, remove, sha256_of, temporary_path
+from hf_seg.files import atomic_folder, remove, remove_folder, sha256_of, temporary_path
 from hf_seg.training.run_log import RunLog
 
 logger = logging.getLogger(__name__)
@@ -57,10 +57,7 @@ def save_checkpoint(accelerator: Accelerator, output_dir: Path, progress: Progre
             if is_main:
                 _write_manifest(temporary, {**asdict(progress), "num_processes": accelerator.num_processes})
         if is_main:
-            complete = _complete_checkpoints(output_dir)
-            newest = complete.index(place) + 1  # later ones are of a run that was resumed further back
-            for old in complete[: max(newest - keep, 0)] + complete[newest:]:
-                remove(old)
+            delete_old_checkpoints(output_dir, place, keep)
     accelerator.wait_for_everyone()
     return place
 
@@ -77,6 +74,21 @@ def _checksum(content: dict[str, Any]) -> str:
     """Return a digest of a manifest without its own checksum."""
     known = {key: value for key, value in content.items() if key != "checksum"}
     return hashlib.sha256(json.dumps(known, sort_keys=True).encode()).hexdigest()
+
+
+def delete_old_checkpoints(output_dir: Path, newest: Path, keep: int) -> None:
+    """Delete all checkpoints but `keep`, and what kills have left of others.
+
+    Args:
+        newest: the last that is kept; later ones are of a run that was resumed further back.
+    """
+    complete = _complete_checkpoints(output_dir)
+    end = complete.index(newest) + 1
+    with file_errors(output_dir / "checkpoints", "cannot be deleted"):
+        for old in (*complete[: max(end - keep, 0)], *complete[end:]):
+            remove_folder(old)
+        for left in output_dir.glob("checkpoints/.*.step_*"):
+            remove(left)
 
 
 def _is_complete(folder: Path) -> bool:

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import torch
 from accelerate import Accelerator
+from accelerate.utils import broadcast
 from torch import nn
 from tqdm import tqdm
 
@@ -28,7 +29,12 @@ PANEL_ROWS = 4
 def evaluate_network(
     network: nn.Module, images: LabelledImages, accelerator: Accelerator, args: RecipeArguments
 ) -> dict[str, Any]:
-    """Score a network in training (unwrapped) as `evaluate` does; it is put into eval mode and back."""
+    """Score a network in training (unwrapped) as `evaluate` does; it is put into eval mode and back.
+
+    On several processes all score the first one's BatchNorm statistics, which are those that are exported.
+    """
+    if accelerator.num_processes > 1:
+        broadcast(list(network.buffers()))
     was_training = network.training
     results, _ = evaluate(trained_predictor(network, accelerator, args), images, accelerator)
     network.train(was_training)

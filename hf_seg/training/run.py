@@ -1,6 +1,8 @@
 """What the recipes do before and after their work."""
 
+import contextlib
 import logging
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -21,16 +23,19 @@ from hf_seg.data.provenance import read_provenance
 from hf_seg.data.rare_classes import RareClassSampling, class_pixels
 from hf_seg.data.samples import LabelledImages, UnlabelledImages
 from hf_seg.errors import UserError
+from hf_seg.files import finish_update
 from hf_seg.hub.export import read_record
 from hf_seg.hub.push import check_login, publish
 from hf_seg.labels import LabelSet
+from hf_seg.locks import exclusive
 from hf_seg.lora import add_adapters, count_parameters
 from hf_seg.models import SegmentationNetwork, build_model, normalization_of, synchronize_batch_norm
 from hf_seg.normalization import Normalization
+from hf_seg.processes import end_with_launcher
 from hf_seg.report.plots import plot_curves
 from hf_seg.stem import set_input_bands
 from hf_seg.terminal import print_summary
-from hf_seg.training.checkpoints import Progress, find_checkpoint, require_same_global_batch
+from hf_seg.training.checkpoints import Progress, delete_old_checkpoints, find_checkpoint, require_same_global_batch
 from hf_seg.training.hub_data import pin_datasets
 from hf_seg.training.optimization import build_optimizer, build_schedule
 from hf_seg.training.run_log import check_tracker
@@ -44,6 +49,7 @@ def start_accelerator(args: HubSettings, mixed_precision: str, **options: Any) -
     """
     has_fp16 = mixed_precision != "fp16" or torch.accelerator.is_available()
     args.require("mixed_precision", has_fp16, "no or bf16 on a CPU")
+    end_with_launcher()
     accelerator = Accelerator(cpu=not torch.accelerator.is_available(), mixed_precision=mixed_precision, **options)
     logging.basicConfig(level=logging.INFO if accelerator.is_main_process else logging.ERROR, format="%(message)s")
     for name in ("accelerate", "httpx", "httpx2"):  # each request to the Hub would be a line
@@ -53,12 +59,15 @@ def start_accelerator(args: HubSettings, mixed_precision: str, **options: Any) -
     return accelerator
 
 
-def open_run(args: RecipeArguments) -> tuple[Accelerator, Path | None]:
-    """Start the accelerator and find the checkpoint to resume from; nothing is written yet.
+@contextlib.contextmanager
+def open_run(args: RecipeArguments) -> Iterator[tuple[Accelerator, Path | None]]:
+    """Start the accelerator and find the checkpoint to resume from; the block has the output folder for itself.
+
+    Nothing is written yet.
 
     Raises:
-        UserError: the output folder contains another run, or the settings do not fit this machine; a dataset on the Hub
-            was not found.
+        UserError: the output folder contains another run, or one is at work there; the settings do not fit this
+            machine; a dataset on the Hub was not found.
     """
     check_tracker(args.report_to)
     output_dir = Path(args.output_dir)
@@ -69,15 +78,43 @@ def open_run(args: RecipeArguments) -> tuple[Accelerator, Path | None]:
         log_with=None if args.report_to == "none" else args.report_to,
         project_dir=output_dir / "tracker",
     )
-    checkpoint = find_checkpoint(output_dir, args.resume_from_checkpoint)
-    recipe = None if checkpoint is None else checkpoint.parent.parent / "recipe.yaml"
-    if checkpoint is not None and recipe is not None:
-        may_differ = ("per_device_train_batch_size", "gradient_accumulation_steps")  # their product counts
-        check_same_recipe(args, recipe, may_differ=may_differ)
-        require_same_global_batch(args, checkpoint, accelerator.num_processes)
-    pin_datasets(args, accelerator, recipe)
-    accelerator.wait_for_everyone()
-    return accelerator, checkpoint
+    with use_folder(accelerator, output_dir):
+        checkpoint = find_checkpoint(output_dir, args.resume_from_checkpoint)
+        recipe = None if checkpoint is None else checkpoint.parent.parent / "recipe.yaml"
+        if checkpoint is not None and recipe is not None:
+            may_differ = ("per_device_train_batch_size", "gradient_accumulation_steps")  # their product counts
+            check_same_recipe(args, recipe, may_differ=may_differ)
+            require_same_global_batch(args, checkpoint, accelerator.num_processes)
+        pin_datasets(args, accelerator, recipe)
+        finish_update(Path(args.model_name_or_path))
+        accelerator.wait_for_everyone()
+        yield accelerator, checkpoint
+
+
+@contextlib.contextmanager
+def use_folder(accelerator: Accelerator, output_dir: Path) -> Iterator[None]:
+    """Keep other runs out of an output folder during the block.
+
+    To be called by every process; the first one holds the lock.
+
+    Raises:
+        UserError: another run is at work there.
+    """
+    with contextlib.ExitStack() as stack:
+        _first_alone(accelerator, lambda: stack.enter_context(exclusive(output_dir)))
+        yield
+
+
+def _first_alone(accelerator: Accelerator, action: Callable[[], object]) -> None:
+    """Let the main process do something; all processes raise its `UserError`."""
+    problems = [""]
+    if accelerator.is_main_process:
+        try:
+            action()
+        except UserError as error:
+            problems = [str(error)]
+    if problem := broadcast_object_list(problems)[0]:
+        raise UserError(problem)
 
 
 def finish_run(accelerator: Accelerator, args: RecipeArguments) -> None:
@@ -87,6 +124,8 @@ def finish_run(accelerator: Accelerator, args: RecipeArguments) -> None:
     """
     output_dir = Path(args.output_dir)
     if accelerator.is_main_process:
+        if (newest := find_checkpoint(output_dir, "latest")) is not None:  # a kill may have left older ones
+            delete_old_checkpoints(output_dir, newest, args.save_total_limit)
         plot_curves(output_dir / "metrics.jsonl", output_dir / "figures" / "curves.png")
     accelerator.wait_for_everyone()
     accelerator.end_training()
@@ -113,16 +152,9 @@ def print_run(output_dir: Path) -> None:
 
 def _require_login(args: HubSettings, accelerator: Accelerator) -> None:
     """Make sure that a push will be accepted; only the main process asks the Hub, and all raise what it found."""
-    if not args.push_to_hub or args.hub_model_id is None:
-        return
-    problems = [""]
-    if accelerator.is_main_process:
-        try:
-            check_login(args.hub_model_id)
-        except UserError as error:
-            problems = [str(error)]
-    if problem := broadcast_object_list(problems)[0]:
-        raise UserError(problem)
+    repository = args.hub_model_id
+    if args.push_to_hub and repository is not None:
+        _first_alone(accelerator, lambda: check_login(repository))
 
 
 def find_bands(
