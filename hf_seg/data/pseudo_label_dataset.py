@@ -175,8 +175,8 @@ def damaged_files(folder: Path) -> list[Path]:
         UserError: the manifest is damaged itself.
     """
     manifest = _read_manifest(str(folder), None)
-    if manifest.keys() <= {"label_set"}:  # not finished, or made by others
-        return []
+    if "files" not in manifest and ("label_set" not in manifest or len(manifest) == 1):
+        return []  # not finished, or made by others
     files = manifest.get("files")
     if not isinstance(files, dict):
         raise UserError(f"{folder}: {MANIFEST_FILE} is damaged (it has no checksums)")
