@@ -67,7 +67,7 @@ def save_tiny(folder: Path, *, seed: int, mean: float = 0.4, bands: Bands | None
     names = bands.names if bands else ("red", "green", "blue")
     set_input_bands(model, names, normalization, bands=bands)
     if bad:
-        nn.init.constant_(model.decode_head.classifier.bias, torch.nan)
+        nn.init.constant_(model.decode_head.classifier.weight, 3e38)  # finite, but not what it returns
     export_model(model, folder, crop_size=32, recipe="ce_weight: 1", results=None)
     return folder
 
@@ -353,7 +353,11 @@ MISTAKES: dict[str, tuple[Callable[[Path], Any], str, str]] = {
         "--model {root}/a --output {out} --format pt2 --opset 18",
         "opset is for onnx; pt2 has none",
     ),
-    "crop": (nothing, "--model {root}/a --output {out} --crop_size 0", "crop_size must be more than 0; it is 0"),
+    "crop": (
+        nothing,
+        "--model {root}/a --output {out} --crop_size 0",
+        "crop_size must be more than 0 and finite; it is 0",
+    ),
     "bands": (
         nothing,
         "--model {root}/a --output {out} --bands 2",

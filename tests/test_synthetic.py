@@ -288,7 +288,7 @@ def test_a_large_scene_is_written_with_its_label_and_changes_no_tile(tmp_path: P
     ("name", "value"), [("size", 32), ("scene", 10), ("train", 0), ("val", 0), ("source", 1), ("num_workers", 0)]
 )
 def test_a_value_out_of_range_is_an_error_that_names_it(tmp_path: Path, name: str, value: int) -> None:
-    with pytest.raises(UserError, match=rf"{name} must be at least \d+; it is {value}"):
+    with pytest.raises(UserError, match=rf"{name} must be at least \d+ and at most \S+; it is {value}"):
         make_synthetic_dataset(tmp_path / "data", **{name: value})
     assert not list(tmp_path.iterdir())
 
@@ -325,7 +325,7 @@ def test_a_usage_mistake_is_one_line(tmp_path: Path) -> None:
     for arguments, message in (
         (["--outptu", "x"], "error: the following arguments are required: --output; --help lists the settings\n"),
         (["--output", "x", "--sise", "64"], "error: unknown setting '--sise'; did you mean '--size'?\n"),
-        (["--output", "x", "--size", "32"], "error: size must be at least 64; it is 32\n"),
+        (["--output", "x", "--size", "32"], "error: size must be at least 64 and at most 32768; it is 32\n"),
         (["--output", str(tmp_path / "file" / "x"), "--size", "64"], "cannot be written (Not a directory)"),
     ):
         result = run(*arguments)

@@ -50,6 +50,7 @@ def save_checkpoint(accelerator: Accelerator, output_dir: Path, progress: Progre
     with file_errors(place, "cannot be written", DISK_HINT):
         with atomic_folder(place) if is_main else contextlib.nullcontext(temporary_path(place)) as temporary:
             accelerator.wait_for_everyone()
+            accelerator.step = 0  # micro-batches so far, which are saved: a resumed run would have counted others
             hook = accelerator.register_save_state_pre_hook(_unwrap_weights)
             accelerator.save_state(str(temporary))
             hook.remove()

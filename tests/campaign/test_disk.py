@@ -29,7 +29,6 @@ if TYPE_CHECKING:
 PROJECT = Path(__file__).parents[2]
 # of each command: writes that fail, disks too small, folders that vanish, writes over an earlier result that fail
 CALLS, SIZES, VANISHED, OVER = 8, 3, 2, 4
-COUNTED = "random_states_0.pkl"  # accelerate counts in it the micro-batches of this process, which nothing depends on
 TOY = (
     "--model_name_or_path toy-segformer --from_scratch true --crop_size 32 --max_train_steps 4 --eval_steps 2 "
     "--checkpointing_steps 1 --logging_steps 1 --per_device_train_batch_size 2 --warmup_steps 1 --mixed_precision no "
@@ -178,9 +177,8 @@ class Case:
 
 
 def digests_of(folder: Path) -> dict[str, str]:
-    """Return the sha256 of every file, by its path in the folder; of a checkpoint those of weights and optimizer."""
-    ignored = [*folder.glob(f"*/checkpoints/*/{COUNTED}"), *folder.glob("*/checkpoints/*/manifest.json")]
-    files = [path for path in sorted(folder.rglob("*")) if path.is_file() and path not in ignored]
+    """Return the sha256 of every file, by its path in the folder."""
+    files = [path for path in sorted(folder.rglob("*")) if path.is_file()]
     return {str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
 
 

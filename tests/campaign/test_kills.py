@@ -95,10 +95,8 @@ def read_whole(path: Path) -> bytes:
             raster.read()
     elif path.suffix == ".bin":
         torch.load(path, weights_only=True)
-    elif path.suffix == ".pkl":  # of accelerate, whose count of calls begins anew in a resumed run
-        states = torch.load(path, weights_only=False)
-        content = repr({key: value for key, value in states.items() if key != "step"}).encode()
-        content += states["torch_manual_seed"].numpy().tobytes()
+    elif path.suffix == ".pkl":  # NumPy's and Python's random states
+        torch.load(path, weights_only=False)
     elif path.suffix == ".jsonl":  # a line that a kill has cut short is dropped by its readers
         lines = [json.loads(line) for line in content.decode().splitlines(keepends=True) if line.endswith("\n")]
         content = json.dumps([{k: v for k, v in line.items() if k != "images_per_second"} for line in lines]).encode()
