@@ -102,7 +102,8 @@ test-slow: install
 
 # Faults and bad inputs, at most an hour; writes docs/reliability.md
 test-campaign: install
-	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -m slow -n 2 --dist loadfile tests/campaign
+	rm -rf runs/campaign
+	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -m slow -n 2 tests/campaign
 	$(BIN)/python tests/campaign/write_reliability.py
 
 # Two hours of both stages: memory, open files, threads and disk must stay flat

@@ -27,18 +27,19 @@ class Results:
 
 @pytest.fixture(scope="module")
 def results(request: pytest.FixtureRequest) -> Iterator[Results]:
-    """Collect this file's rows, and write them to runs/campaign/<file>.json at the end."""
+    """Collect this file's rows, and write them to runs/campaign/<file>/<worker>.json at the end."""
     started, collected = time.monotonic(), Results()
     failed_before = request.session.testsfailed
     yield collected
-    RESULTS.mkdir(parents=True, exist_ok=True)
+    name, worker = request.path.stem.removeprefix("test_"), os.environ.get("PYTEST_XDIST_WORKER", "all")
     content = {
         "seed": SEED,
         "seconds": round(time.monotonic() - started),
         "failed": request.session.testsfailed - failed_before,
         "rows": collected.rows,
     }
-    (RESULTS / f"{request.path.stem.removeprefix('test_')}.json").write_text(json.dumps(content, indent=1))
+    (RESULTS / name).mkdir(parents=True, exist_ok=True)
+    (RESULTS / name / f"{worker}.json").write_text(json.dumps(content, indent=1))
 
 
 @pytest.fixture(scope="module")

@@ -86,7 +86,7 @@ def write_table(summary: dict[str, Any]) -> None:
         "failed": 0,
         "rows": rows,
     }
-    table = ROOT / "runs" / "campaign" / "soak.json"
+    table = ROOT / "runs" / "campaign" / "soak" / "all.json"
     table.parent.mkdir(parents=True, exist_ok=True)
     table.write_text(json.dumps(content, indent=1))
 

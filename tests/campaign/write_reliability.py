@@ -2,7 +2,7 @@
 
     python tests/campaign/write_reliability.py
 
-The text is tests/campaign/reliability.md; each line `{name}` in it becomes the table of runs/campaign/<name>.json.
+The text is tests/campaign/reliability.md; each line `{name}` in it becomes the table of runs/campaign/<name>/*.json.
 """
 
 import json
@@ -22,16 +22,18 @@ def main() -> None:
 
 def table(name: str) -> str:
     """Return the results of one file as a markdown table, with the time that they took."""
-    path = ROOT / "runs" / "campaign" / f"{name}.json"
-    if not path.exists():
+    parts = [json.loads(path.read_text()) for path in sorted((ROOT / "runs" / "campaign" / name).glob("*.json"))]
+    rows = [row for part in parts for row in part["rows"]]
+    if not rows:
         return "Not run."
-    content = json.loads(path.read_text())
-    columns = list(content["rows"][0])
+    columns = list(rows[0])
     lines = [f"| {' | '.join(columns)} |", f"| {' | '.join('---' for _ in columns)} |"]
-    lines += [f"| {' | '.join(_cell(row[column]) for column in columns)} |" for row in content["rows"]]
-    failed = f", **{content['failed']} tests failed**" if content["failed"] else ""
-    command = content.get("command") or f"`pytest -m slow tests/campaign/test_{name}.py`"
-    return "\n".join([*lines, "", f"{command}, seed {content['seed']}, {content['seconds']} s{failed}."])
+    lines += sorted(f"| {' | '.join(_cell(row[column]) for column in columns)} |" for row in rows)
+    failures = sum(part["failed"] for part in parts)
+    failed = f", **{failures} tests failed**" if failures else ""
+    command = parts[0].get("command") or f"`pytest -m slow tests/campaign/test_{name}.py`"
+    seconds = max(part["seconds"] for part in parts)
+    return "\n".join([*lines, "", f"{command}, seed {parts[0]['seed']}, {seconds} s{failed}."])
 
 
 def _cell(value: object) -> str:
