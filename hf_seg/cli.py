@@ -25,6 +25,7 @@ from typing import NamedTuple
 
 from hf_seg import __version__
 from hf_seg.errors import UserError, one_line_errors, shown
+from hf_seg.processes import LAUNCHER
 from hf_seg.settings import is_completing, nearest, packaged_folder
 from hf_seg.terminal import JSON_DESCRIPTOR, send_json_to_stdout
 
@@ -151,6 +152,7 @@ def launch(words: Sequence[str], processes: int) -> None:
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
     os.environ.setdefault("OMP_NUM_THREADS", str(max((os.cpu_count() or 1) // processes, 1)))
+    os.environ[LAUNCHER] = str(os.getpid())
     arguments = ["--standalone", "--nproc_per_node", str(processes), "--module", "hf_seg.cli", *words]
     options = torchrun.parse_args(arguments)
     for name in ("torch.distributed.elastic", "torch.distributed.run"):

@@ -16,7 +16,7 @@ from recipe_process import run_recipe
 
 from hf_seg.errors import UserError
 from hf_seg.locks import exclusive, try_lock
-from hf_seg.processes import end_with_parent
+from hf_seg.processes import end_with_launcher, end_with_parent
 
 FORK = multiprocessing.get_context("fork")
 
@@ -120,3 +120,16 @@ def test_a_process_ends_with_the_one_that_started_it() -> None:
     os.kill(parent.pid or 0, signal.SIGKILL)
     child.wait(10)
     parent.join()
+
+
+def _join_launched() -> None:
+    os.environ.update(WORLD_SIZE="2", HF_SEG_LAUNCHER="1")  # this process has another parent by now
+    end_with_launcher()
+    time.sleep(60)
+
+
+def test_a_process_whose_launcher_was_killed_before_it_began_ends() -> None:
+    child = FORK.Process(target=_join_launched)
+    child.start()
+    child.join(10)
+    assert child.exitcode == -signal.SIGTERM

@@ -88,6 +88,7 @@ def pickle_to(path: str, *, keep_size: bool = False, remove: str = "") -> Callab
         if keep_size:  # as the checkpoint's manifest has it
             manifest = json.loads((place.parent / "manifest.json").read_text())
             manifest["files"][place.name] = place.stat().st_size
+            del manifest["sha256"], manifest["checksum"]  # as in those of older versions
             (place.parent / "manifest.json").write_text(json.dumps(manifest))
         if remove:
             (folder / remove).unlink()
@@ -140,11 +141,18 @@ def adapter(folder: Path, code: str) -> None:
     torch.save({"state": Pickled(code)}, folder / "model" / "adapter_model.bin")
 
 
+def shard_of_others(folder: Path) -> Path:
+    """Return a shard of labels that have no checksums, as those that others made."""
+    for name in ("manifest.json", "inputs.json"):
+        (folder / "labels" / name).unlink()
+    return next((folder / "labels" / "data").glob("*.parquet"))
+
+
 def parquet_extension(folder: Path, code: str) -> None:
     """Give a column the extension type that older Arrow unpickled."""
     import pickle
 
-    path = next((folder / "labels" / "data").glob("*.parquet"))
+    path = shard_of_others(folder)
     table = pq.read_table(path)
     metadata = {b"ARROW:extension:name": b"arrow.py_extension_type"}
     metadata[b"ARROW:extension:metadata"] = pickle.dumps(Pickled(code))
@@ -156,7 +164,7 @@ def path_rows(place: str) -> Callable[[Path, str], None]:
     """Return what replaces labels by paths."""
 
     def plant(folder: Path, _: str) -> None:
-        path = next((folder / "labels" / "data").glob("*.parquet"))
+        path = shard_of_others(folder)
         table = pq.read_table(path)
         rows = [row | {"pseudo_label": {"bytes": None, "path": place}} for row in table.to_pylist()]
         pq.write_table(pa.Table.from_pylist(rows, schema=table.schema), path)
