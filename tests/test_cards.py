@@ -376,6 +376,13 @@ def test_a_damaged_file_is_named(file: str, folders: dict[str, Path], tmp_path: 
         write_model_card(folder)
 
 
+def test_a_recipe_of_another_program_is_named(folders: dict[str, Path], tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(folders["segformer"], tmp_path / "run"))
+    (folder / "recipe.yaml").write_text("seed: 0\n")
+    with pytest.raises(UserError, match=r"run/recipe\.yaml has no model_name_or_path; it is not one"):
+        write_model_card(folder)
+
+
 @pytest.mark.parametrize("kind", ["segformer", "labels"])
 def test_no_name_starts_a_tag_and_none_is_a_template(kind: str, folders: dict[str, Path], tmp_path: Path) -> None:
     name = "<script>alert(1)</script> {{ 7 * 7 }}"

@@ -106,8 +106,16 @@ def _write_eval_results(folder: Path, header: ModelCardData, scored: Sequence[Pr
         write_atomic(folder / EVAL_RESULTS_FILE, yaml.safe_dump(eval_result_entries_to_yaml(entries), sort_keys=False))
 
 
+def _require_settings(folder: Path, recipe: dict[str, Any], *keys: str) -> None:
+    """Raise `UserError` unless a recipe has some settings."""
+    for key in keys:
+        if key not in recipe:
+            raise UserError(f"{folder}/recipe.yaml has no {key}; it is not one that this project writes")
+
+
 def _describe_network(folder: Path, recipe: dict[str, Any]) -> tuple[str, ModelCardData, dict[str, Any]]:
     """Return template, header and facts of a single network; stage 1 has two, and data of two domains."""
+    _require_settings(folder, recipe, "model_name_or_path", "from_scratch")
     config, stage = read_record(folder / "config.json"), 1 if "method" in recipe else 2
     data = read_training_data(folder)
     has_student = (folder / "student" / "config.json").exists()
@@ -170,6 +178,7 @@ def _input_facts(config: dict[str, Any]) -> dict[str, Any]:
 
 def _describe_ensemble(folder: Path, recipe: dict[str, Any]) -> tuple[str, ModelCardData, dict[str, Any]]:
     """Return template, header and facts of an ensemble."""
+    _require_settings(folder, recipe, "column", "split")
     members = without_paths(read_record(folder / "ensemble.json"))["members"]
     for member in members:
         member["network"] = _network_name(read_record(folder / member["folder"] / "config.json"))
