@@ -260,6 +260,15 @@ def test_a_difference_is_an_error_and_leaves_nothing(exported: Exported, root: P
     assert [path.name for path in tmp_path.iterdir()] == ["bad"]
 
 
+def test_an_opset_that_is_not_known_and_an_image_of_16_bits_are_named(root: Path, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"opset must be at most \d+, the newest that onnx [\d.]+ knows; it is 999"):
+        export(root / "a", tmp_path / "out", format="onnx", opset=999)
+    write_tiff(tmp_path / "wide.tif", np.full((32, 32), 999, np.uint16))
+    with pytest.raises(UserError, match=r"wide\.tif has pixels of uint16; the networks take images of 8 bits"):
+        export(root / "a", tmp_path / "out", format="onnx", image=tmp_path / "wide.tif")
+    assert not (tmp_path / "out").exists()
+
+
 @pytest.mark.parametrize(("length", "bins"), [(2, 6), (7, 3), (5, 1), (12, 6), (3, 2)])
 def test_pooling_as_matrices_is_adaptive_pooling(length: int, bins: int) -> None:
     features = torch.rand(2, 3, length, length + 1)

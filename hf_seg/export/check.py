@@ -21,7 +21,7 @@ def read_tile(path: Path, graph: ProbabilityGraph) -> Tensor:
     """Read an image as (bands, H, W) float32 raw pixels, NaN where bands with a stretch have no data.
 
     Raises:
-        UserError: it cannot be read.
+        UserError: it cannot be read, or has other pixels than the networks take.
     """
     import rasterio  # slow
     from rasterio.errors import NotGeoreferencedWarning, RasterioError
@@ -31,6 +31,8 @@ def read_tile(path: Path, graph: ProbabilityGraph) -> Tensor:
             raw = file.read()
     except RasterioError as error:
         raise UserError(f"{path} cannot be read as an image ({' '.join(str(error).split())})") from None
+    if graph.stretch is None and raw.dtype != np.uint8:
+        raise UserError(f"{path} has pixels of {raw.dtype}; the networks take images of 8 bits")
     pixels = raw.astype(np.float32)
     if graph.stretch is None:
         return torch.from_numpy(np.nan_to_num(pixels))

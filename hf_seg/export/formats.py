@@ -126,6 +126,11 @@ def _write_onnx(
     opset: int | None,
     resolution_cm: float | None,
 ) -> ExportMetadata:
+    import onnx
+
+    newest = onnx.defs.onnx_opset_version()
+    if opset is not None and opset > newest:
+        raise UserError(f"opset must be at most {newest}, the newest that onnx {onnx.__version__} knows; it is {opset}")
     with _exporting(graph, metadata):
         program: Any = torch.onnx.export(
             graph,
@@ -142,6 +147,8 @@ def _write_onnx(
         for node in scope:
             node.metadata_props.clear()  # stack traces, with paths of this machine
     metadata = replace(metadata, opset=model.opset_imports[""])
+    if opset not in (None, metadata.opset):
+        raise UserError(f"opset is {opset}, but this graph can only be written in opset {metadata.opset}; leave it out")
     if metadata.input_bands is None:  # the plug-in feeds 8-bit images only
         model.metadata_props.update(deepness_metadata(metadata, resolution_cm))
     model.metadata_props[METADATA_KEY] = metadata.to_json()

@@ -88,7 +88,7 @@ FLAGS = (
     _flag(DEMO, "--any_model --host 0.0.0.0", "any_model"),
     _flag(DEMO, "--keep_minutes inf", "keep_minutes"),
     _flag(EXPORT, "--format tflite", "format"),
-    _flag(EXPORT, "--opset 999", "model.onnx"),
+    _flag(EXPORT, "--opset 999", "opset"),
     _flag(EXPORT, "--bands 7", "bands"),
     _flag(EXPORT, "--bands -1", "bands"),
     _flag(EXPORT, "--crop_size 0", "crop"),
