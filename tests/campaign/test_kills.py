@@ -53,6 +53,7 @@ class Series:
         content: returns what must have the same bits, by name, and reads every file in full.
         renew: what a new beginning needs besides a new folder.
         processes: for the table, where it is not the command's.
+        refusal: how the command ends where a killed run had completed its result.
     """
 
     name: str
@@ -62,6 +63,7 @@ class Series:
     content: Callable[[Path], dict[str, str]] = lambda place: read_folder(place / "run")
     renew: Callable[[], object] = lambda: None
     processes: int | str = ""
+    refusal: str = ""
 
 
 def digest(content: bytes) -> str:
@@ -128,14 +130,16 @@ def kill_often(series: Series, folder: Path, random: Random, results: Any) -> No
     problems: list[str] = []
     place = folder / "0"
     series.renew()
-    while counts["kills"] < series.kills or ended.was_killed:
+    is_complete = True
+    while counts["kills"] < series.kills or not is_complete:
         moment = None
         if counts["kills"] < series.kills:
             moment = draw_moment(random, seconds, calls)
         victims = random.choice([(0,), (1,), (0, 1)]) if series.command.processes > 1 else (0,)
         ended = series.command.run(place, moment, victims)
         family |= ended.family
-        if ended.was_killed:
+        is_complete = not ended.was_killed or bool(series.refusal and series.refusal in ended.output)
+        if not is_complete:
             counts["kills"] += 1
             assert moment is not None and "Traceback" not in last_run(ended), ended.output
             try:
@@ -223,7 +227,7 @@ def test_a_killed_launcher(oem_sar: Path, tmp_path: Path, random: Random, result
 def test_synthetic_dataset(tmp_path: Path, random: Random, results: Any) -> None:
     sizes = "--source 8 --train 8 --val 2 --test 2 --size 128"
     command = Launched(f"synth --output run --num_workers 2 {sizes}".split())
-    kill_often(Series("synth", command, 4, processes="1 + 2"), tmp_path, random, results)
+    kill_often(Series("synth", command, 4, processes="1 + 2", refusal="error: run exists"), tmp_path, random, results)
 
 
 @pytest.mark.parametrize(("processes", "kills"), [(1, 10), (2, 6)])
