@@ -285,7 +285,7 @@ MISTAKES: dict[str, tuple[Callable[[Path], Any], tuple[str, ...], str]] = {
     "polygons": (
         raster(),
         ("--polygons", "map.kml"),
-        "polygons are written to a file that ends in .gpkg, .geojson, .fgb; not to map.kml",
+        "polygons are written to a file that ends in .gpkg, .geojson, .fgb; not to 'map.kml'",
     ),
     "no model": (
         raster(),

@@ -91,7 +91,8 @@ class RasterOptions(OutputOptions, PredictionOptions, SceneOptions):
     def _check_polygons(self) -> None:
         path = self.polygon_path(Path("map.tif"))
         if path.suffix not in POLYGON_SUFFIXES:
-            raise UserError(f"polygons are written to a file that ends in {', '.join(POLYGON_SUFFIXES)}; not to {path}")
+            wanted = f"polygons are written to a file that ends in {', '.join(POLYGON_SUFFIXES)}"
+            raise UserError(f"{wanted}; not to {shown(str(path))}")
         missing = [name for name in ("pyogrio", "shapely") if importlib.util.find_spec(name) is None]
         if missing:
             raise UserError(f"polygons need {' and '.join(missing)}: pip install 'hf_seg[vector]'")

@@ -184,13 +184,13 @@ def _write_all(scenes: list[Scene], root: Path, settings: SyntheticSettings, num
         return
     # spawned, not forked: a forked process inherits the locks of threads that it does not have
     context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(num_workers, context, initializer=_start_worker) as pool:
+    with ProcessPoolExecutor(num_workers, context, initializer=_start_worker, initargs=(os.getpid(),)) as pool:
         yield from pool.map(_write_scene, scenes, itertools.repeat(root), itertools.repeat(settings))
 
 
-def _start_worker() -> None:
+def _start_worker(parent: int) -> None:
     cv2.setNumThreads(1)
-    end_with_parent()
+    end_with_parent(parent)
 
 
 def _write_scene(scene: Scene, root: Path, settings: SyntheticSettings) -> None:
