@@ -156,7 +156,7 @@ def test_bad_input_is_refused_in_one_line(
     before = list_files(work)
     env = {**os.environ, "HF_SEG_ZENODO_URL": f"http://127.0.0.1:{zenodo.server_port}", "COLUMNS": "80"}
     finished = run_measured(case.command, work, env)
-    message = check(case, finished)
+    message = check(case, finished).replace(f"{work}/", "")
     written = {name for name, status in list_files(work).items() if before.get(name) != status}
     shown = [name for name in written if not any(part.startswith(".") for part in Path(name).parts)]
     complete = [name for name in shown if Path(name).name in COMPLETE or name.endswith(SUFFIXES)]
@@ -164,7 +164,9 @@ def test_bad_input_is_refused_in_one_line(
     assert finished.cpu_seconds < CPU_SECONDS, finished
     assert finished.more_mib < MORE_MIB, finished
     command = " ".join(case.command.split()[:2])
-    results.add(**{"file or setting": case.what, "what is wrong": case.wrong, "command": command, "message": message})
+    results.add(
+        **{"file or setting": case.what, "what is wrong": case.wrong, "command": command, "message": shorten(message)}
+    )
     shutil.rmtree(work)
 
 
@@ -180,7 +182,7 @@ def check(case: Case, finished: Finished) -> str:
         return message.strip()
     assert len(errors) == 1 and lines[-1] == errors[0], finished.stderr
     assert case.says in errors[0], errors[0]
-    return shorten(errors[0].removeprefix("error: "))
+    return errors[0].removeprefix("error: ")
 
 
 def is_report(case: Case) -> bool:
