@@ -120,6 +120,7 @@ def test_a_process_ends_with_the_one_that_started_it() -> None:
     os.kill(parent.pid or 0, signal.SIGKILL)
     child.wait(10)
     parent.join()
+    assert not child.is_running()
 
 
 def _join_launched() -> None:

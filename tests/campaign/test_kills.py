@@ -21,6 +21,7 @@ import pytest
 import rasterio
 import torch
 import yaml
+from accelerate.utils import load
 from hub_server import Hub, serve_hub
 from killing import Command, Ended, Launched, count_survivors, draw_moment
 from PIL import Image
@@ -97,8 +98,8 @@ def read_whole(path: Path) -> bytes:
             raster.read()
     elif path.suffix == ".bin":
         torch.load(path, weights_only=True)
-    elif path.suffix == ".pkl":  # NumPy's and Python's random states
-        torch.load(path, weights_only=False)
+    elif path.suffix == ".pkl":  # NumPy's and Python's random states, and no other objects
+        load(path)
     elif path.suffix == ".jsonl":  # a line that a kill has cut short is dropped by its readers
         lines = [json.loads(line) for line in content.decode().splitlines(keepends=True) if line.endswith("\n")]
         content = json.dumps([{k: v for k, v in line.items() if k != "images_per_second"} for line in lines]).encode()
